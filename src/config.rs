@@ -1,0 +1,700 @@
+//! The environment → a validated [`Config`], with every problem in one report.
+
+use std::{fmt, time::Duration};
+
+use async_nats::ServerAddr;
+use reqwest::Url;
+use secrecy::SecretString;
+
+use crate::{
+    environment::{Environment, FILE_SUFFIX},
+    subject::Prefix,
+};
+
+/// One environment variable that the program knows.
+#[derive(Debug)]
+pub struct Variable {
+    /// Its name.
+    pub name: &'static str,
+    /// What it means, in one sentence fragment.
+    pub meaning: &'static str,
+    /// What holds if it is not set.
+    pub default: Default,
+    /// What kind of value it takes.
+    pub kind: Kind,
+}
+
+/// What holds if a [`Variable`] is not set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Default {
+    /// It must be set.
+    Required,
+    /// Nothing: the feature is off.
+    Off,
+    /// This value.
+    Value(&'static str),
+}
+
+/// What kind of value a [`Variable`] takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A value that may be shown.
+    Plain,
+    /// A value that must not be shown.
+    Secret,
+}
+
+const DESTINATION: &str = "WEBHOOK_DESTINATION";
+const HOST: &str = "NATS_HOST";
+const ADDRESS: &str = "NATS_ADDRESS";
+const PREFIX: &str = "NATS_SUBJECT_PREFIX";
+const RELAYED_PREFIX: &str = "NATS_RELAYED_SUBJECT_PREFIX";
+const USER: &str = "NATS_USER";
+const PASS: &str = "NATS_PASS";
+const TIMEOUT: &str = "WEBHOOK_TIMEOUT";
+const MAX_ATTEMPTS: &str = "WEBHOOK_MAX_ATTEMPTS";
+const SHUTDOWN_TIMEOUT: &str = "SHUTDOWN_TIMEOUT";
+const LOG: &str = "RUST_LOG";
+
+/// Every variable. `--help`, the README and `.env.example` are tested against this table.
+pub const VARIABLES: &[Variable] = &[
+    Variable {
+        name: DESTINATION,
+        meaning: "http(s) URL that each message is POSTed to",
+        default: Default::Required,
+        kind: Kind::Plain,
+    },
+    Variable {
+        name: HOST,
+        meaning: "nats:// or tls:// URL of a NATS server; several, separated by commas",
+        default: Default::Required,
+        kind: Kind::Plain,
+    },
+    Variable {
+        name: ADDRESS,
+        meaning: "another name for NATS_HOST",
+        default: Default::Off,
+        kind: Kind::Plain,
+    },
+    Variable {
+        name: PREFIX,
+        meaning: "listens on <prefix>.>",
+        default: Default::Required,
+        kind: Kind::Plain,
+    },
+    Variable {
+        name: RELAYED_PREFIX,
+        meaning: "republishes under this prefix; each environment needs its own",
+        default: Default::Required,
+        kind: Kind::Plain,
+    },
+    Variable {
+        name: USER,
+        meaning: "NATS user, together with NATS_PASS",
+        default: Default::Off,
+        kind: Kind::Plain,
+    },
+    Variable {
+        name: PASS,
+        meaning: "password of the NATS user",
+        default: Default::Off,
+        kind: Kind::Secret,
+    },
+    Variable {
+        name: TIMEOUT,
+        meaning: "longest time for one attempt, connecting included",
+        default: Default::Value("15s"),
+        kind: Kind::Plain,
+    },
+    Variable {
+        name: MAX_ATTEMPTS,
+        meaning: "attempts per message before it is given up; 0 is without end",
+        default: Default::Value("5"),
+        kind: Kind::Plain,
+    },
+    Variable {
+        name: SHUTDOWN_TIMEOUT,
+        meaning: "how long a stop waits for the message in hand",
+        default: Default::Value("20s"),
+        kind: Kind::Plain,
+    },
+    Variable {
+        name: LOG,
+        meaning: "what is logged: error, warn, info, debug, trace, or an env_logger filter",
+        default: Default::Value("info"),
+        kind: Kind::Plain,
+    },
+];
+
+/// Everything that can be set.
+#[derive(Debug)]
+pub struct Config {
+    /// The NATS servers and how to log in.
+    pub nats: Nats,
+    /// Listens on `<prefix>.>`.
+    pub prefix: Prefix,
+    /// Republishes under this one.
+    pub relayed_prefix: Prefix,
+    /// Where and how to POST.
+    pub webhook: Webhook,
+    /// How long a stop waits for the message in hand.
+    pub shutdown_timeout: Duration,
+}
+
+/// The NATS servers and how to log in.
+#[derive(Debug)]
+pub struct Nats {
+    /// Servers of one cluster; at least one.
+    pub servers: Vec<ServerAddr>,
+    /// How to log in.
+    pub login: Login,
+}
+
+/// How to log in to NATS.
+#[derive(Debug)]
+pub enum Login {
+    /// Not at all.
+    Anonymous,
+    /// With `NATS_USER` and `NATS_PASS`.
+    Password {
+        /// The user.
+        user: String,
+        /// Its password.
+        password: SecretString,
+    },
+}
+
+/// Where and how to POST.
+#[derive(Debug)]
+pub struct Webhook {
+    /// The URL.
+    pub destination: Destination,
+    /// Longest time for one attempt, connecting included.
+    pub timeout: Duration,
+    /// Attempts per message; without end if none.
+    pub max_attempts: Option<u32>,
+}
+
+/// A URL to POST to. `Display` and `Debug` show neither its userinfo nor its query.
+#[derive(Clone)]
+pub struct Destination(Url);
+
+impl Destination {
+    /// The URL with all its secrets.
+    #[must_use]
+    pub fn expose_url(&self) -> &Url {
+        &self.0
+    }
+}
+
+impl fmt::Display for Destination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&without_secrets(&self.0))
+    }
+}
+
+impl fmt::Debug for Destination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// `url` without its userinfo, query and fragment.
+#[must_use]
+pub fn without_secrets(url: &Url) -> String {
+    let port = url
+        .port()
+        .map(|port| format!(":{port}"))
+        .unwrap_or_default();
+    format!(
+        "{}://{}{port}{}",
+        url.scheme(),
+        url.host_str().unwrap_or_default(),
+        url.path()
+    )
+}
+
+/// The filter for the log: `RUST_LOG`, or its default. Read apart from the rest, since problems of
+/// the rest are logged.
+///
+/// # Errors
+/// A sentence that names the variable, the fault and the remedy.
+pub fn log_filter(environment: &Environment) -> Result<String, String> {
+    let mut reader = Reader::new(environment);
+    let filter = reader.parsed(LOG, |text| {
+        match env_filter::Builder::new().try_parse(text) {
+            Ok(_) => Ok(text.to_owned()),
+            Err(_) => Err(format!(
+                "{text:?} is no filter; write a level such as info or debug"
+            )),
+        }
+    });
+    reader.finish(filter).map_err(|problems| problems.concat())
+}
+
+impl Config {
+    /// Reads and validates all settings.
+    ///
+    /// # Errors
+    /// Every problem found, each a sentence that names the variable, the fault and the remedy.
+    pub fn from_environment(environment: &Environment) -> Result<Self, Vec<String>> {
+        let mut reader = Reader::new(environment);
+        let destination = reader.parsed(DESTINATION, parse_destination);
+        let servers = servers(&mut reader);
+        let prefix = reader.parsed(PREFIX, parse_prefix);
+        let relayed_prefix = reader.parsed(RELAYED_PREFIX, parse_prefix);
+        let login = login(&mut reader);
+        let timeout = reader.parsed(TIMEOUT, parse_timeout);
+        let max_attempts = reader.parsed(MAX_ATTEMPTS, parse_max_attempts);
+        let shutdown_timeout = reader.parsed(SHUTDOWN_TIMEOUT, parse_duration);
+        if let (Some(prefix), Some(relayed)) = (&prefix, &relayed_prefix)
+            && prefix.overlaps(relayed)
+        {
+            reader.problem(
+                RELAYED_PREFIX,
+                &format!(
+                    "{relayed} overlaps with {PREFIX} {prefix}: what is republished would be taken \
+                     again, without end; choose prefixes of which neither begins the other"
+                ),
+            );
+        }
+        let config = (|| {
+            Some(Self {
+                nats: Nats {
+                    servers: servers?,
+                    login: login?,
+                },
+                prefix: prefix?,
+                relayed_prefix: relayed_prefix?,
+                webhook: Webhook {
+                    destination: destination?,
+                    timeout: timeout?,
+                    max_attempts: max_attempts?,
+                },
+                shutdown_timeout: shutdown_timeout?,
+            })
+        })();
+        reader.finish(config)
+    }
+}
+
+/// Takes variables from the environment and collects the problems. What it hands out is empty only
+/// where a problem was noted or the variable is [`Default::Off`].
+struct Reader<'a> {
+    environment: &'a Environment,
+    problems: Vec<String>,
+}
+
+impl<'a> Reader<'a> {
+    fn new(environment: &'a Environment) -> Self {
+        Self {
+            environment,
+            problems: Vec::new(),
+        }
+    }
+
+    fn problem(&mut self, name: &str, problem: &str) {
+        self.problems.push(format!("{name} {problem}"));
+    }
+
+    /// The value of a variable, if it is set.
+    fn set(&mut self, name: &str) -> Option<String> {
+        self.environment
+            .text_or_file(name)
+            .unwrap_or_else(|problem| {
+                self.problem(name, &problem);
+                None
+            })
+    }
+
+    /// The value of a variable, or its default.
+    fn text(&mut self, name: &str) -> Option<String> {
+        let problems = self.problems.len();
+        let value = self.set(name);
+        if value.is_some() || self.problems.len() > problems {
+            return value;
+        }
+        let variable = VARIABLES.iter().find(|variable| variable.name == name)?;
+        match variable.default {
+            Default::Value(text) => Some(text.to_owned()),
+            Default::Off => None,
+            Default::Required => {
+                self.problem(name, &format!("is not set; give the {}", variable.meaning));
+                None
+            }
+        }
+    }
+
+    /// The value of a variable, or its default, parsed.
+    fn parsed<T>(
+        &mut self,
+        name: &str,
+        parse: impl FnOnce(&str) -> Result<T, String>,
+    ) -> Option<T> {
+        let text = self.text(name)?;
+        parse(&text)
+            .map_err(|problem| self.problem(name, &problem))
+            .ok()
+    }
+
+    /// The whole, or all problems on the way to it.
+    fn finish<T>(self, whole: Option<T>) -> Result<T, Vec<String>> {
+        match whole {
+            Some(whole) if self.problems.is_empty() => Ok(whole),
+            _ => Err(self.problems),
+        }
+    }
+}
+
+/// `NATS_HOST`, or its other name.
+fn servers(reader: &mut Reader<'_>) -> Option<Vec<ServerAddr>> {
+    let name = match (reader.set(HOST), reader.set(ADDRESS)) {
+        (Some(host), Some(address)) if host != address => {
+            reader.problem(
+                HOST,
+                &format!("and {ADDRESS} have different values; keep one of them"),
+            );
+            return None;
+        }
+        (None, Some(_)) => ADDRESS,
+        _ => HOST,
+    };
+    reader.parsed(name, parse_servers)
+}
+
+/// The one way to log in that is set.
+fn login(reader: &mut Reader<'_>) -> Option<Login> {
+    match (reader.set(USER), reader.set(PASS)) {
+        (None, None) => Some(Login::Anonymous),
+        (Some(user), Some(password)) => Some(Login::Password {
+            user,
+            password: password.into(),
+        }),
+        (Some(_), None) => {
+            reader.problem(
+                PASS,
+                &format!("is not set, but {USER} is; set both or neither"),
+            );
+            None
+        }
+        (None, Some(_)) => {
+            reader.problem(
+                USER,
+                &format!("is not set, but {PASS} is; set both or neither"),
+            );
+            None
+        }
+    }
+}
+
+fn parse_destination(text: &str) -> Result<Destination, String> {
+    let example = "write it like http://localhost:3000/api/cache/webhook";
+    let url: Url = text
+        .parse()
+        .map_err(|error| format!("is no URL ({error}); {example}"))?;
+    match url.scheme() {
+        "http" | "https" => Ok(Destination(url)),
+        other => Err(format!(
+            "starts with {other}:, not with http:// or https://; {example}"
+        )),
+    }
+}
+
+fn parse_servers(text: &str) -> Result<Vec<ServerAddr>, String> {
+    text.split(',')
+        .map(|part| parse_server(part.trim()))
+        .collect()
+}
+
+fn parse_server(text: &str) -> Result<ServerAddr, String> {
+    let example = "write each server like nats://localhost:4222";
+    if text.is_empty() {
+        return Err(format!(
+            "has an empty entry; {example}, separated by single commas"
+        ));
+    }
+    if !text.starts_with("nats://") && !text.starts_with("tls://") {
+        return Err(format!(
+            "has an entry that does not start with nats:// or tls://; {example}"
+        ));
+    }
+    let address: ServerAddr = text
+        .parse()
+        .map_err(|_| format!("has an entry that is no URL; {example}"))?;
+    if address.host().is_empty() {
+        return Err(format!("has an entry without a host; {example}"));
+    }
+    if address.has_user_pass() {
+        return Err(format!(
+            "contains credentials; set {USER} and {PASS} instead"
+        ));
+    }
+    Ok(address)
+}
+
+fn parse_prefix(text: &str) -> Result<Prefix, String> {
+    text.parse()
+        .map_err(|problem| format!("{text:?} {problem}"))
+}
+
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text)
+        .map_err(|_| format!("{text:?} is no duration; write it like 500ms, 15s or 2m"))
+}
+
+fn parse_timeout(text: &str) -> Result<Duration, String> {
+    match parse_duration(text)? {
+        Duration::ZERO => {
+            Err("is zero, so that no attempt could succeed; write it like 15s".into())
+        }
+        timeout => Ok(timeout),
+    }
+}
+
+fn parse_max_attempts(text: &str) -> Result<Option<u32>, String> {
+    match text.parse() {
+        Ok(0) => Ok(None),
+        Ok(attempts) => Ok(Some(attempts)),
+        Err(_) => Err(format!(
+            "{text:?} is no count; write a whole number such as 5, or 0 for attempts without end"
+        )),
+    }
+}
+
+/// Set variables that look like a misspelling of a known one, each with the known one.
+/// Others are none of our business: Kubernetes, for one, sets `NATS_PORT` by itself.
+#[must_use]
+pub fn misspellings(environment: &Environment) -> Vec<(&str, &'static str)> {
+    let known = |name: &str| VARIABLES.iter().any(|variable| variable.name == name);
+    environment
+        .names()
+        .filter(|name| !known(name.strip_suffix(FILE_SUFFIX).unwrap_or(name)))
+        .filter_map(|name| {
+            let stem = name.strip_suffix(FILE_SUFFIX).unwrap_or(name);
+            let close = |variable: &&Variable| {
+                let tolerance = if variable.name.len() < 12 { 1 } else { 2 };
+                strsim::osa_distance(stem, variable.name) <= tolerance
+            };
+            VARIABLES
+                .iter()
+                .find(close)
+                .map(|variable| (name, variable.name))
+        })
+        .collect()
+}
+
+/// The table of variables as `--help` shows it.
+#[must_use]
+pub fn help() -> String {
+    let width = VARIABLES
+        .iter()
+        .map(|variable| variable.name.len())
+        .max()
+        .unwrap_or_default();
+    VARIABLES
+        .iter()
+        .map(
+            |Variable {
+                 name,
+                 meaning,
+                 default,
+                 ..
+             }| {
+                let default = match default {
+                    Default::Required => " (required)".to_owned(),
+                    Default::Off => String::new(),
+                    Default::Value(value) => format!(" (default: {value})"),
+                };
+                format!("  {name:width$}  {meaning}{default}\n")
+            },
+        )
+        .collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use secrecy::ExposeSecret;
+
+    const GOOD: [(&str, &str); 4] = [
+        (DESTINATION, "http://localhost:3000/hook"),
+        (HOST, "nats://localhost"),
+        (PREFIX, "cms.cache"),
+        (RELAYED_PREFIX, "relayed.cache"),
+    ];
+
+    /// A good configuration with changes; an empty value removes the variable.
+    fn with(changes: &[(&str, &str)]) -> Result<Config, Vec<String>> {
+        let variables = GOOD
+            .iter()
+            .filter(|(name, _)| !changes.iter().any(|(changed, _)| changed == name))
+            .chain(changes);
+        Config::from_environment(&variables.copied().collect())
+    }
+
+    fn problems(changes: &[(&str, &str)]) -> Vec<String> {
+        with(changes).err().unwrap_or_default()
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_table() {
+        let config = with(&[]).unwrap();
+        assert_eq!(config.webhook.timeout, Duration::from_secs(15));
+        assert_eq!(config.webhook.max_attempts, Some(5));
+        assert_eq!(config.shutdown_timeout, Duration::from_secs(20));
+        assert!(matches!(config.nats.login, Login::Anonymous));
+    }
+
+    #[test]
+    fn every_setting_is_taken() {
+        let config = with(&[
+            (HOST, "nats://a:1, tls://b"),
+            (USER, "u"),
+            (PASS, "p"),
+            (TIMEOUT, "500ms"),
+            (MAX_ATTEMPTS, "0"),
+            (SHUTDOWN_TIMEOUT, "2m"),
+        ])
+        .unwrap();
+        let hosts: Vec<_> = config.nats.servers.iter().map(ServerAddr::host).collect();
+        assert_eq!(hosts, ["a", "b"]);
+        assert!(
+            matches!(&config.nats.login, Login::Password { user, password }
+            if user == "u" && password.expose_secret() == "p")
+        );
+        assert_eq!(config.webhook.timeout, Duration::from_millis(500));
+        assert_eq!(config.webhook.max_attempts, None);
+        assert_eq!(config.shutdown_timeout, Duration::from_mins(2));
+    }
+
+    #[test]
+    fn the_host_has_another_name() {
+        assert_eq!(problems(&[(HOST, ""), (ADDRESS, "nats://a")]), [""; 0]);
+        assert_eq!(
+            problems(&[(HOST, "nats://a"), (ADDRESS, "nats://a")]),
+            [""; 0]
+        );
+        assert!(problems(&[(ADDRESS, "nats://b")])[0].contains("different values"));
+        assert!(problems(&[(HOST, ""), (ADDRESS, "b")])[0].starts_with("NATS_ADDRESS has"));
+    }
+
+    #[test]
+    fn every_refusal_names_the_variable_and_the_fault() {
+        for (name, value, fault) in [
+            (DESTINATION, "", "is not set"),
+            (DESTINATION, "localhost:3000", "starts with localhost:"),
+            (DESTINATION, "/hook", "is no URL"),
+            (DESTINATION, "ftp://host/", "starts with ftp:"),
+            (DESTINATION, "http://", "is no URL"),
+            (HOST, "", "is not set"),
+            (HOST, "localhost:4222", "does not start with nats://"),
+            (HOST, "http://localhost", "does not start with nats://"),
+            (HOST, "nats://a,,nats://b", "has an empty entry"),
+            (HOST, "nats://", "has an entry"),
+            (HOST, "nats://host:99999", "is no URL"),
+            (HOST, "nats://u:p@host", "contains credentials"),
+            (PREFIX, "", "is not set"),
+            (PREFIX, "cms.cache.", "empty token"),
+            (PREFIX, "cms.>", "wildcard"),
+            (PREFIX, "cms.*.x", "wildcard"),
+            (PREFIX, "cms cache", "white space"),
+            (RELAYED_PREFIX, "", "is not set"),
+            (RELAYED_PREFIX, "a..b", "empty token"),
+            (RELAYED_PREFIX, "cms.cache", "overlaps"),
+            (RELAYED_PREFIX, "cms.cache.relayed", "overlaps"),
+            (RELAYED_PREFIX, "cms", "overlaps"),
+            (USER, "u", "NATS_PASS is not set"),
+            (PASS, "p", "NATS_USER is not set"),
+            (TIMEOUT, "15", "is no duration"),
+            (TIMEOUT, "-1s", "is no duration"),
+            (TIMEOUT, "0s", "is zero"),
+            (MAX_ATTEMPTS, "many", "is no count"),
+            (MAX_ATTEMPTS, "-1", "is no count"),
+            (SHUTDOWN_TIMEOUT, "soon", "is no duration"),
+        ] {
+            let problems = problems(&[(name, value)]);
+            assert_eq!(problems.len(), 1, "{name}={value}: {problems:?}");
+            assert!(problems[0].contains(fault), "{name}={value}: {problems:?}");
+            assert!(problems[0].contains(name), "{name}={value}: {problems:?}");
+        }
+    }
+
+    #[test]
+    fn all_problems_are_reported_at_once() {
+        let nothing = Config::from_environment(&Environment::default()).unwrap_err();
+        assert_eq!(nothing.len(), 4, "{nothing:?}");
+        let changes = [
+            (TIMEOUT, "x"),
+            (MAX_ATTEMPTS, "x"),
+            (SHUTDOWN_TIMEOUT, "x"),
+            (USER, "u"),
+        ];
+        assert_eq!(problems(&changes).len(), 4);
+    }
+
+    #[test]
+    fn no_secret_is_shown() {
+        let config = with(&[
+            (
+                DESTINATION,
+                "http://user:hunter2@host/path?token=hunter2#hunter2",
+            ),
+            (USER, "u"),
+            (PASS, "hunter2"),
+        ])
+        .unwrap();
+        assert!(!format!("{config:?}").contains("hunter2"), "{config:?}");
+        assert_eq!(config.webhook.destination.to_string(), "http://host/path");
+        for (name, value) in [
+            (DESTINATION, "htp://user:hunter2@host"),
+            (DESTINATION, "http://user:hunter2@host:x"),
+            (HOST, "nats://user:hunter2@host"),
+            (HOST, "nats://user:hunter2@host:x"),
+            (HOST, "user:hunter2@host"),
+            (PASS, "hunter2"),
+        ] {
+            let problems = problems(&[(name, value)]).concat();
+            assert!(
+                !problems.is_empty() && !problems.contains("hunter2"),
+                "{problems}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_log_filter_is_checked() {
+        let filter = |text: &str| log_filter(&[(LOG, text)].into_iter().collect());
+        assert_eq!(filter("").as_deref(), Ok("info"));
+        assert_eq!(
+            filter("warn,nats_webhook_relay=trace").as_deref(),
+            Ok("warn,nats_webhook_relay=trace")
+        );
+        assert!(
+            filter("nats_webhook_relay=loud")
+                .unwrap_err()
+                .contains("RUST_LOG")
+        );
+    }
+
+    #[test]
+    fn misspellings_are_noticed_and_foreign_variables_are_not() {
+        let noticed = |name: &str| {
+            let environment = [(name, "x")].into_iter().collect();
+            misspellings(&environment).first().map(|(_, known)| *known)
+        };
+        assert_eq!(noticed("WEBHOOK_DESTINATON"), Some(DESTINATION));
+        assert_eq!(noticed("NATS_HOSTS"), Some(HOST));
+        assert_eq!(noticed("NATS_PASSS_FILE"), Some(PASS));
+        for foreign in [
+            "NATS_PORT",
+            "NATS_SERVICE_HOST",
+            "NATS_URL",
+            "PATH",
+            HOST,
+            "NATS_HOST_FILE",
+        ] {
+            assert_eq!(noticed(foreign), None, "{foreign}");
+        }
+    }
+}

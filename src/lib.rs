@@ -1,0 +1,54 @@
+//! Relays NATS messages to a webhook, and republishes each one only after its webhook succeeded:
+//! one message at a time, in order.
+//!
+//! ```text
+//!            config                                            log
+//!              │                                                ▲
+//! NATS ──► source ──► relay ──► webhook ──► destination         │
+//! cms.cache.>           │  ▲ retry           POST, in order ────┤
+//!                       └──┴──► republish ──► NATS relayed.cache.…
+//! ```
+//!
+//! Everything goes one way: [`relay`] knows [`source`], [`webhook`] and [`subject`]; none of them
+//! knows [`relay`]. There is no channel, task or timer of ours between taking a message and
+//! republishing it: the job is sequential, and so is the code.
+//!
+//! What it promises:
+//!
+//! 1. A message is republished only after its webhook succeeded.
+//! 2. One message at a time, in the order in which NATS delivered them, through retries.
+//! 3. The same message: payload byte for byte, headers kept, the subject rewritten in its leading
+//!    prefix only. The reply subject is not carried over.
+//! 4. No silent loss: whatever is not relayed is logged, with its subject and the reason.
+//! 5. Only its operator stops it.
+//! 6. No secret reaches a log, an error or `Debug`.
+
+pub mod backoff;
+pub mod config;
+pub mod environment;
+pub mod logging;
+pub mod nats;
+pub mod relay;
+pub mod source;
+pub mod subject;
+pub mod webhook;
+
+use config::Config;
+use futures::Stream;
+use relay::Relay;
+use source::Source;
+use webhook::Webhook;
+
+/// Runs the relay until its operator stops it or it cannot go on.
+///
+/// Each item of `stop` is one request to stop: the first lets the message in hand finish, within
+/// [`Config::shutdown_timeout`]; the second ends at once.
+///
+/// # Errors
+/// When it cannot go on: credentials refused, no permission to subscribe, subscription ended.
+pub async fn run(config: Config, stop: impl Stream<Item = ()> + Unpin) -> anyhow::Result<()> {
+    let webhook = Webhook::new(&config.webhook)?;
+    let (client, faults) = nats::connect(&config.nats, &config.prefix).await?;
+    let source = Source::new(client.clone(), faults, &config.prefix);
+    Relay::new(client, source, webhook, config).run(stop).await
+}

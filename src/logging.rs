@@ -1,0 +1,43 @@
+//! How log lines look: for a person on a terminal, or for systemd's journal.
+
+use std::io::Write;
+
+use env_logger::Builder;
+use log::Level;
+
+/// Starts logging to standard error, as `filter` says (see `env_logger`).
+pub fn start(filter: &str) {
+    let mut builder = Builder::new();
+    builder.parse_filters(filter);
+    if writes_to_journal() {
+        // The journal keeps the time itself and takes the priority from this prefix (sd-daemon(3)).
+        builder.format(|out, record| {
+            let priority = match record.level() {
+                Level::Error => 3,
+                Level::Warn => 4,
+                Level::Info => 6,
+                Level::Debug | Level::Trace => 7,
+            };
+            writeln!(out, "<{priority}>{}", record.args())
+        });
+    } else {
+        builder.format_timestamp_millis().format_target(false);
+    }
+    builder.init();
+}
+
+/// Whether standard error is the stream that systemd names in `JOURNAL_STREAM`; the variable alone
+/// is inherited by whatever a service starts (systemd.exec(5)).
+#[cfg(target_os = "linux")]
+fn writes_to_journal() -> bool {
+    use std::os::linux::fs::MetadataExt;
+
+    let stderr = std::fs::metadata("/proc/self/fd/2")
+        .map(|file| format!("{}:{}", file.st_dev(), file.st_ino()));
+    std::env::var("JOURNAL_STREAM").ok() == stderr.ok()
+}
+
+#[cfg(not(target_os = "linux"))]
+fn writes_to_journal() -> bool {
+    false
+}

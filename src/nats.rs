@@ -1,0 +1,301 @@
+//! Connecting to NATS: servers, login, and what the connection says → log.
+//!
+//! The client reconnects and resubscribes by itself. Everything it or the server reports is logged
+//! here; what makes going on pointless comes out of [`Faults`].
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use anyhow::anyhow;
+use async_nats::{
+    Client, ClientError, ConnectErrorKind, ConnectOptions, Event, ReconnectToServer, Server,
+    ServerAddr, ServerError,
+};
+use log::{error, info, warn};
+use secrecy::ExposeSecret;
+use tokio::sync::mpsc;
+
+use crate::{
+    backoff::Backoff,
+    config::{self, Login},
+    subject::Prefix,
+};
+
+/// The name under which the server lists the connection.
+const CONNECTION_NAME: &str = "nats-webhook-relay";
+
+/// Growing waits between attempts to connect, once every server was tried.
+const BACKOFF: Backoff = Backoff {
+    first: Duration::from_millis(100),
+    longest: Duration::from_secs(5),
+};
+
+/// How many messages may wait between the connection and the subscription: as many as there are.
+/// The client drops what exceeds this without a count, so the bound is ours (see
+/// [`crate::source`]), and this one must not be reached.
+const SUBSCRIPTION_CAPACITY: usize = usize::MAX >> 4;
+
+/// Starts connecting in the background, and keeps on until a server is reached.
+///
+/// # Errors
+/// If the settings can't be used at all.
+pub async fn connect(config: &config::Nats, prefix: &Prefix) -> anyhow::Result<(Client, Faults)> {
+    let (sender, receiver) = mpsc::unbounded_channel();
+    let observer = Arc::new(Observer {
+        subject: prefix.wildcard(),
+        progress: Mutex::default(),
+        faults: sender,
+    });
+    let chooser = Arc::clone(&observer);
+    let options = match &config.login {
+        Login::Anonymous => ConnectOptions::new(),
+        Login::Password { user, password } => ConnectOptions::with_user_and_password(
+            user.clone(),
+            password.expose_secret().to_owned(),
+        ),
+    };
+    let client = options
+        .name(CONNECTION_NAME)
+        .subscription_capacity(SUBSCRIPTION_CAPACITY)
+        .retry_on_initial_connect()
+        .reconnect_to_server_callback(move |servers, _| {
+            let choice = chooser.choose(&servers);
+            async move { choice }
+        })
+        .event_callback(move |event| {
+            observer.observe(event);
+            async {}
+        })
+        .connect(config.servers.as_slice())
+        .await?;
+    Ok((client, Faults(receiver)))
+}
+
+/// What the connection reports that its user must act on.
+pub struct Faults(mpsc::UnboundedReceiver<Fault>);
+
+enum Fault {
+    /// The relay cannot go on.
+    Fatal(anyhow::Error),
+    /// Our user may not use an inbox, so a request gets no answer.
+    InboxRefused,
+}
+
+impl Faults {
+    /// Resolves when the relay cannot go on, with the reason.
+    pub async fn fatal(&mut self) -> anyhow::Error {
+        loop {
+            match self.0.recv().await {
+                Some(Fault::Fatal(reason)) => return reason,
+                Some(Fault::InboxRefused) => {}
+                None => return anyhow!("the NATS client ended by itself"),
+            }
+        }
+    }
+
+    /// Resolves once the server has processed all that was sent before, subscriptions included.
+    ///
+    /// # Errors
+    /// If it refused what the relay can't do without.
+    pub async fn confirm(&mut self, client: &Client) -> anyhow::Result<()> {
+        // The client has no round trip of its own to await, so this asks an inbox that nobody
+        // listens to: "no responders" comes back at once, and after any refusal. A user without
+        // permission to use inboxes gets a refusal, which is as good an answer.
+        loop {
+            tokio::select! {
+                biased;
+                fault = self.0.recv() => return match fault {
+                    Some(Fault::Fatal(reason)) => Err(reason),
+                    Some(Fault::InboxRefused) => Ok(()),
+                    None => Err(anyhow!("the NATS client ended by itself")),
+                },
+                answer = client.request(client.new_inbox(), "".into()) => match answer {
+                    Err(error) if error.kind() == async_nats::RequestErrorKind::TimedOut => {}
+                    // Let a refusal that came along with the answer get here first.
+                    _ => tokio::task::yield_now().await,
+                },
+            }
+            if let Ok(Fault::Fatal(reason)) = self.0.try_recv() {
+                return Err(reason);
+            }
+            if client.connection_state() == async_nats::connection::State::Connected {
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// Chooses the server to connect to, logs what happens, and tells what is fatal.
+struct Observer {
+    /// What the relay subscribes to.
+    subject: String,
+    progress: Mutex<Progress>,
+    faults: mpsc::UnboundedSender<Fault>,
+}
+
+/// How far connecting has come.
+#[derive(Default)]
+struct Progress {
+    /// Attempts since the last connection.
+    attempts: usize,
+    /// The server of the last attempt.
+    server: Option<ServerAddr>,
+}
+
+impl Observer {
+    /// One server after the other; at once in the first round, then with growing waits.
+    fn choose(&self, servers: &[Server]) -> Option<ReconnectToServer> {
+        let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        let next = servers.get(progress.attempts % servers.len().max(1))?;
+        let rounds = progress.attempts / servers.len();
+        let delay = match u32::try_from(rounds) {
+            Ok(0) => Duration::ZERO,
+            rounds => BACKOFF.wait(rounds.unwrap_or(u32::MAX)),
+        };
+        if let Some(last) = progress.server.as_ref().filter(|_| progress.attempts > 0) {
+            // The client keeps no error for a name that does not resolve.
+            let reason = servers
+                .iter()
+                .find(|server| server.addr == *last)
+                .and_then(|server| server.last_error.as_deref())
+                .unwrap_or("its name does not resolve");
+            warn!(
+                "cannot connect to NATS at {}: {reason}; next attempt {}",
+                show(last),
+                if delay.is_zero() {
+                    "now".to_owned()
+                } else {
+                    format!("in {delay:.1?}")
+                }
+            );
+        }
+        progress.attempts += 1;
+        progress.server = Some(next.addr.clone());
+        Some(ReconnectToServer {
+            addr: next.addr.clone(),
+            delay: Some(delay),
+        })
+    }
+
+    fn observe(&self, event: Event) {
+        match event {
+            Event::Connected => {
+                let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+                progress.attempts = 0;
+                info!("connected to NATS at {}", self.server(&progress));
+            }
+            Event::Disconnected => warn!("lost the connection to NATS; reconnecting"),
+            Event::LameDuckMode => warn!("the NATS server is about to shut down (lame duck mode)"),
+            Event::SlowConsumer(_) => error!("the NATS client dropped a message (slow consumer)"),
+            Event::ServerError(error) => self.observe_server_error(&error),
+            Event::ClientError(ClientError::Other(kind))
+                if kind == ConnectErrorKind::AuthorizationViolation.to_string()
+                    || kind == ConnectErrorKind::Authentication.to_string() =>
+            {
+                let progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+                self.fatal(anyhow!(
+                    "NATS at {} refused the login ({kind}); check NATS_USER and NATS_PASS",
+                    self.server(&progress)
+                ));
+            }
+            // A failed attempt to connect: the next choice of a server logs it, with the reason.
+            Event::ClientError(_) => {}
+            // Only ever caused by ourselves.
+            Event::Draining | Event::Closed => {}
+        }
+    }
+
+    /// What the server tells about us (`-ERR` of the NATS client protocol).
+    fn observe_server_error(&self, error: &ServerError) {
+        let text = match error {
+            ServerError::AuthorizationViolation => "authorization violation",
+            ServerError::SlowConsumer(_) => "slow consumer",
+            ServerError::Other(text) => text,
+        };
+        if let Some(refused) = refused_subject(text, "Subscription to") {
+            if refused == self.subject {
+                return self.fatal(anyhow!(
+                    "no permission to subscribe to {refused}; allow it for this NATS user"
+                ));
+            }
+            if refused.starts_with("_INBOX.") {
+                return self.tell(Fault::InboxRefused);
+            }
+        }
+        if let Some(refused) = refused_subject(text, "Publish to") {
+            if refused.starts_with("_INBOX.") {
+                return self.tell(Fault::InboxRefused);
+            }
+            return error!(
+                "no permission to publish on {refused}, so this message was not republished; \
+                 allow it for this NATS user"
+            );
+        }
+        if text.eq_ignore_ascii_case("maximum subscriptions exceeded") {
+            return self.fatal(anyhow!("NATS refused the subscription: {text}"));
+        }
+        error!("the NATS server reports: {text}");
+    }
+
+    fn server(&self, progress: &Progress) -> String {
+        progress.server.as_ref().map(show).unwrap_or_default()
+    }
+
+    fn fatal(&self, reason: anyhow::Error) {
+        self.tell(Fault::Fatal(reason));
+    }
+
+    fn tell(&self, fault: Fault) {
+        // Nobody is left to listen only while the relay ends.
+        let _ = self.faults.send(fault);
+    }
+}
+
+/// The subject in the server's `Permissions Violation for <what> "<subject>"`.
+fn refused_subject<'a>(text: &'a str, what: &str) -> Option<&'a str> {
+    let (_, rest) = text
+        .strip_prefix("Permissions Violation for ")?
+        .split_once(what)?;
+    rest.trim_start().strip_prefix('"')?.split('"').next()
+}
+
+/// The address of a server, without a login that a cluster may have advertised with it.
+fn show(server: &ServerAddr) -> String {
+    format!("{}://{}:{}", server.scheme(), server.host(), server.port())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refusals_name_their_subject() {
+        for (text, what, subject) in [
+            (
+                r#"Permissions Violation for Subscription to "a.>""#,
+                "Subscription to",
+                Some("a.>"),
+            ),
+            (
+                r#"Permissions Violation for Subscription to "a.>" using queue "q""#,
+                "Subscription to",
+                Some("a.>"),
+            ),
+            (
+                r#"Permissions Violation for Publish to "a.b""#,
+                "Publish to",
+                Some("a.b"),
+            ),
+            (
+                r#"Permissions Violation for Publish to "a.b""#,
+                "Subscription to",
+                None,
+            ),
+            ("Stale Connection", "Publish to", None),
+        ] {
+            assert_eq!(refused_subject(text, what), subject, "{text}");
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! Core NATS: at most once. What arrives while a webhook is slow waits in a bounded buffer.
+
+use std::{collections::VecDeque, future::pending, time::Duration};
+
+use anyhow::Context;
+use async_nats::{Client, Message, Subscriber};
+use futures::{FutureExt, StreamExt};
+use log::error;
+use tokio::time::{Instant, sleep_until};
+
+use super::Delivery;
+use crate::nats::Faults;
+
+/// How much may wait: subjects, headers and payloads, and what it costs to keep them.
+pub const BUFFER_BYTES: usize = 64 * 1024 * 1024;
+
+/// What keeping a message costs beside its own bytes. It bounds the number of empty ones.
+pub const MESSAGE_OVERHEAD: usize = size_of::<Delivery>();
+
+/// What keeping a header costs beside its own bytes.
+const HEADER_OVERHEAD: usize = 128;
+
+/// Drops are reported at most this often.
+const REPORT_EVERY: Duration = Duration::from_secs(1);
+
+/// A core subscription with its buffer.
+pub struct Core {
+    client: Client,
+    faults: Faults,
+    subject: String,
+    subscriber: Option<Subscriber>,
+    waiting: VecDeque<Delivery>,
+    waiting_bytes: usize,
+    drops: Drops,
+}
+
+/// Messages that did not fit into the buffer.
+#[derive(Default)]
+struct Drops {
+    total: u64,
+    unreported: u64,
+    next_report: Option<Instant>,
+}
+
+impl Core {
+    pub(super) fn new(client: Client, faults: Faults, subject: String) -> Self {
+        Self {
+            client,
+            faults,
+            subject,
+            subscriber: None,
+            waiting: VecDeque::new(),
+            waiting_bytes: 0,
+            drops: Drops::default(),
+        }
+    }
+
+    pub(super) async fn open(&mut self) -> anyhow::Result<()> {
+        let subscriber = self.client.subscribe(self.subject.clone()).await;
+        self.subscriber = Some(subscriber.context("cannot subscribe")?);
+        self.faults.confirm(&self.client).await
+    }
+
+    pub(super) async fn next(&mut self) -> anyhow::Result<Delivery> {
+        loop {
+            if let Some(delivery) = self.waiting.pop_front() {
+                self.waiting_bytes -= cost(&delivery);
+                return Ok(delivery);
+            }
+            self.step().await?;
+        }
+    }
+
+    pub(super) async fn attend(&mut self) -> anyhow::Error {
+        loop {
+            if let Err(reason) = self.step().await {
+                return reason;
+            }
+        }
+    }
+
+    /// Takes a message into the buffer, or reports drops, whichever is due first.
+    async fn step(&mut self) -> anyhow::Result<()> {
+        let Some(subscriber) = &mut self.subscriber else {
+            return pending().await;
+        };
+        tokio::select! {
+            biased;
+            reason = self.faults.fatal() => return Err(reason),
+            message = subscriber.next() => {
+                self.take(message.context("the subscription ended by itself")?);
+            }
+            () = self.drops.report_due() => self.drops.report(),
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, message: Message) {
+        let delivery = Delivery {
+            subject: message.subject,
+            headers: message.headers.unwrap_or_default(),
+            payload: message.payload,
+        };
+        let bytes = cost(&delivery);
+        if self.waiting_bytes + bytes > BUFFER_BYTES && !self.waiting.is_empty() {
+            return self.drops.add();
+        }
+        self.waiting_bytes += bytes;
+        self.waiting.push_back(delivery);
+    }
+
+    pub(super) fn close(mut self) {
+        if let Some(mut subscriber) = self.subscriber.take() {
+            while let Some(Some(message)) = subscriber.next().now_or_never() {
+                self.take(message);
+            }
+        }
+        self.drops.report();
+        if !self.waiting.is_empty() {
+            error!(
+                "{} messages were still waiting and are not relayed",
+                self.waiting.len()
+            );
+        }
+    }
+}
+
+/// What `delivery` counts in the buffer, in bytes.
+fn cost(delivery: &Delivery) -> usize {
+    let headers = delivery.headers.iter().map(|(name, values)| {
+        let values = values
+            .iter()
+            .map(|value| value.as_str().len() + HEADER_OVERHEAD);
+        AsRef::<[u8]>::as_ref(name).len() + values.sum::<usize>()
+    });
+    delivery.subject.len() + delivery.payload.len() + headers.sum::<usize>() + MESSAGE_OVERHEAD
+}
+
+impl Drops {
+    fn add(&mut self) {
+        self.total += 1;
+        self.unreported += 1;
+        self.next_report.get_or_insert_with(Instant::now);
+    }
+
+    /// Resolves when there is something to report and the last report is long enough ago.
+    async fn report_due(&self) {
+        match self.next_report {
+            Some(at) if self.unreported > 0 => sleep_until(at).await,
+            _ => pending().await,
+        }
+    }
+
+    fn report(&mut self) {
+        if self.unreported > 0 {
+            error!(
+                "dropped {} messages, {} since the start: they come faster than the webhook takes \
+                 them, and {} MiB are waiting already; use NATS_STREAM to keep such messages",
+                self.unreported,
+                self.total,
+                BUFFER_BYTES / (1024 * 1024)
+            );
+            self.unreported = 0;
+            self.next_report = Some(Instant::now() + REPORT_EVERY);
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! Subject prefixes: validation, overlap and rewriting. Pure.
+//!
+//! A NATS subject is a list of non-empty tokens joined by dots
+//! (<https://docs.nats.io/nats-concepts/subjects>).
+
+use std::{fmt, str::FromStr};
+
+/// One or more literal tokens joined by dots, such as `cms.cache`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Prefix(String);
+
+impl Prefix {
+    /// The wildcard subject that matches everything below the prefix: `<prefix>.>`.
+    #[must_use]
+    pub fn wildcard(&self) -> String {
+        format!("{self}.>")
+    }
+
+    /// Whether a subject can be below both prefixes: one equals the other or is its ancestor,
+    /// token by token. `cms.cache` and `cms.cached` do not overlap.
+    #[must_use]
+    pub fn overlaps(&self, other: &Self) -> bool {
+        self.0 == other.0 || self.rest_of(&other.0).is_some() || other.rest_of(&self.0).is_some()
+    }
+
+    /// `subject` with this prefix replaced by `target`; nothing if it is not below this prefix.
+    #[must_use]
+    pub fn rewrite(&self, subject: &str, target: &Self) -> Option<String> {
+        self.rest_of(subject).map(|rest| format!("{target}.{rest}"))
+    }
+
+    /// What follows `<prefix>.` in `subject`.
+    fn rest_of<'a>(&self, subject: &'a str) -> Option<&'a str> {
+        subject.strip_prefix(&self.0)?.strip_prefix('.')
+    }
+}
+
+impl fmt::Display for Prefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for Prefix {
+    type Err = InvalidPrefix;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text.chars().any(|c| c.is_whitespace() || c.is_control()) {
+            return Err(InvalidPrefix::WhiteSpace);
+        }
+        for token in text.split('.') {
+            match token {
+                "" => return Err(InvalidPrefix::EmptyToken),
+                "*" | ">" => return Err(InvalidPrefix::Wildcard),
+                _ => {}
+            }
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+/// Why a text is no [`Prefix`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InvalidPrefix {
+    /// A dot at the start or the end, or two in a row.
+    EmptyToken,
+    /// A token is `*` or `>`.
+    Wildcard,
+    /// White space or a control character.
+    WhiteSpace,
+}
+
+impl fmt::Display for InvalidPrefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::EmptyToken => {
+                "has an empty token; write it without a dot at either end and without two in a row, such as cms.cache"
+            }
+            Self::Wildcard => {
+                "contains a wildcard; give the bare prefix, such as cms.cache: everything below it is relayed"
+            }
+            Self::WhiteSpace => "contains white space or a control character, which no subject may",
+        })
+    }
+}
+
+impl std::error::Error for InvalidPrefix {}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn prefix(text: &str) -> Prefix {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn refuses_what_is_no_prefix() {
+        for (text, problem) in [
+            ("", InvalidPrefix::EmptyToken),
+            (".", InvalidPrefix::EmptyToken),
+            ("cms.", InvalidPrefix::EmptyToken),
+            (".cms", InvalidPrefix::EmptyToken),
+            ("cms..cache", InvalidPrefix::EmptyToken),
+            ("cms.*", InvalidPrefix::Wildcard),
+            (">", InvalidPrefix::Wildcard),
+            ("cms cache", InvalidPrefix::WhiteSpace),
+            ("cms\tcache", InvalidPrefix::WhiteSpace),
+            ("cms\u{a0}cache", InvalidPrefix::WhiteSpace),
+            ("cms\0cache", InvalidPrefix::WhiteSpace),
+        ] {
+            assert_eq!(text.parse::<Prefix>(), Err(problem), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn overlap_is_decided_token_by_token() {
+        for (a, b, expected) in [
+            ("cms.cache", "cms.cache", true),
+            ("cms", "cms.cache", true),
+            ("cms.cache.deep", "cms.cache", true),
+            ("cms.cache", "cms.cached", false),
+            ("cms.cache", "relayed.cache", false),
+            ("a", "b", false),
+        ] {
+            assert_eq!(prefix(a).overlaps(&prefix(b)), expected, "{a} {b}");
+            assert_eq!(prefix(b).overlaps(&prefix(a)), expected, "{b} {a}");
+        }
+    }
+
+    #[test]
+    fn rewrites_the_leading_prefix_only() {
+        let (from, to) = (prefix("cms.cache"), prefix("relayed.cache"));
+        assert_eq!(
+            from.rewrite("cms.cache.cms.cache.x", &to).as_deref(),
+            Some("relayed.cache.cms.cache.x")
+        );
+        assert_eq!(from.rewrite("cms.cache", &to), None);
+        assert_eq!(from.rewrite("cms.cached.x", &to), None);
+        assert_eq!(from.rewrite("other.cms.cache.x", &to), None);
+    }
+
+    /// A token of few characters, so that equal ones, and ones that begin another, are common.
+    fn tokens() -> impl Strategy<Value = Vec<String>> {
+        prop::collection::vec("[abé$-]{1,2}", 1..4)
+    }
+
+    proptest! {
+        #[test]
+        fn rewriting_loses_nothing_and_never_matches_the_subscription(
+            from in tokens(), to in tokens(), rest in tokens()
+        ) {
+            let (from, to, rest) = (prefix(&from.join(".")), prefix(&to.join(".")), rest.join("."));
+            prop_assume!(!from.overlaps(&to));
+            let subject = format!("{from}.{rest}");
+            let rewritten = from.rewrite(&subject, &to).unwrap();
+            prop_assert_eq!(from.rewrite(&rewritten, &to), None);
+            prop_assert_eq!(to.rewrite(&rewritten, &from), Some(subject));
+        }
+
+        #[test]
+        fn what_does_not_overlap_shares_no_subject(a in tokens(), b in tokens(), rest in tokens()) {
+            let (a, b) = (prefix(&a.join(".")), prefix(&b.join(".")));
+            prop_assume!(!a.overlaps(&b));
+            let subject = format!("{a}.{}", rest.join("."));
+            prop_assert_eq!(b.rest_of(&subject), None);
+        }
+
+        #[test]
+        fn any_text_is_refused_or_kept_as_it_is(text in any::<String>()) {
+            if let Ok(parsed) = text.parse::<Prefix>() {
+                prop_assert_eq!(parsed.to_string(), text);
+            }
+        }
+    }
+}

@@ -1,0 +1,333 @@
+//! One POST → success, a temporary failure (maybe with a wait) or a permanent one.
+//!
+//! Headers follow Standard Webhooks
+//! (<https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md>).
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context;
+use async_nats::HeaderMap;
+use reqwest::{
+    Client, Request, Response, StatusCode,
+    header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue, LOCATION, RETRY_AFTER},
+    redirect,
+};
+use tokio::time::{Instant, timeout_at};
+
+use crate::{
+    config::{self, Destination},
+    source::Delivery,
+};
+
+const USER_AGENT: &str = concat!("nats-webhook-relay/", env!("CARGO_PKG_VERSION"));
+const WEBHOOK_ID: HeaderName = HeaderName::from_static("webhook-id");
+const WEBHOOK_TIMESTAMP: HeaderName = HeaderName::from_static("webhook-timestamp");
+const NATS_SUBJECT: HeaderName = HeaderName::from_static("x-nats-subject");
+
+/// The message headers that are passed on as they are. No other is: a publisher must not be able
+/// to set, say, `Authorization`.
+const PASSED_ON: [HeaderName; 3] = [
+    CONTENT_TYPE,
+    HeaderName::from_static("traceparent"),
+    HeaderName::from_static("tracestate"),
+];
+
+/// An idle connection is closed before the usual server does it (Node.js after 5 s), so that no
+/// request runs into a connection that is just being closed.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
+
+/// How much of a successful answer is read so that its connection can be used again.
+const DRAIN_BYTES: usize = 64 * 1024;
+
+/// How much of a refusing answer is read for the log.
+const EXCERPT_BYTES: usize = 200;
+
+/// A longer `Retry-After` is not waited for.
+const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(60);
+
+/// Where and how to POST.
+pub struct Webhook {
+    client: Client,
+    destination: Destination,
+    /// What all requests have in common.
+    template: Request,
+    timeout: Duration,
+}
+
+/// Why an attempt did not succeed.
+#[derive(Debug)]
+pub enum Failure {
+    /// Another attempt may succeed.
+    Temporary {
+        /// What happened, without secrets.
+        reason: String,
+        /// The shortest wait before the next attempt, if the destination asks for one.
+        retry_after: Option<Duration>,
+    },
+    /// No further attempt can succeed.
+    Permanent {
+        /// What happened, without secrets.
+        reason: String,
+    },
+}
+
+impl Webhook {
+    /// Prepares requests to the configured destination; sends nothing.
+    ///
+    /// # Errors
+    /// If TLS can't be set up.
+    pub fn new(config: &config::Webhook) -> anyhow::Result<Self> {
+        // The one provider for all TLS. It is set already where there are several relays in one
+        // process, and that is as good.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let mut builder = Client::builder()
+            .user_agent(USER_AGENT)
+            .redirect(redirect::Policy::none())
+            .pool_max_idle_per_host(1)
+            .pool_idle_timeout(IDLE_TIMEOUT)
+            .tcp_nodelay(true);
+        if config.destination.expose_url().scheme() == "http" {
+            // Without TLS there is no need to read the system's trust store into memory.
+            builder = builder.tls_certs_only([]);
+        }
+        let client = builder.build().context("cannot set up the HTTP client")?;
+        let template = client
+            .post(config.destination.expose_url().clone())
+            .header(CONTENT_TYPE, "application/json")
+            .build()
+            .map_err(reqwest::Error::without_url)
+            .context("WEBHOOK_DESTINATION cannot be used")?;
+        Ok(Self {
+            client,
+            destination: config.destination.clone(),
+            template,
+            timeout: config.timeout,
+        })
+    }
+
+    /// Where messages are POSTed to.
+    #[must_use]
+    pub fn destination(&self) -> &Destination {
+        &self.destination
+    }
+
+    /// One attempt to POST a message.
+    ///
+    /// # Errors
+    /// If the destination did not answer with success in time.
+    pub async fn post(&self, delivery: &Delivery, id: &HeaderValue) -> Result<StatusCode, Failure> {
+        let deadline = Instant::now() + self.timeout;
+        let response =
+            match timeout_at(deadline, self.client.execute(self.request(delivery, id))).await {
+                Ok(Ok(response)) => response,
+                Ok(Err(error)) => return Err(temporary(describe(error))),
+                Err(_) => return Err(temporary(format!("no answer within {:?}", self.timeout))),
+            };
+        let status = response.status();
+        match status.as_u16() {
+            200..=299 => {
+                // The message has arrived, whatever becomes of the rest of the answer.
+                let _ = timeout_at(deadline, read(response, DRAIN_BYTES)).await;
+                Ok(status)
+            }
+            300..=399 => Err(Failure::Permanent {
+                reason: self.redirect_reason(&response),
+            }),
+            408 | 425 | 429 | 500..=599 => Err(Failure::Temporary {
+                retry_after: retry_after(&response),
+                reason: format!("answered {status}"),
+            }),
+            400..=499 => {
+                let body = timeout_at(deadline, read(response, EXCERPT_BYTES)).await;
+                let excerpt = printable(&body.unwrap_or_default());
+                Err(Failure::Permanent {
+                    reason: format!("answered {status}: {excerpt}"),
+                })
+            }
+            _ => Err(temporary(format!(
+                "answered {status}, which is no answer to a POST"
+            ))),
+        }
+    }
+
+    fn request(&self, delivery: &Delivery, id: &HeaderValue) -> Request {
+        let mut request = Request::new(self.template.method().clone(), self.template.url().clone());
+        let headers = request.headers_mut();
+        headers.clone_from(self.template.headers());
+        for name in PASSED_ON {
+            if let Some(value) = header(&delivery.headers, name.as_str())
+                && let Ok(value) = HeaderValue::from_str(value)
+            {
+                headers.insert(name, value);
+            }
+        }
+        // A subject that no HTTP header can hold (it has a control character) is left out.
+        if let Ok(subject) = HeaderValue::from_bytes(delivery.subject.as_bytes()) {
+            headers.insert(NATS_SUBJECT, subject);
+        }
+        headers.insert(WEBHOOK_ID, id.clone());
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_secs();
+        headers.insert(WEBHOOK_TIMESTAMP, now.into());
+        // The HTTP client leaves it out where there is no body, and some servers insist on it
+        // (RFC 9110, 8.6).
+        headers.insert(CONTENT_LENGTH, delivery.payload.len().into());
+        *request.body_mut() = Some(delivery.payload.clone().into());
+        request
+    }
+
+    fn redirect_reason(&self, response: &Response) -> String {
+        let target = response
+            .headers()
+            .get(LOCATION)
+            .and_then(|location| location.to_str().ok())
+            .and_then(|location| self.template.url().join(location).ok());
+        let status = response.status();
+        match target {
+            Some(url) => format!(
+                "answered {status} to {}; redirects are not followed, set WEBHOOK_DESTINATION to it",
+                config::without_secrets(&url)
+            ),
+            None => format!("answered {status} without a target; check WEBHOOK_DESTINATION"),
+        }
+    }
+}
+
+/// The `webhook-id` of a message, the same over retries: its `Nats-Msg-Id`, else a random one.
+#[must_use]
+pub fn message_id(delivery: &Delivery) -> HeaderValue {
+    header(&delivery.headers, async_nats::header::NATS_MESSAGE_ID)
+        .filter(|id| is_webhook_id(id))
+        .and_then(|id| HeaderValue::from_str(id).ok())
+        .unwrap_or_else(|| {
+            let id = format!("msg_{:032x}", fastrand::u128(..));
+            HeaderValue::from_str(&id).unwrap_or(HeaderValue::from_static("msg"))
+        })
+}
+
+/// Whether `id` can be signed: the signed text is `id.timestamp.payload`, so that a dot in the id
+/// would make it ambiguous (Standard Webhooks, "Signature scheme").
+fn is_webhook_id(id: &str) -> bool {
+    (1..=256).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic() && b != b'.')
+}
+
+/// The value of a message header, whatever the case of its name.
+fn header<'a>(headers: &'a HeaderMap, name: impl AsRef<str>) -> Option<&'a str> {
+    let name = name.as_ref().as_bytes();
+    headers
+        .iter()
+        .find(|(candidate, _)| AsRef::<[u8]>::as_ref(*candidate).eq_ignore_ascii_case(name))
+        .and_then(|(_, values)| values.first())
+        .map(async_nats::HeaderValue::as_str)
+}
+
+fn temporary(reason: String) -> Failure {
+    Failure::Temporary {
+        reason,
+        retry_after: None,
+    }
+}
+
+/// The cause at the bottom of a failed request, which says most, and never the URL.
+fn describe(error: reqwest::Error) -> String {
+    let error = error.without_url();
+    let mut cause: &dyn std::error::Error = &error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    if error.is_connect() {
+        format!("cannot connect: {cause}")
+    } else {
+        format!("no valid answer: {cause}")
+    }
+}
+
+/// The body of an answer, up to a bound. What does not come is not missed.
+async fn read(mut response: Response, bound: usize) -> Vec<u8> {
+    let mut body = Vec::new();
+    while let Ok(Some(chunk)) = response.chunk().await {
+        let fits = chunk.len().min(bound - body.len());
+        body.extend_from_slice(&chunk[..fits]);
+        if body.len() == bound {
+            break;
+        }
+    }
+    body
+}
+
+/// Text from elsewhere, fit for one line of a log.
+fn printable(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes);
+    let words: Vec<_> = text
+        .split(|c: char| c.is_whitespace() || c.is_control())
+        .collect();
+    let mut line = words.join(" ").trim().to_owned();
+    if line.is_empty() {
+        line.push_str("(no body)");
+    }
+    line
+}
+
+/// The wait that a `Retry-After` header asks for, in seconds or as a date (RFC 9110, 10.2.3).
+fn retry_after(response: &Response) -> Option<Duration> {
+    let value = response.headers().get(RETRY_AFTER)?.to_str().ok()?;
+    parse_retry_after(value, SystemTime::now())
+}
+
+fn parse_retry_after(value: &str, now: SystemTime) -> Option<Duration> {
+    let wait = match value.trim().parse() {
+        Ok(seconds) => Duration::from_secs(seconds),
+        Err(_) => httpdate::parse_http_date(value)
+            .ok()?
+            .duration_since(now)
+            .unwrap_or_default(),
+    };
+    Some(wait.min(LONGEST_RETRY_AFTER))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retry_after_is_seconds_or_a_date_and_bounded() {
+        let now = UNIX_EPOCH + Duration::from_secs(784_111_777); // Sun, 06 Nov 1994 08:49:37 GMT
+        for (value, seconds) in [
+            ("0", Some(0)),
+            (" 7 ", Some(7)),
+            ("3600", Some(60)),
+            ("Sun, 06 Nov 1994 08:49:47 GMT", Some(10)),
+            ("Sun, 06 Nov 1994 08:49:27 GMT", Some(0)),
+            ("Sun, 06 Nov 1994 09:49:37 GMT", Some(60)),
+            ("-1", None),
+            ("1.5", None),
+            ("soon", None),
+            ("", None),
+        ] {
+            let expected = seconds.map(Duration::from_secs);
+            assert_eq!(parse_retry_after(value, now), expected, "{value:?}");
+        }
+    }
+
+    #[test]
+    fn an_excerpt_is_one_printable_line() {
+        assert_eq!(printable(b"no\r\n\x1b[31mway\xff"), "no   [31mway\u{fffd}");
+        assert_eq!(printable(b" \n"), "(no body)");
+    }
+
+    #[test]
+    fn an_id_that_cannot_be_signed_is_not_used() {
+        for (id, good) in [
+            ("msg_1-a", true),
+            ("", false),
+            ("a.b", false),
+            ("a b", false),
+            ("ä", false),
+            (&"x".repeat(257), false),
+        ] {
+            assert_eq!(is_webhook_id(id), good, "{id:?}");
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! The relay as a process, between a real nats-server and a webhook.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+mod relaying;

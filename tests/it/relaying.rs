@@ -1,0 +1,228 @@
+//! The main job: the same message, after its webhook, in order.
+
+use std::time::Duration;
+
+use async_nats::HeaderMap;
+
+use crate::support::{Answer, NatsServer, Received, Relay, Webhook, next};
+
+#[tokio::test]
+async fn a_message_goes_to_the_webhook_and_then_to_the_relayed_subject() {
+    let nats = NatsServer::start().await;
+    let client = nats.client().await;
+    let mut relayed = client.subscribe("relayed.>").await.unwrap();
+    let webhook = Webhook::start(|_, _| Answer::ok_after(Duration::from_millis(30))).await;
+    let relay = Relay::listening(&nats, &webhook, &[]).await;
+
+    let mut headers = HeaderMap::new();
+    headers.append("Nats-Msg-Id", "edit-17");
+    headers.append(
+        "Traceparent",
+        "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+    );
+    headers.append("tracestate", "a=1");
+    headers.append("Authorization", "Bearer stolen");
+    headers.append("X-Twice", "one");
+    headers.append("X-Twice", "two");
+    client
+        .publish_with_reply_and_headers(
+            "cms.cache.pages.home",
+            "reply.here",
+            headers.clone(),
+            r#"{"tags":["home"]}"#.into(),
+        )
+        .await
+        .unwrap();
+
+    let message = next(&mut relayed).await;
+    let relayed_at = std::time::Instant::now();
+    assert_eq!(message.subject.as_str(), "relayed.cache.pages.home");
+    assert_eq!(&message.payload[..], br#"{"tags":["home"]}"#);
+    assert_eq!(message.headers, Some(headers));
+    assert_eq!(message.reply, None);
+
+    let requests = webhook.received(1).await;
+    let request = &requests[0];
+    assert!(
+        request.answered.unwrap() <= relayed_at,
+        "it was relayed before its webhook succeeded"
+    );
+    assert_eq!(request.line, "POST /hook HTTP/1.1");
+    assert_eq!(request.text(), r#"{"tags":["home"]}"#);
+    let expected = [
+        ("content-type", Some("application/json")),
+        (
+            "user-agent",
+            Some(concat!("nats-webhook-relay/", env!("CARGO_PKG_VERSION"))),
+        ),
+        ("x-nats-subject", Some("cms.cache.pages.home")),
+        ("webhook-id", Some("edit-17")),
+        (
+            "traceparent",
+            Some("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"),
+        ),
+        ("tracestate", Some("a=1")),
+        ("authorization", None),
+        ("x-twice", None),
+        ("accept-encoding", None),
+    ];
+    for (name, value) in expected {
+        assert_eq!(request.header(name), value, "{name}");
+    }
+    let timestamp: u64 = request
+        .header("webhook-timestamp")
+        .unwrap()
+        .parse()
+        .unwrap();
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap()
+        .as_secs();
+    assert!(now - timestamp < 60, "{timestamp}");
+    relay
+        .logged("cms.cache.pages.home -> relayed.cache.pages.home (200, ")
+        .await;
+}
+
+#[tokio::test]
+async fn any_payload_is_relayed_byte_for_byte() {
+    let nats = NatsServer::start().await;
+    let client = nats.client().await;
+    let mut relayed = client.subscribe("relayed.>").await.unwrap();
+    let webhook = Webhook::ok().await;
+    let _relay = Relay::listening(&nats, &webhook, &[]).await;
+    let every_byte: Vec<u8> = (0..=255).cycle().take(100_000).collect();
+    let largest = vec![b'x'; client.max_payload()];
+    for payload in [
+        Vec::new(),
+        b"\r\n\0\r\nPUB x 0\r\n".to_vec(),
+        every_byte,
+        largest,
+    ] {
+        client
+            .publish("cms.cache.x", payload.clone().into())
+            .await
+            .unwrap();
+        let message = next(&mut relayed).await;
+        assert!(message.payload == payload, "{} bytes differ", payload.len());
+        assert_eq!(message.headers, None);
+        let request = webhook.requests().pop().unwrap();
+        assert!(request.body == payload, "{} bytes differ", payload.len());
+        assert_eq!(
+            request.header("content-length").unwrap(),
+            payload.len().to_string()
+        );
+    }
+}
+
+#[tokio::test]
+async fn the_content_type_is_the_message_s_own_if_it_has_one() {
+    let nats = NatsServer::start().await;
+    let client = nats.client().await;
+    let mut relayed = client.subscribe("relayed.>").await.unwrap();
+    let webhook = Webhook::ok().await;
+    let _relay = Relay::listening(&nats, &webhook, &[]).await;
+    for (own, sent) in [
+        ("text/plain", "text/plain"),
+        ("a\u{1}b", "application/json"),
+    ] {
+        let mut headers = HeaderMap::new();
+        headers.insert("Content-Type", own);
+        client
+            .publish_with_headers("cms.cache.x", headers, "x".into())
+            .await
+            .unwrap();
+        next(&mut relayed).await;
+        assert_eq!(
+            webhook.requests().pop().unwrap().header("content-type"),
+            Some(sent)
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_message_without_a_usable_id_gets_one_of_its_own() {
+    let nats = NatsServer::start().await;
+    let client = nats.client().await;
+    let webhook = Webhook::ok().await;
+    let _relay = Relay::listening(&nats, &webhook, &[]).await;
+    for id in [None, None, Some("has.dots")] {
+        let headers = id.map(|id| [("Nats-Msg-Id", id)].into_iter().collect_headers());
+        let headers = headers.unwrap_or_default();
+        client
+            .publish_with_headers("cms.cache.x", headers, "x".into())
+            .await
+            .unwrap();
+    }
+    let requests = webhook.received(3).await;
+    let mut ids: Vec<_> = requests
+        .iter()
+        .map(|r| r.header("webhook-id").unwrap())
+        .collect();
+    assert!(
+        ids.iter()
+            .all(|id| id.len() == 36 && id.starts_with("msg_")),
+        "{ids:?}"
+    );
+    ids.sort_unstable();
+    ids.dedup();
+    assert_eq!(ids.len(), 3);
+}
+
+trait CollectHeaders {
+    fn collect_headers(self) -> HeaderMap;
+}
+
+impl<'a, I: Iterator<Item = (&'a str, &'a str)>> CollectHeaders for I {
+    fn collect_headers(self) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        self.for_each(|(name, value)| headers.append(name, value));
+        headers
+    }
+}
+
+#[tokio::test]
+async fn five_hundred_messages_stay_in_order_under_random_latencies_and_failures() {
+    const COUNT: usize = 500;
+    let nats = NatsServer::start().await;
+    let client = nats.client().await;
+    let mut relayed = client.subscribe("relayed.>").await.unwrap();
+    let webhook = Webhook::start(|n, _| match n {
+        100 | 250 => Answer::status(503),
+        _ => Answer::ok_after(Duration::from_millis(fastrand::u64(0..5))),
+    })
+    .await;
+    let _relay = Relay::listening(&nats, &webhook, &[]).await;
+    for n in 0..COUNT {
+        client
+            .publish(format!("cms.cache.{}", n % 7), n.to_string().into())
+            .await
+            .unwrap();
+    }
+    for n in 0..COUNT {
+        let message = next(&mut relayed).await;
+        assert_eq!(message.payload, n.to_string());
+        assert_eq!(message.subject.as_str(), format!("relayed.cache.{}", n % 7));
+    }
+    let requests = webhook.requests();
+    assert_eq!(requests.len(), COUNT + 2);
+    for pair in requests.windows(2) {
+        assert!(
+            pair[0].answered.unwrap() <= pair[1].at,
+            "two requests at a time"
+        );
+    }
+    let mut bodies: Vec<_> = requests.iter().map(Received::text).collect();
+    bodies.dedup();
+    assert!(
+        bodies
+            .iter()
+            .enumerate()
+            .all(|(n, body)| *body == n.to_string()),
+        "{bodies:?}"
+    );
+    assert!(
+        requests.iter().all(|request| request.connection == 0),
+        "the connection is kept"
+    );
+}

@@ -1,0 +1,134 @@
+use std::{
+    fs,
+    process::{Child, Command, Stdio},
+};
+
+use async_nats::{Client, ConnectOptions, Subscriber};
+use futures::StreamExt;
+use tempfile::TempDir;
+
+use super::{PATIENCE, until};
+
+/// A nats-server on a free loopback port; killed when dropped.
+pub struct NatsServer {
+    process: Child,
+    port: u16,
+    directory: TempDir,
+}
+
+impl NatsServer {
+    pub async fn start() -> Self {
+        Self::with_config("").await
+    }
+
+    /// With a configuration file; `$DIR` in it is a directory of the server's own.
+    pub async fn with_config(config: &str) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let config = config.replace("$DIR", directory.path().to_str().unwrap());
+        fs::write(directory.path().join("nats.conf"), config).unwrap();
+        let process = spawn(&directory, -1);
+        let ports_file = directory
+            .path()
+            .join(format!("nats-server_{}.ports", process.id()));
+        let mut port = None;
+        until("nats-server has written its ports", || {
+            let ports = fs::read_to_string(&ports_file).unwrap_or_default();
+            let digits = ports.split_once("127.0.0.1:").map(|(_, rest)| rest);
+            port = digits.and_then(|rest| rest.split('"').next()?.parse().ok());
+            port.is_some()
+        })
+        .await;
+        Self {
+            process,
+            port: port.unwrap(),
+            directory,
+        }
+    }
+
+    pub fn url(&self) -> String {
+        format!("nats://127.0.0.1:{}", self.port)
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    pub fn directory(&self) -> &std::path::Path {
+        self.directory.path()
+    }
+
+    pub async fn client(&self) -> Client {
+        self.client_with(ConnectOptions::new()).await
+    }
+
+    pub async fn client_with(&self, options: ConnectOptions) -> Client {
+        let options = options
+            .retry_on_initial_connect()
+            .subscription_capacity(1 << 24);
+        let client = options.connect(self.url()).await.unwrap();
+        tokio::time::timeout(PATIENCE, client.flush())
+            .await
+            .expect("nats-server is up")
+            .unwrap();
+        client
+    }
+
+    /// As a power cut would.
+    pub fn kill(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+
+    /// Again on the same port, with the same configuration and files.
+    pub fn restart(&mut self) {
+        self.process = spawn(&self.directory, self.port.into());
+    }
+
+    /// With another configuration from now on.
+    pub fn reload(&self, config: &str) {
+        fs::write(self.directory.path().join("nats.conf"), config).unwrap();
+        let signal = format!("--signal=reload={}", self.process.id());
+        assert!(
+            Command::new("nats-server")
+                .arg(signal)
+                .status()
+                .unwrap()
+                .success()
+        );
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
+    }
+}
+
+impl Drop for NatsServer {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn spawn(directory: &TempDir, port: i32) -> Child {
+    let directory = directory.path();
+    Command::new("nats-server")
+        .args(["-a", "127.0.0.1", "-p", &port.to_string()])
+        .arg("-c")
+        .arg(directory.join("nats.conf"))
+        .arg("-l")
+        .arg(directory.join("log"))
+        .arg("--ports_file_dir")
+        .arg(directory)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("nats-server is on PATH; scripts/test brings it")
+}
+
+/// The next message, which has to come.
+pub async fn next(subscriber: &mut Subscriber) -> async_nats::Message {
+    let message = tokio::time::timeout(PATIENCE, subscriber.next()).await;
+    message
+        .expect("a message comes in time")
+        .expect("the subscription is open")
+}

@@ -1,0 +1,155 @@
+use std::{
+    path::Path,
+    process::{Command as StdCommand, Stdio},
+    sync::{Arc, Mutex},
+};
+
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncBufReadExt, AsyncRead, BufReader},
+    process::{Child, Command},
+};
+
+use super::{NatsServer, PATIENCE, Webhook, until};
+
+pub const PREFIX: &str = "cms.cache";
+pub const RELAYED_PREFIX: &str = "relayed.cache";
+
+/// The relay as its users run it: a process with an environment; killed when dropped.
+pub struct Relay {
+    process: Child,
+    log: Arc<Mutex<Vec<String>>>,
+    directory: TempDir,
+}
+
+impl Relay {
+    /// With nothing in its environment but `variables`, in an empty directory.
+    pub fn start<'a>(variables: impl IntoIterator<Item = (&'a str, &'a str)>) -> Self {
+        Self::start_in(tempfile::tempdir().unwrap(), variables)
+    }
+
+    pub fn start_in<'a>(
+        directory: TempDir,
+        variables: impl IntoIterator<Item = (&'a str, &'a str)>,
+    ) -> Self {
+        let mut process = Command::new(Self::program())
+            .env_clear()
+            .envs(variables)
+            .current_dir(directory.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let log = Arc::default();
+        collect(process.stdout.take().unwrap(), &log);
+        collect(process.stderr.take().unwrap(), &log);
+        Self {
+            process,
+            log,
+            directory,
+        }
+    }
+
+    /// The program under test.
+    pub fn program() -> &'static str {
+        env!("CARGO_BIN_EXE_nats-webhook-relay")
+    }
+
+    /// Between a server and a webhook, with changes; an empty value removes a variable.
+    pub fn between(nats: &NatsServer, webhook: &str, changes: &[(&str, &str)]) -> Self {
+        let url = nats.url();
+        let usual = [
+            ("WEBHOOK_DESTINATION", webhook),
+            ("NATS_HOST", &url),
+            ("NATS_SUBJECT_PREFIX", PREFIX),
+            ("NATS_RELAYED_SUBJECT_PREFIX", RELAYED_PREFIX),
+        ];
+        Self::start(usual.into_iter().chain(changes.iter().copied()))
+    }
+
+    /// The same, once it is subscribed.
+    pub async fn listening(nats: &NatsServer, webhook: &Webhook, changes: &[(&str, &str)]) -> Self {
+        let relay = Self::between(nats, &webhook.url(), changes);
+        relay.logged("listening on").await;
+        relay
+    }
+
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    pub fn id(&self) -> u32 {
+        self.process.id().expect("the relay runs")
+    }
+
+    /// The log so far.
+    pub fn log(&self) -> Vec<String> {
+        self.log.lock().unwrap().clone()
+    }
+
+    /// The lines of the log so far that contain `text`.
+    pub fn lines(&self, text: &str) -> Vec<String> {
+        self.log()
+            .into_iter()
+            .filter(|line| line.contains(text))
+            .collect()
+    }
+
+    /// The first line that contains `text`, once there is one.
+    pub async fn logged(&self, text: &str) -> String {
+        self.logged_times(text, 1).await.remove(0)
+    }
+
+    /// The lines that contain `text`, once there are at least `count`.
+    pub async fn logged_times(&self, text: &str, count: usize) -> Vec<String> {
+        let deadline = tokio::time::Instant::now() + PATIENCE;
+        loop {
+            let lines = self.lines(text);
+            if lines.len() >= count {
+                return lines;
+            }
+            assert!(
+                tokio::time::Instant::now() < deadline,
+                "{text:?} was not logged {count} times: {:#?}",
+                self.log()
+            );
+            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+        }
+    }
+
+    /// Sends a signal, such as `TERM`.
+    pub fn signal(&self, name: &str) {
+        let id = self.id().to_string();
+        let sent = StdCommand::new("kill")
+            .args(["-s", name, &id])
+            .status()
+            .unwrap();
+        assert!(sent.success(), "kill -s {name} {id}");
+    }
+
+    /// The exit code and the whole log, once it has ended; none if it was killed.
+    pub async fn ended(mut self) -> (Option<i32>, Vec<String>) {
+        let ended = tokio::time::timeout(PATIENCE, self.process.wait()).await;
+        let status = ended
+            .unwrap_or_else(|_| panic!("it did not end: {:#?}", self.log()))
+            .unwrap();
+        // The collectors hold the log as long as there is something to read.
+        until("all of its log was read", || {
+            Arc::strong_count(&self.log) == 1
+        })
+        .await;
+        (status.code(), self.log())
+    }
+}
+
+fn collect(from: impl AsyncRead + Send + Unpin + 'static, log: &Arc<Mutex<Vec<String>>>) {
+    let log = Arc::clone(log);
+    tokio::spawn(async move {
+        let mut lines = BufReader::new(from).lines();
+        while let Ok(Some(line)) = lines.next_line().await {
+            log.lock().unwrap().push(line);
+        }
+    });
+}
