@@ -149,13 +149,13 @@ fn read_dotenv(path: &Path) -> Result<BTreeMap<String, OsString>, String> {
     Ok(Environment::from_iter(variables).0)
 }
 
-/// The number, from 1, of the line at which `faulty`, a text of one or more lines that the parser
-/// handed back without its comment, starts in `text`.
+/// The number, from 1, of the line at which `faulty` starts in `text`: what the parser hands back
+/// is a line, or several where a quote is open, or the value alone, in any case without a comment.
 fn line_number(text: &str, faulty: &str) -> usize {
     let first = faulty.lines().next().unwrap_or_default();
     text.lines()
         .position(|line| line == first)
-        .or_else(|| text.lines().position(|line| line.starts_with(first)))
+        .or_else(|| text.lines().position(|line| line.contains(first)))
         .map_or(1, |index| index + 1)
 }
 
@@ -178,7 +178,7 @@ mod tests {
             ("A=1\nthis is hunter2\nB=2\n", 2),
             ("A=1\nA\n", 2),
             ("# note\n\nA='hunter2\nB=2\n", 3),
-            ("A=hunter2 hunter2 # note\n", 1),
+            ("# note\nA=hunter2 hunter2 # note\n", 2),
         ] {
             let problem = dotenv(text.as_bytes()).unwrap_err();
             assert!(

@@ -198,13 +198,16 @@ impl Webhook {
 /// The `webhook-id` of a message, the same over retries: its `Nats-Msg-Id`, else a random one.
 #[must_use]
 pub fn message_id(delivery: &Delivery) -> HeaderValue {
-    header(&delivery.headers, async_nats::header::NATS_MESSAGE_ID)
-        .filter(|id| is_webhook_id(id))
-        .and_then(|id| HeaderValue::from_str(id).ok())
-        .unwrap_or_else(|| {
-            let id = format!("msg_{:032x}", fastrand::u128(..));
-            HeaderValue::from_str(&id).unwrap_or(HeaderValue::from_static("msg"))
-        })
+    header(
+        &delivery.headers,
+        async_nats::header::NATS_MESSAGE_ID.as_ref(),
+    )
+    .filter(|id| is_webhook_id(id))
+    .and_then(|id| HeaderValue::from_str(id).ok())
+    .unwrap_or_else(|| {
+        let id = format!("msg_{:032x}", fastrand::u128(..));
+        HeaderValue::from_str(&id).unwrap_or(HeaderValue::from_static("msg"))
+    })
 }
 
 /// Whether `id` can be signed: the signed text is `id.timestamp.payload`, so that a dot in the id
@@ -214,8 +217,8 @@ fn is_webhook_id(id: &str) -> bool {
 }
 
 /// The value of a message header, whatever the case of its name.
-fn header<'a>(headers: &'a HeaderMap, name: impl AsRef<str>) -> Option<&'a str> {
-    let name = name.as_ref().as_bytes();
+fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    let name = name.as_bytes();
     headers
         .iter()
         .find(|(candidate, _)| AsRef::<[u8]>::as_ref(*candidate).eq_ignore_ascii_case(name))

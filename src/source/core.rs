@@ -4,6 +4,7 @@ use std::{collections::VecDeque, future::pending, time::Duration};
 
 use anyhow::Context;
 use async_nats::{Client, Message, Subscriber};
+use bytes::Bytes;
 use futures::{FutureExt, StreamExt};
 use log::error;
 use tokio::time::{Instant, sleep_until};
@@ -99,7 +100,8 @@ impl Core {
         let delivery = Delivery {
             subject: message.subject,
             headers: message.headers.unwrap_or_default(),
-            payload: message.payload,
+            // A payload is a part of a larger read buffer, which would be kept along with it.
+            payload: Bytes::copy_from_slice(&message.payload),
         };
         let bytes = cost(&delivery);
         if self.waiting_bytes + bytes > BUFFER_BYTES && !self.waiting.is_empty() {

@@ -4,4 +4,9 @@
 
 mod support;
 
+mod buffer;
+mod configuration;
+mod nats_faults;
+mod outcomes;
 mod relaying;
+mod stopping;

@@ -16,7 +16,7 @@ mod webhook;
 use std::time::Duration;
 
 pub use nats::{NatsServer, next};
-pub use relay::{PREFIX, RELAYED_PREFIX, Relay};
+pub use relay::Relay;
 pub use webhook::{Answer, Received, Webhook};
 
 /// Far longer than anything awaited takes; reaching it is a failure.

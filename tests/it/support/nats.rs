@@ -73,6 +73,13 @@ impl NatsServer {
         client
     }
 
+    /// Publishes one message, and returns once the server has it.
+    pub async fn publish(&self, subject: &'static str, payload: &'static str) {
+        let client = self.client().await;
+        client.publish(subject, payload.into()).await.unwrap();
+        client.flush().await.unwrap();
+    }
+
     /// As a power cut would.
     pub fn kill(&mut self) {
         self.process.kill().unwrap();

@@ -1,5 +1,5 @@
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command as StdCommand, Stdio},
     sync::{Arc, Mutex},
 };
@@ -11,9 +11,6 @@ use tokio::{
 };
 
 use super::{NatsServer, PATIENCE, Webhook, until};
-
-pub const PREFIX: &str = "cms.cache";
-pub const RELAYED_PREFIX: &str = "relayed.cache";
 
 /// The relay as its users run it: a process with an environment; killed when dropped.
 pub struct Relay {
@@ -52,9 +49,14 @@ impl Relay {
         }
     }
 
-    /// The program under test.
-    pub fn program() -> &'static str {
-        env!("CARGO_BIN_EXE_nats-webhook-relay")
+    /// The program under test. Where cargo does not tell (in an example), it is where cargo puts it.
+    pub fn program() -> PathBuf {
+        match option_env!("CARGO_BIN_EXE_nats-webhook-relay") {
+            Some(path) => path.into(),
+            None => std::env::current_exe()
+                .unwrap()
+                .with_file_name("../nats-webhook-relay"),
+        }
     }
 
     /// Between a server and a webhook, with changes; an empty value removes a variable.
@@ -63,8 +65,8 @@ impl Relay {
         let usual = [
             ("WEBHOOK_DESTINATION", webhook),
             ("NATS_HOST", &url),
-            ("NATS_SUBJECT_PREFIX", PREFIX),
-            ("NATS_RELAYED_SUBJECT_PREFIX", RELAYED_PREFIX),
+            ("NATS_SUBJECT_PREFIX", "cms.cache"),
+            ("NATS_RELAYED_SUBJECT_PREFIX", "relayed.cache"),
         ];
         Self::start(usual.into_iter().chain(changes.iter().copied()))
     }

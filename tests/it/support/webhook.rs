@@ -32,6 +32,8 @@ pub struct Received {
     pub at: Instant,
     /// When the answer was sent, if it was.
     pub answered: Option<Instant>,
+    /// The status it was answered with; 0 where that is no plain status.
+    pub status: u16,
 }
 
 impl Received {
@@ -176,6 +178,7 @@ impl<F: Fn(usize, &Received) -> Answer> Endpoint<F> {
                     if !delay.is_zero() {
                         tokio::time::sleep(delay).await;
                     }
+                    self.requests.lock().unwrap()[index].status = status;
                     format!("HTTP/1.1 {status} Test\r\ncontent-length: 0\r\n\r\n").into_bytes()
                 }
                 Answer::Raw(bytes) => bytes,
@@ -222,5 +225,6 @@ async fn read_request(stream: &mut BufReader<TcpStream>, connection: usize) -> O
         connection,
         at: Instant::now(),
         answered: None,
+        status: 0,
     })
 }

@@ -1,0 +1,207 @@
+//! The configuration as a process meets it.
+
+use std::fs;
+
+use crate::support::{Answer, NatsServer, Relay, Webhook};
+
+const GOOD: [(&str, &str); 4] = [
+    ("WEBHOOK_DESTINATION", "http://127.0.0.1:1/"),
+    ("NATS_HOST", "nats://127.0.0.1:1"),
+    ("NATS_SUBJECT_PREFIX", "cms.cache"),
+    ("NATS_RELAYED_SUBJECT_PREFIX", "relayed.cache"),
+];
+
+#[tokio::test]
+async fn every_problem_is_reported_in_one_run() {
+    let (code, log) = Relay::start([("NATS_USER", "u"), ("WEBHOOK_TIMEOUT", "15")])
+        .ended()
+        .await;
+    assert_eq!(code, Some(78), "{log:#?}");
+    for variable in GOOD
+        .map(|(name, _)| name)
+        .iter()
+        .chain(&["NATS_PASS", "WEBHOOK_TIMEOUT"])
+    {
+        let lines = log
+            .iter()
+            .filter(|line| line.contains(&format!("configuration: {variable} ")));
+        assert_eq!(lines.count(), 1, "{variable}: {log:#?}");
+    }
+}
+
+#[tokio::test]
+async fn the_environment_wins_over_env_local_and_that_over_env() {
+    let directory = tempfile::tempdir().unwrap();
+    fs::write(
+        directory.path().join(".env.local"),
+        "NATS_HOST=nats://127.0.0.1:2\n",
+    )
+    .unwrap();
+    let lowest = GOOD
+        .map(|(name, value)| format!("{name}='{value}'\n"))
+        .concat();
+    fs::write(
+        directory.path().join(".env"),
+        lowest + "NATS_SUBJECT_PREFIX=env\n",
+    )
+    .unwrap();
+    let relay = Relay::start_in(directory, [("WEBHOOK_DESTINATION", "ftp://environment")]);
+    let (code, log) = relay.ended().await;
+    assert_eq!(code, Some(78), "{log:#?}");
+    assert!(log.concat().contains("starts with ftp:"), "{log:#?}");
+
+    let directory = tempfile::tempdir().unwrap();
+    fs::write(
+        directory.path().join(".env.local"),
+        "NATS_HOST=nats://127.0.0.1:2\n",
+    )
+    .unwrap();
+    let lowest = GOOD
+        .map(|(name, value)| format!("{name}='{value}'\n"))
+        .concat();
+    fs::write(directory.path().join(".env"), lowest).unwrap();
+    let relay = Relay::start_in(directory, []);
+    relay
+        .logged("cannot connect to NATS at nats://127.0.0.1:2")
+        .await;
+}
+
+#[tokio::test]
+async fn a_malformed_dotenv_file_is_reported_with_file_and_line() {
+    let directory = tempfile::tempdir().unwrap();
+    fs::write(
+        directory.path().join(".env.local"),
+        "# note\nNATS_PASS=hunter2 hunter2\n",
+    )
+    .unwrap();
+    let (code, log) = Relay::start_in(directory, GOOD).ended().await;
+    assert_eq!(code, Some(78), "{log:#?}");
+    assert!(log.concat().contains(".env.local, line 2: "), "{log:#?}");
+    assert!(!log.concat().contains("hunter2"), "{log:#?}");
+}
+
+#[tokio::test]
+async fn a_misspelt_variable_is_pointed_out() {
+    let variables = GOOD
+        .into_iter()
+        .chain([("WEBHOOK_TIMEOUTS", "1s"), ("NATS_PORT", "tcp://")]);
+    let relay = Relay::start(variables);
+    relay.logged("cannot connect").await;
+    assert_eq!(relay.lines("is set but not known").len(), 1);
+    assert_eq!(
+        relay
+            .lines("WEBHOOK_TIMEOUTS is set but not known; is WEBHOOK_TIMEOUT meant?")
+            .len(),
+        1
+    );
+}
+
+fn output(arguments: &[&str]) -> (Option<i32>, String) {
+    let output = std::process::Command::new(Relay::program())
+        .args(arguments)
+        .output()
+        .unwrap();
+    (
+        output.status.code(),
+        String::from_utf8([output.stdout, output.stderr].concat()).unwrap(),
+    )
+}
+
+#[test]
+fn help_and_version_need_no_configuration_and_other_arguments_are_refused() {
+    let (code, help) = output(&["--help"]);
+    assert_eq!(code, Some(0));
+    for variable in nats_webhook_relay::config::VARIABLES {
+        assert!(
+            help.contains(&format!("  {} ", variable.name)),
+            "{}",
+            variable.name
+        );
+    }
+    let version = concat!("nats-webhook-relay ", env!("CARGO_PKG_VERSION"), "\n");
+    assert_eq!(output(&["--version"]), (Some(0), version.to_owned()));
+    for arguments in [&["--port"][..], &["serve"], &["--help", "--version"]] {
+        let (code, text) = output(arguments);
+        assert_eq!(code, Some(78), "{text}");
+        assert!(
+            text.contains("Not understood") && text.contains("Usage"),
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn documents_agree_with_the_table_of_variables() {
+    let readme = include_str!("../../README.md");
+    let example = include_str!("../../.env.example");
+    for variable in nats_webhook_relay::config::VARIABLES {
+        let row = readme
+            .lines()
+            .find(|line| line.starts_with('|') && line.contains(&format!("`{}`", variable.name)))
+            .unwrap_or_else(|| panic!("the README's table lacks {}", variable.name));
+        if let nats_webhook_relay::config::Default::Value(value) = variable.default {
+            assert!(
+                row.contains(&format!("`{value}`")),
+                "another default: {row}"
+            );
+        }
+        assert!(
+            example.lines().any(|line| {
+                line.trim_start_matches("# ")
+                    .starts_with(&format!("{}=", variable.name))
+            }),
+            ".env.example lacks {}",
+            variable.name
+        );
+    }
+}
+
+#[tokio::test]
+async fn no_secret_is_logged_at_any_level() {
+    let nats = NatsServer::with_config("authorization { user: relay, password: hunter2 }").await;
+    let webhook = Webhook::script([
+        Answer::status(503),
+        Answer::Close,
+        Answer::OK,
+        Answer::full("302 Found\r\nlocation: /login?next=hunter2", ""),
+    ])
+    .await;
+    let destination = format!(
+        "http://user:hunter2@{}/hook?token=hunter2",
+        webhook.address()
+    );
+    let variables = [
+        ("NATS_USER", "relay"),
+        ("NATS_PASS", "hunter2"),
+        ("RUST_LOG", "trace"),
+    ];
+    let relay = Relay::between(&nats, &destination, &variables);
+    relay.logged("listening on").await;
+    let options =
+        async_nats::ConnectOptions::with_user_and_password("relay".into(), "hunter2".into());
+    let client = nats.client_with(options).await;
+    for payload in ["first", "second"] {
+        client.publish("cms.cache.x", payload.into()).await.unwrap();
+    }
+    let requests = webhook.received(4).await;
+    assert!(
+        requests[0].line.contains("token=hunter2"),
+        "the query is sent"
+    );
+    let basic = "Basic dXNlcjpodW50ZXIy"; // user:hunter2
+    assert_eq!(
+        requests[0].header("authorization"),
+        Some(basic),
+        "the userinfo is sent"
+    );
+    relay.logged("is not relayed").await;
+    relay.signal("TERM");
+    let (_, log) = relay.ended().await;
+    assert!(log.iter().any(|line| line.contains(" -> ")), "{log:#?}");
+    for line in log {
+        assert!(
+            !line.contains("hunter2") && !line.contains("dXNlcjpodW50ZXIy"),
+            "{line}"
+        );
+    }
+}

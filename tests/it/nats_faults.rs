@@ -1,0 +1,225 @@
+//! Whatever NATS does.
+
+use std::time::Duration;
+
+use async_nats::ConnectOptions;
+
+use crate::support::{Answer, NatsServer, Relay, Webhook, next, until};
+
+const USERS: &str = r#"authorization { users = [
+    { user: relay, password: good }
+    { user: deaf, password: good, permissions: { subscribe: "other.>", publish: ">" } }
+    { user: mute, password: good, permissions: { subscribe: ">", publish: "_INBOX.>" } }
+    { user: strict, password: good, permissions: { subscribe: "cms.cache.>", publish: "relayed.cache.>" } }
+] }"#;
+
+async fn relay_as(nats: &NatsServer, webhook: &Webhook, user: &str, password: &str) -> Relay {
+    Relay::between(
+        nats,
+        &webhook.url(),
+        &[("NATS_USER", user), ("NATS_PASS", password)],
+    )
+}
+
+#[tokio::test]
+async fn a_server_that_is_not_up_yet_is_waited_for() {
+    let mut nats = NatsServer::start().await;
+    nats.kill();
+    let webhook = Webhook::ok().await;
+    let relay = Relay::between(&nats, &webhook.url(), &[]);
+    let warnings = relay
+        .logged_times("cannot connect to NATS at nats://127.0.0.1:", 3)
+        .await;
+    assert!(warnings[0].contains("Connection refused"), "{warnings:?}");
+    nats.restart();
+    relay.logged("listening on").await;
+    assert_eq!(
+        relay
+            .logged_times("connected to NATS at nats://127.0.0.1:", 1)
+            .await
+            .len(),
+        1
+    );
+}
+
+#[tokio::test]
+async fn any_server_of_several_will_do() {
+    let nats = NatsServer::start().await;
+    let webhook = Webhook::ok().await;
+    let hosts = format!("nats://nowhere.invalid, nats://127.0.0.1:1,{}", nats.url());
+    let relay = Relay::between(&nats, &webhook.url(), &[("NATS_HOST", &hosts)]);
+    relay.logged("listening on").await;
+    assert!(
+        relay
+            .lines("nats://nowhere.invalid:4222: its name does not resolve")
+            .len()
+            == 1
+    );
+    assert!(
+        relay
+            .lines("nats://127.0.0.1:1: IO error: Connection refused")
+            .len()
+            == 1
+    );
+}
+
+#[tokio::test]
+async fn a_server_that_goes_away_and_comes_back_costs_the_message_in_hand_nothing() {
+    let mut nats = NatsServer::start().await;
+    let webhook = Webhook::start(|n, _| {
+        Answer::ok_after(Duration::from_millis(if n == 0 { 500 } else { 0 }))
+    })
+    .await;
+    let relay = Relay::listening(&nats, &webhook, &[]).await;
+    nats.publish("cms.cache.x", "in hand").await;
+    webhook.received(1).await;
+    nats.kill();
+    relay.logged("lost the connection to NATS").await;
+    until("the webhook has answered", || {
+        webhook.requests()[0].answered.is_some()
+    })
+    .await;
+    relay.logged("cannot connect to NATS").await;
+    assert_eq!(
+        relay.lines(" -> "),
+        [""; 0],
+        "nothing is relayed without a connection"
+    );
+
+    // The listener has to be there before the relay is back.
+    let options = ConnectOptions::new().retry_on_initial_connect();
+    let client = options.connect(nats.url()).await.unwrap();
+    let mut relayed = client.subscribe("relayed.>").await.unwrap();
+    relay.signal("STOP");
+    nats.restart();
+    client.flush().await.unwrap();
+    nats.client().await.flush().await.unwrap();
+    relay.signal("CONT");
+    assert_eq!(next(&mut relayed).await.payload, "in hand");
+    relay.logged_times("connected to NATS", 2).await;
+    relay.logged(" -> ").await;
+    client.publish("cms.cache.x", "after".into()).await.unwrap();
+    assert_eq!(next(&mut relayed).await.payload, "after");
+    assert_eq!(webhook.count(), 2);
+}
+
+#[tokio::test]
+async fn good_credentials_are_used_and_wrong_ones_end_it() {
+    let nats = NatsServer::with_config(USERS).await;
+    let webhook = Webhook::ok().await;
+    let relay = relay_as(&nats, &webhook, "relay", "good").await;
+    relay.logged("listening on").await;
+    for (user, password) in [("relay", "bad"), ("nobody", "good")] {
+        let (code, log) = relay_as(&nats, &webhook, user, password)
+            .await
+            .ended()
+            .await;
+        assert_eq!(code, Some(1), "{log:#?}");
+        assert!(
+            log.last().unwrap().contains("refused the login"),
+            "{log:#?}"
+        );
+        assert!(!log.concat().contains("listening on"), "{log:#?}");
+    }
+    let (code, _) = Relay::between(&nats, &webhook.url(), &[]).ended().await;
+    assert_eq!(code, Some(1), "no credentials at all");
+}
+
+#[tokio::test]
+async fn credentials_that_are_withdrawn_end_it() {
+    let nats = NatsServer::with_config(USERS).await;
+    let webhook = Webhook::ok().await;
+    let relay = relay_as(&nats, &webhook, "relay", "good").await;
+    relay.logged("listening on").await;
+    nats.reload(&USERS.replace("password: good", "password: changed"));
+    let (code, log) = relay.ended().await;
+    assert_eq!(code, Some(1), "{log:#?}");
+}
+
+#[tokio::test]
+async fn a_user_without_permission_to_subscribe_ends_it() {
+    let nats = NatsServer::with_config(USERS).await;
+    let webhook = Webhook::ok().await;
+    let (code, log) = relay_as(&nats, &webhook, "deaf", "good")
+        .await
+        .ended()
+        .await;
+    assert_eq!(code, Some(1), "{log:#?}");
+    assert!(
+        log.last()
+            .unwrap()
+            .contains("no permission to subscribe to cms.cache.>"),
+        "{log:#?}"
+    );
+    assert!(!log.concat().contains("listening on"), "{log:#?}");
+}
+
+#[tokio::test]
+async fn a_user_with_no_permission_but_the_two_it_needs_is_enough() {
+    let nats = NatsServer::with_config(USERS).await;
+    let webhook = Webhook::ok().await;
+    let relay = Relay::listening(
+        &nats,
+        &webhook,
+        &[("NATS_USER", "strict"), ("NATS_PASS", "good")],
+    )
+    .await;
+    let options = ConnectOptions::with_user_and_password("relay".into(), "good".into());
+    let client = nats.client_with(options).await;
+    let mut relayed = client.subscribe("relayed.>").await.unwrap();
+    client.publish("cms.cache.x", "x".into()).await.unwrap();
+    assert_eq!(next(&mut relayed).await.payload, "x");
+    assert_eq!(relay.lines("ERROR"), [""; 0]);
+}
+
+#[tokio::test]
+async fn no_permission_to_publish_is_an_error_line_for_each_message() {
+    let nats = NatsServer::with_config(USERS).await;
+    let webhook = Webhook::ok().await;
+    let relay = relay_as(&nats, &webhook, "mute", "good").await;
+    relay.logged("listening on").await;
+    let options = ConnectOptions::with_user_and_password("relay".into(), "good".into());
+    let client = nats.client_with(options).await;
+    for n in 0..2 {
+        client
+            .publish(format!("cms.cache.{n}"), "x".into())
+            .await
+            .unwrap();
+    }
+    let lines = relay
+        .logged_times("no permission to publish on relayed.cache.", 2)
+        .await;
+    assert!(
+        lines[0].contains("relayed.cache.0") && lines[1].contains("relayed.cache.1"),
+        "{lines:?}"
+    );
+}
+
+#[tokio::test]
+async fn the_connection_has_a_name() {
+    let nats = NatsServer::with_config("http: \"127.0.0.1:-1\"").await;
+    let webhook = Webhook::ok().await;
+    let _relay = Relay::listening(&nats, &webhook, &[]).await;
+    let log = nats.log();
+    let (_, rest) = log
+        .split_once("Starting http monitor on 127.0.0.1:")
+        .unwrap();
+    let port = rest.split_whitespace().next().unwrap();
+    let connections = http_get(&format!("127.0.0.1:{port}"), "/connz").await;
+    assert!(
+        connections.contains("\"name\": \"nats-webhook-relay\""),
+        "{connections}"
+    );
+}
+
+async fn http_get(address: &str, path: &str) -> String {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    stream
+        .write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes())
+        .await
+        .unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    answer
+}

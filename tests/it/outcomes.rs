@@ -1,0 +1,264 @@
+//! Whatever a destination does: success, another attempt, or given up.
+
+use std::time::{Duration, Instant};
+
+use async_nats::Client;
+use tokio::net::TcpListener;
+
+use crate::support::{Answer, NatsServer, Received, Relay, Webhook, next};
+
+/// A relay between a server and a webhook, and one message that meets the webhook.
+struct Scene {
+    _nats: NatsServer,
+    client: Client,
+    relayed: async_nats::Subscriber,
+    webhook: Webhook,
+    relay: Relay,
+}
+
+impl Scene {
+    async fn of(webhook: Webhook, variables: &[(&str, &str)]) -> Self {
+        let nats = NatsServer::start().await;
+        let client = nats.client().await;
+        let relayed = client.subscribe("relayed.>").await.unwrap();
+        let relay = Relay::listening(&nats, &webhook, variables).await;
+        let scene = Self {
+            _nats: nats,
+            client,
+            relayed,
+            webhook,
+            relay,
+        };
+        scene.publish("first").await;
+        scene
+    }
+
+    async fn script(answers: impl Into<Vec<Answer>>, variables: &[(&str, &str)]) -> Self {
+        Self::of(Webhook::script(answers).await, variables).await
+    }
+
+    async fn publish(&self, payload: &str) {
+        self.client
+            .publish("cms.cache.x", payload.to_owned().into())
+            .await
+            .unwrap();
+    }
+
+    /// The first message is relayed; all requests that it took.
+    async fn relayed(&mut self) -> Vec<Received> {
+        assert_eq!(next(&mut self.relayed).await.payload, "first");
+        self.webhook.requests()
+    }
+
+    /// The first message is given up with a log line that has this reason, and the next one is
+    /// relayed; all requests that the first one took.
+    async fn given_up(&mut self, reason: &str) -> Vec<Received> {
+        let line = self.relay.logged("cms.cache.x is not relayed: ").await;
+        assert!(line.contains(reason) && line.contains("ERROR"), "{line}");
+        self.publish("second").await;
+        assert_eq!(next(&mut self.relayed).await.payload, "second");
+        let mut requests = self.webhook.requests();
+        assert_eq!(requests.pop().unwrap().text(), "second");
+        requests
+    }
+}
+
+#[tokio::test]
+async fn any_2xx_is_success() {
+    for status in [200, 202, 204, 299] {
+        let mut scene = Scene::script([Answer::status(status)], &[]).await;
+        assert_eq!(scene.relayed().await.len(), 1, "{status}");
+    }
+}
+
+#[tokio::test]
+async fn temporary_answers_are_tried_again_with_the_same_message_and_id() {
+    let statuses = [408, 425, 429, 500, 503, 599];
+    for pair in statuses.chunks(2) {
+        let answers: Vec<_> = pair.iter().copied().map(Answer::status).collect();
+        let mut scene = Scene::script(answers, &[]).await;
+        let requests = scene.relayed().await;
+        assert_eq!(requests.len(), 3, "{pair:?}");
+        for request in &requests {
+            assert_eq!(request.text(), "first");
+            assert_eq!(
+                request.header("webhook-id"),
+                requests[0].header("webhook-id")
+            );
+        }
+        let waits: Vec<_> = requests
+            .windows(2)
+            .map(|pair| pair[1].at - pair[0].at)
+            .collect();
+        assert!(waits[0] >= Duration::from_millis(125), "{waits:?}");
+        assert!(waits[1] >= Duration::from_millis(250), "{waits:?}");
+        for (n, status) in pair.iter().enumerate() {
+            let line = scene
+                .relay
+                .logged(&format!("attempt {}: answered {status}", n + 1))
+                .await;
+            assert!(
+                line.contains("WARN") && line.contains("next attempt in "),
+                "{line}"
+            );
+        }
+        let line = scene.relay.logged(" -> ").await;
+        assert!(line.contains("3 attempts"), "{line}");
+    }
+}
+
+#[tokio::test]
+async fn what_is_no_answer_is_tried_again() {
+    for (answer, reason) in [
+        (Answer::Close, "no valid answer: "),
+        (Answer::Hang, "no answer within 300ms"),
+        (
+            Answer::Raw(b"SSH-2.0-OpenSSH_9.2\r\n\r\n".to_vec()),
+            "no valid answer: ",
+        ),
+        (
+            Answer::Raw(b"HTTP/1.1 200 OK\r\n".to_vec()),
+            "no answer within 300ms",
+        ),
+        (
+            Answer::Endless(b"HTTP/1.1 200 OK\r\nx: ".to_vec()),
+            "no valid answer: ",
+        ),
+        (
+            Answer::Raw(b"HTTP/1.1 999 What\r\ncontent-length: 0\r\n\r\n".to_vec()),
+            "answered 999",
+        ),
+    ] {
+        let mut scene = Scene::script([answer.clone()], &[("WEBHOOK_TIMEOUT", "300ms")]).await;
+        assert_eq!(scene.relayed().await.len(), 2, "{answer:?}");
+        let line = scene.relay.logged("attempt 1: ").await;
+        assert!(line.contains(reason), "{line}");
+    }
+}
+
+#[tokio::test]
+async fn a_front_end_that_is_not_up_yet_is_waited_for() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    drop(listener);
+    let nats = NatsServer::start().await;
+    let client = nats.client().await;
+    let mut relayed = client.subscribe("relayed.>").await.unwrap();
+    let relay = Relay::between(&nats, &format!("http://{address}/"), &[]);
+    relay.logged("listening on").await;
+    client.publish("cms.cache.x", "first".into()).await.unwrap();
+    let line = relay.logged("attempt 1: ").await;
+    assert!(
+        line.contains("cannot connect: Connection refused"),
+        "{line}"
+    );
+    let _webhook = Webhook::on(TcpListener::bind(address).await.unwrap(), |_, _| Answer::OK);
+    assert_eq!(next(&mut relayed).await.payload, "first");
+}
+
+#[tokio::test]
+async fn names_that_do_not_resolve_and_tls_where_there_is_none_are_tried_again() {
+    let webhook = Webhook::ok().await;
+    for (destination, reason) in [
+        (
+            "http://nowhere.invalid/".to_owned(),
+            "cannot connect: failed to lookup address",
+        ),
+        (webhook.url().replace("http", "https"), "cannot connect: "),
+    ] {
+        let nats = NatsServer::start().await;
+        let relay = Relay::between(&nats, &destination, &[("WEBHOOK_MAX_ATTEMPTS", "2")]);
+        relay.logged("listening on").await;
+        nats.publish("cms.cache.x", "first").await;
+        let line = relay.logged("attempt 1: ").await;
+        assert!(line.contains(reason), "{line}");
+        relay
+            .logged("is not relayed: given up after 2 attempts")
+            .await;
+    }
+}
+
+#[tokio::test]
+async fn retry_after_is_honoured() {
+    let head = "503 Busy\r\nretry-after: 1";
+    let mut scene = Scene::script([Answer::full(head, "")], &[]).await;
+    let requests = scene.relayed().await;
+    let wait = requests[1].at - requests[0].at;
+    assert!(wait >= Duration::from_secs(1), "{wait:?}");
+}
+
+#[tokio::test]
+async fn a_redirect_is_not_followed_and_its_target_is_named() {
+    for (head, reason) in [
+        (
+            "307 Moved\r\nlocation: /elsewhere?token=hunter2",
+            "/elsewhere; redirects are not followed, set WEBHOOK_DESTINATION to it",
+        ),
+        (
+            "301 Moved\r\nlocation: https://u:hunter2@new.example/",
+            "to https://new.example/;",
+        ),
+        ("304 Not Modified", "without a target"),
+    ] {
+        let mut scene = Scene::script([Answer::full(head, "")], &[]).await;
+        assert_eq!(scene.given_up(reason).await.len(), 1);
+        assert_eq!(scene.relay.lines("hunter2"), [""; 0]);
+    }
+}
+
+#[tokio::test]
+async fn other_refusals_are_final_and_logged_with_what_was_said() {
+    let answer = Answer::full("401 Unauthorized", "wrong\r\n \x1b[31msecret");
+    let mut scene = Scene::script([answer], &[]).await;
+    let reason = "answered 401 Unauthorized: wrong";
+    assert_eq!(scene.given_up(reason).await.len(), 1);
+    assert_eq!(scene.relay.lines("\x1b"), [""; 0]);
+
+    let endless = [b"HTTP/1.1 400 Bad\r\n\r\n".to_vec(), vec![b'x'; 1 << 20]].concat();
+    let mut scene = Scene::script([Answer::Endless(endless)], &[]).await;
+    scene.given_up("answered 400 Bad Request: xxx").await;
+    assert!(scene.relay.logged("answered 400").await.len() < 500);
+}
+
+#[tokio::test]
+async fn attempts_are_used_up_and_then_the_next_message_has_its_turn() {
+    let variables = [("WEBHOOK_MAX_ATTEMPTS", "3")];
+    let answers = [500, 502, 503].map(Answer::status);
+    let mut scene = Scene::script(answers, &variables).await;
+    let reason = "given up after 3 attempts: answered 503";
+    assert_eq!(scene.given_up(reason).await.len(), 3);
+}
+
+#[tokio::test]
+async fn an_answer_s_body_is_read_a_little_and_waited_for_no_longer_than_the_timeout() {
+    // A short body leaves the connection usable, an endless or late one must not hold us up.
+    let mut scene = Scene::script([Answer::full("200 OK", "revalidated")], &[]).await;
+    scene.relayed().await;
+    scene.publish("second").await;
+    assert_eq!(scene.webhook.received(2).await[1].connection, 0);
+
+    let endless = [b"HTTP/1.1 200 OK\r\n\r\n".to_vec(), vec![b'x'; 1 << 20]].concat();
+    for (answer, bound) in [
+        (Answer::Endless(endless), Duration::from_secs(10)),
+        (
+            Answer::Raw(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nlate".to_vec()),
+            Duration::from_secs(10),
+        ),
+    ] {
+        let start = Instant::now();
+        let mut scene = Scene::script([answer.clone()], &[("WEBHOOK_TIMEOUT", "500ms")]).await;
+        assert_eq!(scene.relayed().await.len(), 1, "{answer:?}");
+        assert!(start.elapsed() < bound);
+    }
+}
+
+#[tokio::test]
+async fn a_connection_that_the_front_end_closed_meanwhile_costs_no_message() {
+    let closing = b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 0\r\n\r\n".to_vec();
+    let mut scene = Scene::script([Answer::Raw(closing), Answer::OK], &[]).await;
+    scene.relayed().await;
+    scene.publish("second").await;
+    assert_eq!(next(&mut scene.relayed).await.payload, "second");
+    assert_eq!(scene.webhook.requests()[1].connection, 1);
+    assert_eq!(scene.relay.lines("WARN"), [""; 0]);
+}
