@@ -319,7 +319,10 @@ impl<'a> Reader<'a> {
             Default::Value(text) => Some(text.to_owned()),
             Default::Off => None,
             Default::Required => {
-                self.problem(name, &format!("is not set; give the {}", variable.meaning));
+                self.problem(
+                    name,
+                    &format!("is required, but not set: {}", variable.meaning),
+                );
                 None
             }
         }
@@ -582,24 +585,24 @@ mod tests {
     #[test]
     fn every_refusal_names_the_variable_and_the_fault() {
         for (name, value, fault) in [
-            (DESTINATION, "", "is not set"),
+            (DESTINATION, "", "not set"),
             (DESTINATION, "localhost:3000", "starts with localhost:"),
             (DESTINATION, "/hook", "is no URL"),
             (DESTINATION, "ftp://host/", "starts with ftp:"),
             (DESTINATION, "http://", "is no URL"),
-            (HOST, "", "is not set"),
+            (HOST, "", "not set"),
             (HOST, "localhost:4222", "does not start with nats://"),
             (HOST, "http://localhost", "does not start with nats://"),
             (HOST, "nats://a,,nats://b", "has an empty entry"),
             (HOST, "nats://", "has an entry"),
             (HOST, "nats://host:99999", "is no URL"),
             (HOST, "nats://u:p@host", "contains credentials"),
-            (PREFIX, "", "is not set"),
+            (PREFIX, "", "not set"),
             (PREFIX, "cms.cache.", "empty token"),
             (PREFIX, "cms.>", "wildcard"),
             (PREFIX, "cms.*.x", "wildcard"),
             (PREFIX, "cms cache", "white space"),
-            (RELAYED_PREFIX, "", "is not set"),
+            (RELAYED_PREFIX, "", "not set"),
             (RELAYED_PREFIX, "a..b", "empty token"),
             (RELAYED_PREFIX, "cms.cache", "overlaps"),
             (RELAYED_PREFIX, "cms.cache.relayed", "overlaps"),

@@ -65,25 +65,26 @@ async fn relay() -> ExitCode {
 
 /// Reads the settings, and starts logging as they say.
 fn configure() -> Result<Config, Vec<String>> {
-    let (environment, mut problems) = match Environment::load(Path::new(".")) {
-        Ok(environment) => (environment, Vec::new()),
-        Err(problems) => (Environment::default(), problems),
+    let loaded = Environment::load(Path::new("."));
+    let filter = match &loaded {
+        Ok(environment) => config::log_filter(environment),
+        Err(_) => Ok("info".to_owned()),
     };
-    match config::log_filter(&environment) {
-        Ok(filter) => logging::start(&filter),
-        Err(problem) => {
-            logging::start("info");
-            problems.push(problem);
-        }
-    }
+    logging::start(filter.as_deref().unwrap_or("info"));
     info!("{}", version());
+    let environment = loaded?;
     for (name, known) in config::misspellings(&environment) {
         warn!("{name} is set but not known; is {known} meant?");
     }
-    if problems.is_empty() {
-        return Config::from_environment(&environment);
+    match (filter, Config::from_environment(&environment)) {
+        (Ok(_), config) => config,
+        (Err(problem), config) => Err(config
+            .err()
+            .unwrap_or_default()
+            .into_iter()
+            .chain([problem])
+            .collect()),
     }
-    Err(problems)
 }
 
 /// An item for each SIGTERM or SIGINT.

@@ -13,14 +13,18 @@ const GOOD: [(&str, &str); 4] = [
 
 #[tokio::test]
 async fn every_problem_is_reported_in_one_run() {
-    let (code, log) = Relay::start([("NATS_USER", "u"), ("WEBHOOK_TIMEOUT", "15")])
-        .ended()
-        .await;
+    let (code, log) = Relay::start([
+        ("NATS_USER", "u"),
+        ("WEBHOOK_TIMEOUT", "15"),
+        ("RUST_LOG", "a=b=c"),
+    ])
+    .ended()
+    .await;
     assert_eq!(code, Some(78), "{log:#?}");
-    for variable in GOOD
-        .map(|(name, _)| name)
-        .iter()
-        .chain(&["NATS_PASS", "WEBHOOK_TIMEOUT"])
+    for variable in
+        GOOD.map(|(name, _)| name)
+            .iter()
+            .chain(&["NATS_PASS", "WEBHOOK_TIMEOUT", "RUST_LOG"])
     {
         let lines = log
             .iter()
