@@ -44,6 +44,15 @@ pub enum Kind {
     Secret,
 }
 
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Plain => "plain",
+            Self::Secret => "secret",
+        })
+    }
+}
+
 const DESTINATION: &str = "WEBHOOK_DESTINATION";
 const HOST: &str = "NATS_HOST";
 const ADDRESS: &str = "NATS_ADDRESS";

@@ -20,6 +20,7 @@ use tokio::sync::mpsc;
 use crate::{
     backoff::Backoff,
     config::{self, Login},
+    status::Status,
     subject::Prefix,
 };
 
@@ -41,11 +42,16 @@ const SUBSCRIPTION_CAPACITY: usize = usize::MAX >> 4;
 ///
 /// # Errors
 /// If the settings can't be used at all.
-pub async fn connect(config: &config::Nats, prefix: &Prefix) -> anyhow::Result<(Client, Faults)> {
+pub async fn connect(
+    config: &config::Nats,
+    prefix: &Prefix,
+    status: &Arc<Status>,
+) -> anyhow::Result<(Client, Faults)> {
     let (sender, receiver) = mpsc::unbounded_channel();
     let observer = Arc::new(Observer {
         subject: prefix.wildcard(),
         progress: Mutex::default(),
+        status: Arc::clone(status),
         faults: sender,
     });
     let chooser = Arc::clone(&observer);
@@ -132,6 +138,7 @@ struct Observer {
     /// What the relay subscribes to.
     subject: String,
     progress: Mutex<Progress>,
+    status: Arc<Status>,
     faults: mpsc::UnboundedSender<Fault>,
 }
 
@@ -184,9 +191,14 @@ impl Observer {
             Event::Connected => {
                 let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
                 progress.attempts = 0;
-                info!("connected to NATS at {}", self.server(&progress));
+                let server = self.server(&progress);
+                info!("connected to NATS at {server}");
+                self.status.set_server(Some(server));
             }
-            Event::Disconnected => warn!("lost the connection to NATS; reconnecting"),
+            Event::Disconnected => {
+                self.status.set_server(None);
+                warn!("lost the connection to NATS; reconnecting");
+            }
             Event::LameDuckMode => warn!("the NATS server is about to shut down (lame duck mode)"),
             Event::SlowConsumer(_) => error!("the NATS client dropped a message (slow consumer)"),
             Event::ServerError(error) => self.observe_server_error(&error),

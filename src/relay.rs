@@ -2,7 +2,7 @@
 
 use std::{
     pin::pin,
-    sync::atomic::Ordering,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -16,6 +16,8 @@ use crate::{
     backoff::Backoff,
     config::Config,
     source::{Delivery, Source},
+    status::Status,
+    systemd::Systemd,
     webhook::{Failure, Webhook, message_id},
 };
 
@@ -28,6 +30,7 @@ const BACKOFF: Backoff = Backoff {
 /// Everything it takes to relay messages.
 pub struct Relay {
     source: Source,
+    systemd: Systemd,
     worker: Worker,
 }
 
@@ -36,6 +39,7 @@ struct Worker {
     client: Client,
     webhook: Webhook,
     config: Config,
+    status: Arc<Status>,
 }
 
 /// Whether there is a next message to take.
@@ -53,13 +57,22 @@ struct Posted {
 impl Relay {
     /// A relay that takes from `source`, POSTs to `webhook` and republishes by `client`.
     #[must_use]
-    pub fn new(client: Client, source: Source, webhook: Webhook, config: Config) -> Self {
+    pub fn new(
+        client: Client,
+        source: Source,
+        webhook: Webhook,
+        config: Config,
+        status: Arc<Status>,
+    ) -> Self {
+        let systemd = Systemd::from_environment();
         Self {
             source,
+            systemd,
             worker: Worker {
                 client,
                 webhook,
                 config,
+                status,
             },
         }
     }
@@ -70,6 +83,7 @@ impl Relay {
     /// When it cannot go on.
     pub async fn run(mut self, mut stop: impl Stream<Item = ()> + Unpin) -> anyhow::Result<()> {
         let ended = self.relay_all(&mut stop).await;
+        self.systemd.stopping(&self.worker.status);
         self.source.close();
         ended
     }
@@ -83,20 +97,25 @@ impl Relay {
             _ = stop.next() => return Ok(()),
             opened = self.source.open() => opened?,
         }
-        let Config {
-            prefix,
-            relayed_prefix,
+        let Worker {
+            webhook,
+            config,
+            status,
             ..
-        } = &self.worker.config;
-        let destination = self.worker.webhook.destination();
+        } = &self.worker;
         info!(
-            "listening on {prefix}.>; POST to {destination}, then republish on {relayed_prefix}.>"
+            "listening on {}.>; POST to {}, then republish on {}.>",
+            config.prefix,
+            webhook.destination(),
+            config.relayed_prefix
         );
+        self.systemd.ready(status);
         loop {
             let delivery = tokio::select! {
                 biased;
                 _ = stop.next() => return Ok(()),
                 delivery = self.source.next() => delivery?,
+                never = self.systemd.beat(&self.worker.status) => match never {},
             };
             match self.relay(&delivery, stop).await? {
                 Then::Continue => {}
@@ -111,32 +130,49 @@ impl Relay {
         delivery: &Delivery,
         stop: &mut (impl Stream<Item = ()> + Unpin),
     ) -> anyhow::Result<Then> {
-        let subject = &delivery.subject;
-        let mut work = pin!(self.worker.work(delivery));
+        let Self {
+            source,
+            systemd,
+            worker,
+        } = self;
+        let mut work = pin!(worker.work(delivery));
         tokio::select! {
             biased;
             () = &mut work => return Ok(Then::Continue),
-            reason = self.source.attend() => {
-                error!("{subject} is not relayed: the relay cannot go on");
+            reason = meanwhile(source, systemd, &worker.status) => {
+                worker.abandon(delivery, "the relay cannot go on");
                 return Err(reason);
             }
             _ = stop.next() => {}
         }
-        let patience = self.worker.config.shutdown_timeout;
-        info!("stopping; {subject} is in hand and has {patience:?} to finish");
+        let patience = worker.config.shutdown_timeout;
+        info!(
+            "stopping; {} is in hand and has {patience:?} to finish",
+            delivery.subject
+        );
+        systemd.stopping(&worker.status);
         tokio::select! {
             biased;
             () = work => {}
-            reason = self.source.attend() => {
-                error!("{subject} is not relayed: the relay cannot go on");
+            reason = meanwhile(source, systemd, &worker.status) => {
+                worker.abandon(delivery, "the relay cannot go on");
                 return Err(reason);
             }
-            _ = stop.next() => error!("{subject} is not relayed: stopped at once"),
+            _ = stop.next() => worker.abandon(delivery, "stopped at once"),
             () = sleep(patience) => {
-                error!("{subject} is not relayed: not finished within SHUTDOWN_TIMEOUT, {patience:?}");
+                worker.abandon(delivery, &format!("not finished within SHUTDOWN_TIMEOUT, {patience:?}"));
             }
         }
         Ok(Then::Stop)
+    }
+}
+
+/// What goes on while a message is worked on. Resolves only when the relay cannot go on.
+async fn meanwhile(source: &mut Source, systemd: &mut Systemd, status: &Status) -> anyhow::Error {
+    tokio::select! {
+        biased;
+        reason = source.attend() => reason,
+        never = systemd.beat(status) => match never {},
     }
 }
 
@@ -145,24 +181,22 @@ impl Worker {
     async fn work(&self, delivery: &Delivery) {
         let start = Instant::now();
         let subject = &delivery.subject;
-        let Some(relayed_subject) = self
-            .config
-            .prefix
-            .rewrite(subject, &self.config.relayed_prefix)
-        else {
-            return error!(
-                "{subject} is not relayed: it is not below {}",
-                self.config.prefix
-            );
+        let Config {
+            prefix,
+            relayed_prefix,
+            ..
+        } = &self.config;
+        let Some(relayed_subject) = prefix.rewrite(subject, relayed_prefix) else {
+            return self.abandon(delivery, &format!("it is not below {prefix}"));
         };
-        let posted = match self.post(delivery).await {
+        let Posted { status, attempts } = match self.post(delivery).await {
             Ok(posted) => posted,
-            Err(reason) => return error!("{subject} is not relayed: {reason}"),
+            Err(reason) => return self.abandon(delivery, &reason),
         };
         if let Err(reason) = self.republish(delivery, &relayed_subject).await {
-            return error!("{subject} is not republished on {relayed_subject}: {reason:#}");
+            return self.abandon(delivery, &format!("{relayed_subject}: {reason:#}"));
         }
-        let Posted { status, attempts } = posted;
+        self.status.add_relayed();
         let attempts = if attempts > 1 {
             format!(", {attempts} attempts")
         } else {
@@ -173,6 +207,13 @@ impl Worker {
             status.as_u16(),
             start.elapsed()
         );
+    }
+
+    /// Says that a message is not relayed, and why.
+    fn abandon(&self, delivery: &Delivery, reason: &str) {
+        let line = format!("{} is not relayed: {reason}", delivery.subject);
+        error!("{line}");
+        self.status.add_given_up(line);
     }
 
     /// POSTs until it succeeds, or until it is to be given up, with the reason.
@@ -194,10 +235,9 @@ impl Worker {
                 return Err(format!("given up after {attempts} attempts: {reason}"));
             }
             let wait = BACKOFF.wait(attempts).max(retry_after.unwrap_or_default());
-            warn!(
-                "{}, attempt {attempts}: {reason}; next attempt in {wait:.1?}",
-                delivery.subject
-            );
+            let failure = format!("{}, attempt {attempts}: {reason}", delivery.subject);
+            warn!("{failure}; next attempt in {wait:.1?}");
+            self.status.set_last_failure(failure);
             sleep(wait).await;
         }
     }

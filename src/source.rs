@@ -5,10 +5,12 @@
 
 mod core;
 
+use std::sync::Arc;
+
 use async_nats::{Client, HeaderMap, Subject};
 use bytes::Bytes;
 
-use crate::{nats::Faults, subject::Prefix};
+use crate::{nats::Faults, status::Status, subject::Prefix};
 
 pub use self::core::Core;
 
@@ -32,8 +34,13 @@ pub enum Source {
 impl Source {
     /// A source of everything below `prefix`.
     #[must_use]
-    pub fn new(client: Client, faults: Faults, prefix: &Prefix) -> Self {
-        Self::Core(Core::new(client, faults, prefix.wildcard()))
+    pub fn new(client: Client, faults: Faults, prefix: &Prefix, status: &Arc<Status>) -> Self {
+        Self::Core(Core::new(
+            client,
+            faults,
+            prefix.wildcard(),
+            Arc::clone(status),
+        ))
     }
 
     /// Subscribes; resolves once the server has accepted that.

@@ -9,4 +9,5 @@ mod configuration;
 mod nats_faults;
 mod outcomes;
 mod relaying;
+mod service;
 mod stopping;
