@@ -29,6 +29,7 @@ pub mod environment;
 pub mod logging;
 pub mod nats;
 pub mod relay;
+pub mod republish;
 pub mod source;
 pub mod status;
 pub mod subject;
@@ -55,7 +56,13 @@ pub async fn run(config: Config, stop: impl Stream<Item = ()> + Unpin) -> anyhow
     let status = Arc::new(Status::default());
     let webhook = Webhook::new(&config.webhook)?;
     let (client, faults) = nats::connect(&config.nats, &config.prefix, &status).await?;
-    let source = Source::new(client.clone(), faults, &config.prefix, &status);
+    let source = Source::new(
+        client.clone(),
+        faults,
+        &config.mode,
+        &config.prefix,
+        &status,
+    );
     Relay::new(client, source, webhook, config, status)
         .run(stop)
         .await

@@ -80,23 +80,33 @@ pub async fn connect(
 }
 
 /// What the connection reports that its user must act on.
-pub struct Faults(mpsc::UnboundedReceiver<Fault>);
+pub struct Faults(mpsc::UnboundedReceiver<Notice>);
 
-enum Fault {
+/// One such report.
+#[derive(Debug)]
+pub enum Notice {
     /// The relay cannot go on.
     Fatal(anyhow::Error),
     /// Our user may not use an inbox, so a request gets no answer.
     InboxRefused,
+    /// There is a new connection.
+    Connected,
 }
 
 impl Faults {
+    /// The next report.
+    pub async fn notice(&mut self) -> Notice {
+        match self.0.recv().await {
+            Some(notice) => notice,
+            None => Notice::Fatal(anyhow!("the NATS client ended by itself")),
+        }
+    }
+
     /// Resolves when the relay cannot go on, with the reason.
     pub async fn fatal(&mut self) -> anyhow::Error {
         loop {
-            match self.0.recv().await {
-                Some(Fault::Fatal(reason)) => return reason,
-                Some(Fault::InboxRefused) => {}
-                None => return anyhow!("the NATS client ended by itself"),
+            if let Notice::Fatal(reason) = self.notice().await {
+                return reason;
             }
         }
     }
@@ -112,10 +122,10 @@ impl Faults {
         loop {
             tokio::select! {
                 biased;
-                fault = self.0.recv() => return match fault {
-                    Some(Fault::Fatal(reason)) => Err(reason),
-                    Some(Fault::InboxRefused) => Ok(()),
-                    None => Err(anyhow!("the NATS client ended by itself")),
+                notice = self.notice() => match notice {
+                    Notice::Fatal(reason) => return Err(reason),
+                    Notice::InboxRefused => return Ok(()),
+                    Notice::Connected => continue,
                 },
                 answer = client.request(client.new_inbox(), "".into()) => match answer {
                     Err(error) if error.kind() == async_nats::RequestErrorKind::TimedOut => {}
@@ -123,8 +133,10 @@ impl Faults {
                     _ => tokio::task::yield_now().await,
                 },
             }
-            if let Ok(Fault::Fatal(reason)) = self.0.try_recv() {
-                return Err(reason);
+            while let Ok(notice) = self.0.try_recv() {
+                if let Notice::Fatal(reason) = notice {
+                    return Err(reason);
+                }
             }
             if client.connection_state() == async_nats::connection::State::Connected {
                 return Ok(());
@@ -139,7 +151,7 @@ struct Observer {
     subject: String,
     progress: Mutex<Progress>,
     status: Arc<Status>,
-    faults: mpsc::UnboundedSender<Fault>,
+    faults: mpsc::UnboundedSender<Notice>,
 }
 
 /// How far connecting has come.
@@ -194,6 +206,7 @@ impl Observer {
                 let server = self.server(&progress);
                 info!("connected to NATS at {server}");
                 self.status.set_server(Some(server));
+                self.tell(Notice::Connected);
             }
             Event::Disconnected => {
                 self.status.set_server(None);
@@ -233,12 +246,18 @@ impl Observer {
                 ));
             }
             if refused.starts_with("_INBOX.") {
-                return self.tell(Fault::InboxRefused);
+                return self.tell(Notice::InboxRefused);
             }
         }
         if let Some(refused) = refused_subject(text, "Publish to") {
             if refused.starts_with("_INBOX.") {
-                return self.tell(Fault::InboxRefused);
+                return self.tell(Notice::InboxRefused);
+            }
+            if refused.starts_with("$JS.") {
+                return self.fatal(anyhow!(
+                    "no permission to publish on {refused}, which durable mode needs; allow it \
+                     for this NATS user"
+                ));
             }
             return error!(
                 "no permission to publish on {refused}, so this message was not republished; \
@@ -256,12 +275,12 @@ impl Observer {
     }
 
     fn fatal(&self, reason: anyhow::Error) {
-        self.tell(Fault::Fatal(reason));
+        self.tell(Notice::Fatal(reason));
     }
 
-    fn tell(&self, fault: Fault) {
+    fn tell(&self, notice: Notice) {
         // Nobody is left to listen only while the relay ends.
-        let _ = self.faults.send(fault);
+        let _ = self.faults.send(notice);
     }
 }
 

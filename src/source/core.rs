@@ -9,7 +9,7 @@ use futures::{FutureExt, StreamExt};
 use log::error;
 use tokio::time::{Instant, sleep_until};
 
-use super::Delivery;
+use super::{Delivery, Origin};
 use crate::{nats::Faults, status::Status};
 
 /// How much may wait: subjects, headers and payloads, and what it costs to keep them.
@@ -29,6 +29,7 @@ pub struct Core {
     client: Client,
     faults: Faults,
     subject: String,
+    queue_group: Option<String>,
     subscriber: Option<Subscriber>,
     waiting: VecDeque<Delivery>,
     waiting_bytes: usize,
@@ -48,12 +49,14 @@ impl Core {
         client: Client,
         faults: Faults,
         subject: String,
+        queue_group: Option<String>,
         status: Arc<Status>,
     ) -> Self {
         Self {
             client,
             faults,
             subject,
+            queue_group,
             subscriber: None,
             waiting: VecDeque::new(),
             waiting_bytes: 0,
@@ -63,7 +66,11 @@ impl Core {
     }
 
     pub(super) async fn open(&mut self) -> anyhow::Result<()> {
-        let subscriber = self.client.subscribe(self.subject.clone()).await;
+        let subject = self.subject.clone();
+        let subscriber = match self.queue_group.clone() {
+            Some(group) => self.client.queue_subscribe(subject, group).await,
+            None => self.client.subscribe(subject).await,
+        };
         self.subscriber = Some(subscriber.context("cannot subscribe")?);
         self.faults.confirm(&self.client).await
     }
@@ -109,6 +116,7 @@ impl Core {
             headers: message.headers.unwrap_or_default(),
             // A payload is a part of a larger read buffer, which would be kept along with it.
             payload: Bytes::copy_from_slice(&message.payload),
+            origin: Origin::Core,
         };
         let bytes = cost(&delivery);
         if self.waiting_bytes + bytes > BUFFER_BYTES && !self.waiting.is_empty() {
