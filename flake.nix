@@ -99,6 +99,7 @@
           module = pkgs.callPackage ./nix/tests/module.nix { };
           option-documentation = pkgs.callPackage ./nix/tests/option-documentation.nix { };
           core-mode = pkgs.testers.runNixOSTest ./nix/tests/core.nix;
+          durable-mode = pkgs.testers.runNixOSTest ./nix/tests/durable.nix;
         }
       );
 
