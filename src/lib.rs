@@ -33,6 +33,7 @@ pub mod logging;
 pub mod nats;
 pub mod relay;
 pub mod republish;
+pub mod signing;
 pub mod source;
 pub mod status;
 pub mod subject;
