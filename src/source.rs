@@ -14,6 +14,7 @@ use bytes::Bytes;
 
 use crate::{config::Mode, nats::Faults, status::Status, subject::Prefix};
 
+pub(crate) use self::consumer::{Consumer, Trouble};
 pub use self::{
     core::Core,
     durable::{Durable, Receipt, Verdict, settle},

@@ -40,6 +40,9 @@ const SILENCE: Duration = Duration::from_millis(3500);
 /// Signs of life about the message in hand, and a look at whether the server is silent.
 const TICK: Duration = Duration::from_secs(1);
 
+/// While a message is in hand, how many wait behind it is looked up so often.
+const VERIFY_EVERY: Duration = Duration::from_secs(5);
+
 /// Growing waits for a JetStream that does not answer, as without a leader.
 const BACKOFF: Backoff = Backoff {
     first: Duration::from_millis(250),
@@ -64,6 +67,8 @@ pub struct Durable {
     pull: Pull,
     /// When the server last said anything.
     heard: Instant,
+    /// When the consumer was last verified.
+    verified: Instant,
     tick: Pin<Box<Sleep>>,
     arrived: VecDeque<(Delivery, Receipt)>,
     /// What is worked on.
@@ -124,6 +129,7 @@ impl Durable {
             subscriber: None,
             pull: Pull::Ended(0),
             heard: Instant::now(),
+            verified: Instant::now(),
             tick: Box::pin(sleep(TICK)),
             arrived: VecDeque::new(),
             in_hand: None,
@@ -139,9 +145,11 @@ impl Durable {
             let reason = tokio::select! {
                 biased;
                 reason = fatal(&mut self.faults) => return Err(reason),
-                ready = self.consumer.ensure(true) => match ready {
+                ready = self.consumer.ensure() => match ready {
                     Ok(()) => return Ok(()),
                     Err(Trouble::Fatal(reason)) => return Err(reason),
+                    // Deleted as soon as it was created; once more, then.
+                    Err(Trouble::Missing) => "the consumer is missing".to_owned(),
                     Err(Trouble::Temporary(reason)) => reason,
                 },
             };
@@ -313,8 +321,7 @@ impl Durable {
             .context("a message came without an ack subject")?;
         let (sequence, pending) = parse_ack_subject(&ack)
             .with_context(|| format!("an ack subject of unknown form: {ack}"))?;
-        self.status
-            .set_waiting(usize::try_from(pending).unwrap_or(usize::MAX));
+        self.status.set_waiting(pending, 0);
         let receipt = Receipt { ack, sequence };
         let delivery = Delivery {
             subject: message.subject,
@@ -338,11 +345,21 @@ impl Durable {
         }
         let connected = self.client.connection_state() == State::Connected;
         let failed = matches!(self.pull, Pull::Failed(_));
-        if connected && (failed || self.heard.elapsed() > SILENCE) {
-            self.heard = Instant::now();
-            match self.consumer.ensure(false).await {
-                Ok(()) => self.end_pull(),
+        let suspicious = failed || self.heard.elapsed() > SILENCE;
+        // While a message is in hand, nothing else tells how many wait behind it.
+        let curious = self.in_hand.is_some() && self.verified.elapsed() > VERIFY_EVERY;
+        if connected && (suspicious || curious) {
+            self.verified = Instant::now();
+            match self.consumer.verify().await {
+                Ok(pending) => {
+                    self.status.set_waiting(pending, 0);
+                    if suspicious {
+                        self.heard = Instant::now();
+                        self.end_pull();
+                    }
+                }
                 Err(Trouble::Fatal(reason)) => return Err(reason),
+                Err(Trouble::Missing) => bail!("the consumer {} was deleted", self.consumer.name),
                 Err(Trouble::Temporary(reason)) => warn!("JetStream is not ready: {reason}"),
             }
         }
