@@ -13,7 +13,7 @@ use async_nats::{
     Client, ClientError, ConnectErrorKind, ConnectOptions, Event, ReconnectToServer, Server,
     ServerAddr, ServerError,
 };
-use log::{error, info, warn};
+use log::{debug, error, info, warn};
 use secrecy::ExposeSecret;
 use tokio::sync::mpsc;
 
@@ -300,6 +300,10 @@ impl Observer {
         if let Some(refused) = refused_subject(text, "Publish to") {
             if refused.starts_with("_INBOX.") {
                 return self.tell(Notice::InboxRefused);
+            }
+            if refused.starts_with("$JS.API.STREAM.MSG.GET.") {
+                // Only wanted to recognise a message that the client cannot read.
+                return debug!("no permission to publish on {refused}");
             }
             if refused.starts_with("$JS.") {
                 return self.fatal(anyhow!(

@@ -230,6 +230,20 @@ impl Worker {
                 )
                 .await;
         };
+        if let Some(fault) = delivery.fault {
+            let reason = fault.to_owned();
+            return self
+                .give_up(
+                    delivery,
+                    GivenUp {
+                        reason,
+                        status: None,
+                        attempts: 0,
+                        cause: Cause::NotPublished,
+                    },
+                )
+                .await;
+        }
         let posted = match self.post(delivery).await {
             Ok(posted) => posted,
             Err(given_up) => return self.give_up(delivery, given_up).await,

@@ -6,6 +6,7 @@
 mod consumer;
 mod core;
 mod durable;
+mod unreadable;
 
 use std::sync::Arc;
 
@@ -31,6 +32,8 @@ pub struct Delivery {
     pub payload: Bytes,
     /// Where it comes from.
     pub origin: Origin,
+    /// Why it cannot be relayed at all, if it cannot.
+    pub fault: Option<&'static str>,
 }
 
 /// Where a message comes from.

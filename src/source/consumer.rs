@@ -6,7 +6,7 @@ use anyhow::{anyhow, bail};
 use async_nats::{
     Client,
     jetstream::{
-        ErrorCode,
+        Context, ErrorCode,
         consumer::{self, AckPolicy, pull},
         context::ConsumerInfoErrorKind,
         stream::{ConsumerErrorKind, Stream},
@@ -96,10 +96,15 @@ impl Consumer {
     }
 
     async fn handle(&self) -> Result<Stream<()>, Trouble> {
+        let handle = self.context().get_stream_no_info(&self.stream).await;
+        handle.map_err(|error| Trouble::Fatal(error.into()))
+    }
+
+    /// The JetStream API, with a bound on how long a request takes.
+    pub(crate) fn context(&self) -> Context {
         let mut context = async_nats::jetstream::new(self.client.clone());
         context.set_timeout(API_TIMEOUT);
-        let handle = context.get_stream_no_info(&self.stream).await;
-        handle.map_err(|error| Trouble::Fatal(error.into()))
+        context
     }
 
     fn config(&self) -> pull::Config {

@@ -122,6 +122,7 @@ impl Core {
             // A payload is a part of a larger read buffer, which would be kept along with it.
             payload: Bytes::copy_from_slice(&message.payload),
             origin: Origin::Core,
+            fault: None,
         };
         let bytes = cost(&delivery);
         if self.waiting_bytes + bytes > BUFFER_BYTES && !self.waiting.is_empty() {

@@ -20,6 +20,7 @@ use tokio::time::{Instant, Sleep, sleep, timeout};
 use super::{
     Delivery, Origin,
     consumer::{Consumer, Trouble},
+    unreadable,
 };
 use crate::{
     backoff::Backoff,
@@ -92,9 +93,9 @@ enum Pull {
 #[derive(Clone, Debug)]
 pub struct Receipt {
     /// Where to say what becomes of it.
-    ack: Subject,
+    pub(super) ack: Subject,
     /// Its sequence in the stream.
-    sequence: u64,
+    pub(super) sequence: u64,
 }
 
 /// What has become of a message (ADR-15).
@@ -146,7 +147,10 @@ impl Durable {
                 biased;
                 reason = fatal(&mut self.faults) => return Err(reason),
                 ready = self.consumer.ensure() => match ready {
-                    Ok(()) => return Ok(()),
+                    Ok(()) => {
+                        self.arrived.extend(unreadable::find(&self.consumer).await);
+                        return Ok(());
+                    }
                     Err(Trouble::Fatal(reason)) => return Err(reason),
                     // Deleted as soon as it was created; once more, then.
                     Err(Trouble::Missing) => "the consumer is missing".to_owned(),
@@ -255,8 +259,13 @@ impl Durable {
             notice = self.faults.notice() => match notice {
                 Notice::Fatal(reason) => return Err(reason),
                 Notice::InboxRefused => return Err(inbox_refused()),
-                // The server has forgotten the request along with the old connection.
-                Notice::Connected => self.end_pull(),
+                Notice::Connected => {
+                    if self.in_hand.is_none() {
+                        self.arrived.extend(unreadable::find(&self.consumer).await);
+                    }
+                    // The server has forgotten the request along with the old connection.
+                    self.end_pull();
+                }
             },
             message = next_of(&mut self.subscriber) => {
                 self.hear(message.context("the subscription ended by itself")?)?;
@@ -278,10 +287,17 @@ impl Durable {
     /// Takes a message, or what the server says about a pull request.
     fn hear(&mut self, message: Message) -> anyhow::Result<()> {
         self.heard = Instant::now();
-        let Some(status) = message.status else {
+        // A publisher can put a status into headers, but not an ack subject into a reply.
+        let is_delivery = |reply: &Subject| {
+            reply.starts_with("$JS.ACK.") && !message.subject.starts_with(&self.inbox)
+        };
+        if message.reply.as_ref().is_some_and(is_delivery) {
             // It comes on its own subject, and so without a word about which request it answers.
             self.end_pull();
             return self.take(message);
+        }
+        let Some(status) = message.status else {
+            return Ok(());
         };
         let description = message.description.as_deref().unwrap_or_default();
         let number = message
@@ -331,6 +347,7 @@ impl Durable {
                 id: format!("{}-{sequence}", self.consumer.stream),
                 receipt: receipt.clone(),
             },
+            fault: None,
         };
         self.arrived.push_back((delivery, receipt));
         Ok(())
@@ -338,12 +355,12 @@ impl Durable {
 
     /// What is due at every tick.
     async fn look_around(&mut self) -> anyhow::Result<()> {
-        if let Some(receipt) = &self.in_hand {
+        let connected = self.client.connection_state() == State::Connected;
+        if let Some(receipt) = self.in_hand.as_ref().filter(|_| connected) {
             self.client
                 .publish(receipt.ack.clone(), "+WPI".into())
                 .await?;
         }
-        let connected = self.client.connection_state() == State::Connected;
         let failed = matches!(self.pull, Pull::Failed(_));
         let suspicious = failed || self.heard.elapsed() > SILENCE;
         // While a message is in hand, nothing else tells how many wait behind it.
