@@ -1,7 +1,7 @@
 //! The heart: take a message, POST it until that succeeded, republish it; then the next one.
 
 use std::{
-    fmt::Write,
+    fmt,
     pin::pin,
     sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
@@ -56,6 +56,27 @@ enum Then {
 struct Posted {
     status: StatusCode,
     attempts: u32,
+}
+
+/// All destinations have succeeded, and the message was republished.
+struct Relayed {
+    target: String,
+    posted: Vec<Posted>,
+}
+
+impl fmt::Display for Relayed {
+    /// The part of the log line that tells where to and how, up to how long it took.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (", self.target)?;
+        for (place, Posted { status, attempts }) in self.posted.iter().enumerate() {
+            let comma = if place > 0 { ", " } else { "" };
+            write!(f, "{comma}{}", status.as_u16())?;
+            if *attempts > 1 {
+                write!(f, " after {attempts} attempts")?;
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Relay {
@@ -184,15 +205,6 @@ impl Relay {
     }
 }
 
-/// How an attempt counts.
-fn outcome(answer: &Result<StatusCode, Failure>) -> Outcome {
-    match answer {
-        Ok(_) => Outcome::Success,
-        Err(Failure::Temporary { .. }) => Outcome::Temporary,
-        Err(Failure::Permanent { .. }) => Outcome::Permanent,
-    }
-}
-
 /// What goes on while a message is worked on. Resolves only when the relay cannot go on.
 async fn meanwhile(
     source: &mut Source,
@@ -211,79 +223,36 @@ impl Worker {
     async fn work(&self, delivery: &Delivery) {
         let start = Instant::now();
         self.status.add_received();
-        let Config {
-            prefix,
-            relayed_prefix,
-            ..
-        } = &self.config;
-        let Some(target) = prefix.rewrite(&delivery.subject, relayed_prefix) else {
-            let reason = format!("it is not below {prefix}");
-            return self
-                .give_up(
-                    delivery,
-                    GivenUp {
-                        reason,
-                        status: None,
-                        attempts: 0,
-                        cause: Cause::NotPublished,
-                    },
-                )
-                .await;
-        };
-        if let Some(fault) = delivery.fault {
-            let reason = fault.to_owned();
-            return self
-                .give_up(
-                    delivery,
-                    GivenUp {
-                        reason,
-                        status: None,
-                        attempts: 0,
-                        cause: Cause::NotPublished,
-                    },
-                )
-                .await;
+        match self.try_relay(delivery).await {
+            Ok(relayed) => {
+                let elapsed = start.elapsed();
+                self.status.add_relayed(elapsed);
+                info!("{} -> {relayed}, {elapsed:.1?})", delivery.subject);
+            }
+            Err(given_up) => self.give_up(delivery, given_up).await,
         }
-        let posted = match self.post(delivery).await {
-            Ok(posted) => posted,
-            Err(given_up) => return self.give_up(delivery, given_up).await,
-        };
-        let attempts = posted
-            .iter()
-            .map(|posted| posted.attempts)
-            .max()
-            .unwrap_or_default();
+    }
+
+    /// POSTs a message until that succeeded, and only then republishes it.
+    async fn try_relay(&self, delivery: &Delivery) -> Result<Relayed, GivenUp> {
+        let prefix = &self.config.prefix;
+        let target = prefix
+            .rewrite(&delivery.subject, &self.config.relayed_prefix)
+            .ok_or_else(|| GivenUp::unpublishable(format!("it is not below {prefix}")))?;
+        if let Some(fault) = delivery.fault {
+            return Err(GivenUp::unpublishable(fault.to_owned()));
+        }
+        let posted = self.post(delivery).await?;
         if !self.config.republish_delay.is_zero() {
             sleep(self.config.republish_delay).await;
         }
         let headers = relayed_headers(delivery, self.client.max_payload());
-        if let Err(error) = self
-            .conclude(delivery, Some((&target, headers)), Verdict::Ack)
+        self.conclude(delivery, Some((&target, headers)), Verdict::Ack)
             .await
-        {
-            let reason = format!("it cannot be published on {target}: {error:#}");
-            return self
-                .give_up(
-                    delivery,
-                    GivenUp {
-                        reason,
-                        status: None,
-                        attempts,
-                        cause: Cause::NotPublished,
-                    },
-                )
-                .await;
-        }
-        self.status.add_relayed(start.elapsed());
-        let mut how = String::new();
-        for Posted { status, .. } in &posted {
-            let _ = write!(how, "{}, ", status.as_u16());
-        }
-        let _ = write!(how, "{:.1?}", start.elapsed());
-        if attempts > 1 {
-            let _ = write!(how, ", {attempts} attempts");
-        }
-        info!("{} -> {target} ({how})", delivery.subject);
+            .map_err(|error| {
+                GivenUp::unpublishable(format!("it cannot be published on {target}: {error:#}"))
+            })?;
+        Ok(Relayed { target, posted })
     }
 
     /// POSTs to all destinations at the same time, until each has succeeded or is to be given up.
@@ -433,5 +402,14 @@ impl Worker {
     /// How many connections there have been.
     fn connections(&self) -> u64 {
         self.client.statistics().connects.load(Relaxed)
+    }
+}
+
+/// How an attempt counts.
+fn outcome(answer: &Result<StatusCode, Failure>) -> Outcome {
+    match answer {
+        Ok(_) => Outcome::Success,
+        Err(Failure::Temporary { .. }) => Outcome::Temporary,
+        Err(Failure::Permanent { .. }) => Outcome::Permanent,
     }
 }

@@ -21,6 +21,17 @@ pub struct GivenUp {
 }
 
 impl GivenUp {
+    /// For a message that can't be published, whatever a webhook says.
+    #[must_use]
+    pub fn unpublishable(reason: String) -> Self {
+        Self {
+            reason,
+            status: None,
+            attempts: 0,
+            cause: Cause::NotPublished,
+        }
+    }
+
     /// One for all destinations that did not succeed; none if there is none.
     #[must_use]
     pub fn all(failures: Vec<Self>) -> Option<Self> {

@@ -103,7 +103,7 @@ async fn temporary_answers_are_tried_again_with_the_same_message_and_id() {
             );
         }
         let line = scene.relay.logged(" -> ").await;
-        assert!(line.contains("3 attempts"), "{line}");
+        assert!(line.contains("after 3 attempts"), "{line}");
     }
 }
 
