@@ -1,0 +1,86 @@
+"use client";
+
+// Keeps an open page fresh. What arrives here has passed the relay, so the server's cache is already
+// dropped and a refresh gets the new page.
+
+import { type NatsConnection, wsconnect } from "@nats-io/nats-core";
+import { useRouter } from "next/navigation";
+import { useCallback, useEffect, useRef, useState, useTransition } from "react";
+
+const LABELS = {
+  connecting: "Connecting",
+  live: "Live",
+  offline: "Offline, reconnecting",
+};
+
+export function Live() {
+  const [state, setState] = useState<keyof typeof LABELS>("connecting");
+  const refresh = useRefresh();
+
+  useEffect(() => {
+    let connection: NatsConnection | undefined;
+    let unmounted = false;
+
+    // Whenever the subscription begins to hold, something may have been missed before.
+    async function catchUp() {
+      await connection?.flush();
+      setState("live");
+      refresh();
+    }
+
+    async function listen() {
+      connection = await wsconnect({
+        servers: process.env.NEXT_PUBLIC_NATS_URL,
+        user: process.env.NEXT_PUBLIC_NATS_USER,
+        pass: process.env.NEXT_PUBLIC_NATS_PASS,
+        waitOnFirstConnect: true,
+        maxReconnectAttempts: -1,
+        reconnectTimeWait: 1_000,
+        reconnectJitter: 1_000,
+        // Notices within a minute that a laptop was asleep or has changed its network.
+        pingInterval: 20_000,
+      });
+      if (unmounted) return connection.close();
+      connection.subscribe(process.env.NEXT_PUBLIC_NATS_SUBJECT!, {
+        callback: (error) => (error ? console.error(error) : refresh()),
+      });
+      const statuses = connection.status();
+      await catchUp();
+      for await (const status of statuses) {
+        if (status.type === "disconnect") setState("offline");
+        // If it fails, the connection is lost again, and there will be another reconnect.
+        if (status.type === "reconnect") catchUp().catch(() => {});
+      }
+    }
+
+    listen()
+      .catch(console.error)
+      .finally(() => setState("offline"));
+    return () => {
+      unmounted = true;
+      connection?.close();
+    };
+  }, [refresh]);
+
+  return (
+    <p className="live" role="status" data-state={state}>
+      {LABELS[state]}
+    </p>
+  );
+}
+
+/** A function that refreshes the page. Calls during a refresh share one that follows it. */
+function useRefresh() {
+  const router = useRouter();
+  const [wanted, setWanted] = useState(0);
+  const [refreshing, startTransition] = useTransition();
+  const done = useRef(0);
+
+  useEffect(() => {
+    if (refreshing || done.current === wanted) return;
+    done.current = wanted;
+    startTransition(() => router.refresh());
+  }, [wanted, refreshing, router]);
+
+  return useCallback(() => setWanted((count) => count + 1), []);
+}
