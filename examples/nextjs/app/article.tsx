@@ -13,7 +13,7 @@ export function Article({ page, kind }: { page: Page; kind: string }) {
         <Fact name="Rendered">
           <Clock at={Date.now()} />
         </Fact>
-        <Fact name="From save to screen">
+        <Fact name="Save to screen">
           <Took version={page.version} savedAt={page.savedAt} />
         </Fact>
       </dl>
