@@ -25,7 +25,9 @@ export function Live() {
     async function catchUp() {
       await connection?.flush();
       setState("live");
-      refresh();
+      // A refresh that fails would put the browser's error page in place of this one.
+      while (!(await serverAnswers())) await new Promise((done) => setTimeout(done, 2_000));
+      if (!unmounted) refresh();
     }
 
     async function listen() {
@@ -44,11 +46,10 @@ export function Live() {
       connection.subscribe(process.env.NEXT_PUBLIC_NATS_SUBJECT!, {
         callback: (error) => (error ? console.error(error) : refresh()),
       });
-      const statuses = connection.status();
-      await catchUp();
-      for await (const status of statuses) {
+      // If catching up fails, the connection is lost again, and there will be a reconnect.
+      catchUp().catch(() => {});
+      for await (const status of connection.status()) {
         if (status.type === "disconnect") setState("offline");
-        // If it fails, the connection is lost again, and there will be another reconnect.
         if (status.type === "reconnect") catchUp().catch(() => {});
       }
     }
@@ -67,6 +68,15 @@ export function Live() {
       {LABELS[state]}
     </p>
   );
+}
+
+async function serverAnswers() {
+  try {
+    const response = await fetch(location.href, { method: "HEAD", cache: "no-store" });
+    return response.status < 500;
+  } catch {
+    return false;
+  }
 }
 
 /** A function that refreshes the page. Calls during a refresh share one that follows it. */
