@@ -44,6 +44,15 @@ pub enum Kind {
     Secret,
 }
 
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Plain => "plain",
+            Self::Secret => "secret",
+        })
+    }
+}
+
 const DESTINATION: &str = "WEBHOOK_DESTINATION";
 const HOST: &str = "NATS_HOST";
 const ADDRESS: &str = "NATS_ADDRESS";
@@ -51,6 +60,10 @@ const PREFIX: &str = "NATS_SUBJECT_PREFIX";
 const RELAYED_PREFIX: &str = "NATS_RELAYED_SUBJECT_PREFIX";
 const USER: &str = "NATS_USER";
 const PASS: &str = "NATS_PASS";
+const QUEUE_GROUP: &str = "NATS_QUEUE_GROUP";
+const STREAM: &str = "NATS_STREAM";
+const CONSUMER: &str = "NATS_CONSUMER";
+const FAILED_PREFIX: &str = "NATS_FAILED_SUBJECT_PREFIX";
 const TIMEOUT: &str = "WEBHOOK_TIMEOUT";
 const MAX_ATTEMPTS: &str = "WEBHOOK_MAX_ATTEMPTS";
 const SHUTDOWN_TIMEOUT: &str = "SHUTDOWN_TIMEOUT";
@@ -101,6 +114,30 @@ pub const VARIABLES: &[Variable] = &[
         kind: Kind::Secret,
     },
     Variable {
+        name: QUEUE_GROUP,
+        meaning: "core mode: replicas in a group share the messages, without order across them",
+        default: Default::Off,
+        kind: Kind::Plain,
+    },
+    Variable {
+        name: STREAM,
+        meaning: "durable mode: the JetStream stream, together with NATS_CONSUMER",
+        default: Default::Off,
+        kind: Kind::Plain,
+    },
+    Variable {
+        name: CONSUMER,
+        meaning: "durable mode: the name of the durable consumer, created if it is missing",
+        default: Default::Off,
+        kind: Kind::Plain,
+    },
+    Variable {
+        name: FAILED_PREFIX,
+        meaning: "publishes a message that is given up under this prefix, with the reason",
+        default: Default::Off,
+        kind: Kind::Plain,
+    },
+    Variable {
         name: TIMEOUT,
         meaning: "longest time for one attempt, connecting included",
         default: Default::Value("15s"),
@@ -109,7 +146,7 @@ pub const VARIABLES: &[Variable] = &[
     Variable {
         name: MAX_ATTEMPTS,
         meaning: "attempts per message before it is given up; 0 is without end",
-        default: Default::Value("5"),
+        default: Default::Value("5, in durable mode 0"),
         kind: Kind::Plain,
     },
     Variable {
@@ -135,10 +172,31 @@ pub struct Config {
     pub prefix: Prefix,
     /// Republishes under this one.
     pub relayed_prefix: Prefix,
+    /// Publishes under this one what is given up.
+    pub failed_prefix: Option<Prefix>,
+    /// Where messages come from.
+    pub mode: Mode,
     /// Where and how to POST.
     pub webhook: Webhook,
     /// How long a stop waits for the message in hand.
     pub shutdown_timeout: Duration,
+}
+
+/// Where messages come from, and so what is lost when.
+#[derive(Clone, Debug)]
+pub enum Mode {
+    /// A core NATS subscription: at most once.
+    Core {
+        /// Replicas in the same group share the messages.
+        queue_group: Option<String>,
+    },
+    /// A durable consumer of JetStream: at least once.
+    Durable {
+        /// The stream.
+        stream: String,
+        /// The name of the durable consumer.
+        consumer: String,
+    },
 }
 
 /// The NATS servers and how to log in.
@@ -245,19 +303,22 @@ impl Config {
         let relayed_prefix = reader.parsed(RELAYED_PREFIX, parse_prefix);
         let login = login(&mut reader);
         let timeout = reader.parsed(TIMEOUT, parse_timeout);
-        let max_attempts = reader.parsed(MAX_ATTEMPTS, parse_max_attempts);
+        let mode = mode(&mut reader);
+        let max_attempts = match reader.set(MAX_ATTEMPTS) {
+            Some(_) => reader.parsed(MAX_ATTEMPTS, parse_max_attempts),
+            None => Some(mode.as_ref().and_then(Mode::default_max_attempts)),
+        };
         let shutdown_timeout = reader.parsed(SHUTDOWN_TIMEOUT, parse_duration);
-        if let (Some(prefix), Some(relayed)) = (&prefix, &relayed_prefix)
-            && prefix.overlaps(relayed)
-        {
-            reader.problem(
-                RELAYED_PREFIX,
-                &format!(
-                    "{relayed} overlaps with {PREFIX} {prefix}: what is republished would be taken \
-                     again, without end; choose prefixes of which neither begins the other"
-                ),
-            );
-        }
+        let failed_prefix = reader.optional(FAILED_PREFIX, parse_prefix);
+        let prefixes = [
+            (PREFIX, prefix.as_ref()),
+            (RELAYED_PREFIX, relayed_prefix.as_ref()),
+            (
+                FAILED_PREFIX,
+                failed_prefix.as_ref().and_then(Option::as_ref),
+            ),
+        ];
+        refuse_overlaps(&mut reader, &prefixes);
         let config = (|| {
             Some(Self {
                 nats: Nats {
@@ -266,6 +327,8 @@ impl Config {
                 },
                 prefix: prefix?,
                 relayed_prefix: relayed_prefix?,
+                failed_prefix: failed_prefix?,
+                mode: mode?,
                 webhook: Webhook {
                     destination: destination?,
                     timeout: timeout?,
@@ -340,6 +403,18 @@ impl<'a> Reader<'a> {
             .ok()
     }
 
+    /// The value of a variable that may be unset, parsed; empty only where a problem was noted.
+    fn optional<T>(
+        &mut self,
+        name: &str,
+        parse: impl FnOnce(&str) -> Result<T, String>,
+    ) -> Option<Option<T>> {
+        match self.environment.text_or_file(name) {
+            Ok(None) => Some(None),
+            _ => self.parsed(name, parse).map(Some),
+        }
+    }
+
     /// The whole, or all problems on the way to it.
     fn finish<T>(self, whole: Option<T>) -> Result<T, Vec<String>> {
         match whole {
@@ -363,6 +438,69 @@ fn servers(reader: &mut Reader<'_>) -> Option<Vec<ServerAddr>> {
         _ => HOST,
     };
     reader.parsed(name, parse_servers)
+}
+
+/// Durable mode if a stream is set, else core mode.
+fn mode(reader: &mut Reader<'_>) -> Option<Mode> {
+    let stream = reader.optional(STREAM, parse_name);
+    let consumer = reader.optional(CONSUMER, parse_name);
+    let queue_group = reader.optional(QUEUE_GROUP, parse_group);
+    match (stream?, consumer?, queue_group?) {
+        (None, None, queue_group) => Some(Mode::Core { queue_group }),
+        (Some(stream), Some(consumer), None) => Some(Mode::Durable { stream, consumer }),
+        (Some(_), Some(_), Some(_)) => {
+            reader.problem(
+                QUEUE_GROUP,
+                &format!(
+                    "is for core mode, but {STREAM} is set; unset it: replicas share {CONSUMER}"
+                ),
+            );
+            None
+        }
+        (Some(_), None, _) => {
+            reader.problem(
+                CONSUMER,
+                &format!("is not set, but {STREAM} is; set both or neither"),
+            );
+            None
+        }
+        (None, Some(_), _) => {
+            reader.problem(
+                STREAM,
+                &format!("is not set, but {CONSUMER} is; set both or neither"),
+            );
+            None
+        }
+    }
+}
+
+impl Mode {
+    /// Attempts per message where `WEBHOOK_MAX_ATTEMPTS` is not set; without end if none.
+    fn default_max_attempts(&self) -> Option<u32> {
+        match self {
+            Self::Core { .. } => Some(5),
+            Self::Durable { .. } => None,
+        }
+    }
+}
+
+/// What is published below one prefix must not be taken again, or be taken for something else.
+fn refuse_overlaps(reader: &mut Reader<'_>, prefixes: &[(&str, Option<&Prefix>)]) {
+    for (index, (name, prefix)) in prefixes.iter().enumerate() {
+        for (earlier_name, earlier) in &prefixes[..index] {
+            if let (Some(prefix), Some(earlier)) = (prefix, earlier)
+                && prefix.overlaps(earlier)
+            {
+                reader.problem(
+                    name,
+                    &format!(
+                        "{prefix} overlaps with {earlier_name} {earlier}, which makes a loop; \
+                         choose prefixes of which none begins another"
+                    ),
+                );
+            }
+        }
+    }
 }
 
 /// The one way to log in that is set.
@@ -438,6 +576,26 @@ fn parse_server(text: &str) -> Result<ServerAddr, String> {
 fn parse_prefix(text: &str) -> Result<Prefix, String> {
     text.parse()
         .map_err(|problem| format!("{text:?} {problem}"))
+}
+
+/// A name of a stream or a consumer (NATS ADR-6).
+fn parse_name(text: &str) -> Result<String, String> {
+    let bad = |c: char| c.is_whitespace() || c.is_control() || ".*>/\\".contains(c);
+    if text.contains(bad) {
+        return Err(format!(
+            "{text:?} is no name; write it without white space and . * > / \\"
+        ));
+    }
+    Ok(text.to_owned())
+}
+
+fn parse_group(text: &str) -> Result<String, String> {
+    if text.contains(|c: char| c.is_whitespace() || c.is_control()) {
+        return Err(format!(
+            "{text:?} is no queue group; write it without white space"
+        ));
+    }
+    Ok(text.to_owned())
 }
 
 fn parse_duration(text: &str) -> Result<Duration, String> {
@@ -568,7 +726,23 @@ mod tests {
         );
         assert_eq!(config.webhook.timeout, Duration::from_millis(500));
         assert_eq!(config.webhook.max_attempts, None);
-        assert_eq!(config.shutdown_timeout, Duration::from_mins(2));
+        assert_eq!(config.shutdown_timeout, Duration::from_secs(120));
+    }
+
+    #[test]
+    fn durable_mode_tries_without_end_unless_told_otherwise() {
+        let durable = [(STREAM, "CMS"), (CONSUMER, "relay")];
+        let config = with(&durable).unwrap();
+        assert!(matches!(&config.mode, Mode::Durable { stream, consumer }
+            if stream == "CMS" && consumer == "relay"));
+        assert_eq!(config.webhook.max_attempts, None);
+        let config = with(&[durable[0], durable[1], (MAX_ATTEMPTS, "3")]).unwrap();
+        assert_eq!(config.webhook.max_attempts, Some(3));
+        let problems = problems(&[durable[0], durable[1], (QUEUE_GROUP, "g")]);
+        assert!(
+            problems.len() == 1 && problems[0].starts_with(QUEUE_GROUP),
+            "{problems:?}"
+        );
     }
 
     #[test]
@@ -609,6 +783,13 @@ mod tests {
             (RELAYED_PREFIX, "cms", "overlaps"),
             (USER, "u", "NATS_PASS is not set"),
             (PASS, "p", "NATS_USER is not set"),
+            (FAILED_PREFIX, "cms.cache.failed", "overlaps"),
+            (FAILED_PREFIX, "relayed.cache", "overlaps"),
+            (FAILED_PREFIX, "failed.", "empty token"),
+            (STREAM, "CMS", "NATS_CONSUMER is not set"),
+            (CONSUMER, "relay", "NATS_STREAM is not set"),
+            (STREAM, "C.M.S", "is no name"),
+            (QUEUE_GROUP, "a b", "is no queue group"),
             (TIMEOUT, "15", "is no duration"),
             (TIMEOUT, "-1s", "is no duration"),
             (TIMEOUT, "0s", "is zero"),

@@ -2,7 +2,7 @@
 //! one message at a time, in order.
 //!
 //! ```text
-//!            config                                            log
+//!            config                                  status, systemd, log
 //!              │                                                ▲
 //! NATS ──► source ──► relay ──► webhook ──► destination         │
 //! cms.cache.>           │  ▲ retry           POST, in order ────┤
@@ -29,14 +29,20 @@ pub mod environment;
 pub mod logging;
 pub mod nats;
 pub mod relay;
+pub mod republish;
 pub mod source;
+pub mod status;
 pub mod subject;
+pub mod systemd;
 pub mod webhook;
+
+use std::sync::Arc;
 
 use config::Config;
 use futures::Stream;
 use relay::Relay;
 use source::Source;
+use status::Status;
 use webhook::Webhook;
 
 /// Runs the relay until its operator stops it or it cannot go on.
@@ -47,8 +53,17 @@ use webhook::Webhook;
 /// # Errors
 /// When it cannot go on: credentials refused, no permission to subscribe, subscription ended.
 pub async fn run(config: Config, stop: impl Stream<Item = ()> + Unpin) -> anyhow::Result<()> {
+    let status = Arc::new(Status::default());
     let webhook = Webhook::new(&config.webhook)?;
-    let (client, faults) = nats::connect(&config.nats, &config.prefix).await?;
-    let source = Source::new(client.clone(), faults, &config.prefix);
-    Relay::new(client, source, webhook, config).run(stop).await
+    let (client, faults) = nats::connect(&config.nats, &config.prefix, &status).await?;
+    let source = Source::new(
+        client.clone(),
+        faults,
+        &config.mode,
+        &config.prefix,
+        &status,
+    );
+    Relay::new(client, source, webhook, config, status)
+        .run(stop)
+        .await
 }

@@ -20,6 +20,7 @@ use tokio::sync::mpsc;
 use crate::{
     backoff::Backoff,
     config::{self, Login},
+    status::Status,
     subject::Prefix,
 };
 
@@ -41,11 +42,16 @@ const SUBSCRIPTION_CAPACITY: usize = usize::MAX >> 4;
 ///
 /// # Errors
 /// If the settings can't be used at all.
-pub async fn connect(config: &config::Nats, prefix: &Prefix) -> anyhow::Result<(Client, Faults)> {
+pub async fn connect(
+    config: &config::Nats,
+    prefix: &Prefix,
+    status: &Arc<Status>,
+) -> anyhow::Result<(Client, Faults)> {
     let (sender, receiver) = mpsc::unbounded_channel();
     let observer = Arc::new(Observer {
         subject: prefix.wildcard(),
         progress: Mutex::default(),
+        status: Arc::clone(status),
         faults: sender,
     });
     let chooser = Arc::clone(&observer);
@@ -74,23 +80,33 @@ pub async fn connect(config: &config::Nats, prefix: &Prefix) -> anyhow::Result<(
 }
 
 /// What the connection reports that its user must act on.
-pub struct Faults(mpsc::UnboundedReceiver<Fault>);
+pub struct Faults(mpsc::UnboundedReceiver<Notice>);
 
-enum Fault {
+/// One such report.
+#[derive(Debug)]
+pub enum Notice {
     /// The relay cannot go on.
     Fatal(anyhow::Error),
     /// Our user may not use an inbox, so a request gets no answer.
     InboxRefused,
+    /// There is a new connection.
+    Connected,
 }
 
 impl Faults {
+    /// The next report.
+    pub async fn notice(&mut self) -> Notice {
+        match self.0.recv().await {
+            Some(notice) => notice,
+            None => Notice::Fatal(anyhow!("the NATS client ended by itself")),
+        }
+    }
+
     /// Resolves when the relay cannot go on, with the reason.
     pub async fn fatal(&mut self) -> anyhow::Error {
         loop {
-            match self.0.recv().await {
-                Some(Fault::Fatal(reason)) => return reason,
-                Some(Fault::InboxRefused) => {}
-                None => return anyhow!("the NATS client ended by itself"),
+            if let Notice::Fatal(reason) = self.notice().await {
+                return reason;
             }
         }
     }
@@ -106,10 +122,10 @@ impl Faults {
         loop {
             tokio::select! {
                 biased;
-                fault = self.0.recv() => return match fault {
-                    Some(Fault::Fatal(reason)) => Err(reason),
-                    Some(Fault::InboxRefused) => Ok(()),
-                    None => Err(anyhow!("the NATS client ended by itself")),
+                notice = self.notice() => match notice {
+                    Notice::Fatal(reason) => return Err(reason),
+                    Notice::InboxRefused => return Ok(()),
+                    Notice::Connected => continue,
                 },
                 answer = client.request(client.new_inbox(), "".into()) => match answer {
                     Err(error) if error.kind() == async_nats::RequestErrorKind::TimedOut => {}
@@ -117,8 +133,10 @@ impl Faults {
                     _ => tokio::task::yield_now().await,
                 },
             }
-            if let Ok(Fault::Fatal(reason)) = self.0.try_recv() {
-                return Err(reason);
+            while let Ok(notice) = self.0.try_recv() {
+                if let Notice::Fatal(reason) = notice {
+                    return Err(reason);
+                }
             }
             if client.connection_state() == async_nats::connection::State::Connected {
                 return Ok(());
@@ -132,7 +150,8 @@ struct Observer {
     /// What the relay subscribes to.
     subject: String,
     progress: Mutex<Progress>,
-    faults: mpsc::UnboundedSender<Fault>,
+    status: Arc<Status>,
+    faults: mpsc::UnboundedSender<Notice>,
 }
 
 /// How far connecting has come.
@@ -184,9 +203,15 @@ impl Observer {
             Event::Connected => {
                 let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
                 progress.attempts = 0;
-                info!("connected to NATS at {}", self.server(&progress));
+                let server = self.server(&progress);
+                info!("connected to NATS at {server}");
+                self.status.set_server(Some(server));
+                self.tell(Notice::Connected);
             }
-            Event::Disconnected => warn!("lost the connection to NATS; reconnecting"),
+            Event::Disconnected => {
+                self.status.set_server(None);
+                warn!("lost the connection to NATS; reconnecting");
+            }
             Event::LameDuckMode => warn!("the NATS server is about to shut down (lame duck mode)"),
             Event::SlowConsumer(_) => error!("the NATS client dropped a message (slow consumer)"),
             Event::ServerError(error) => self.observe_server_error(&error),
@@ -221,12 +246,18 @@ impl Observer {
                 ));
             }
             if refused.starts_with("_INBOX.") {
-                return self.tell(Fault::InboxRefused);
+                return self.tell(Notice::InboxRefused);
             }
         }
         if let Some(refused) = refused_subject(text, "Publish to") {
             if refused.starts_with("_INBOX.") {
-                return self.tell(Fault::InboxRefused);
+                return self.tell(Notice::InboxRefused);
+            }
+            if refused.starts_with("$JS.") {
+                return self.fatal(anyhow!(
+                    "no permission to publish on {refused}, which durable mode needs; allow it \
+                     for this NATS user"
+                ));
             }
             return error!(
                 "no permission to publish on {refused}, so this message was not republished; \
@@ -244,12 +275,12 @@ impl Observer {
     }
 
     fn fatal(&self, reason: anyhow::Error) {
-        self.tell(Fault::Fatal(reason));
+        self.tell(Notice::Fatal(reason));
     }
 
-    fn tell(&self, fault: Fault) {
+    fn tell(&self, notice: Notice) {
         // Nobody is left to listen only while the relay ends.
-        let _ = self.faults.send(fault);
+        let _ = self.faults.send(notice);
     }
 }
 

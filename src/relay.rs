@@ -2,11 +2,11 @@
 
 use std::{
     pin::pin,
-    sync::atomic::Ordering,
+    sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
-use async_nats::{Client, connection::State};
+use async_nats::{Client, HeaderMap, connection::State};
 use futures::{Stream, StreamExt};
 use log::{error, info, warn};
 use reqwest::StatusCode;
@@ -15,7 +15,10 @@ use tokio::time::sleep;
 use crate::{
     backoff::Backoff,
     config::Config,
-    source::{Delivery, Source},
+    republish::{GivenUp, failed_headers, relayed_headers},
+    source::{Delivery, Origin, Source, Verdict, settle},
+    status::Status,
+    systemd::Systemd,
     webhook::{Failure, Webhook, message_id},
 };
 
@@ -28,6 +31,7 @@ const BACKOFF: Backoff = Backoff {
 /// Everything it takes to relay messages.
 pub struct Relay {
     source: Source,
+    systemd: Systemd,
     worker: Worker,
 }
 
@@ -36,6 +40,7 @@ struct Worker {
     client: Client,
     webhook: Webhook,
     config: Config,
+    status: Arc<Status>,
 }
 
 /// Whether there is a next message to take.
@@ -51,16 +56,27 @@ struct Posted {
 }
 
 impl Relay {
-    /// A relay that takes from `source`, POSTs to `webhook` and republishes by `client`.
+    /// A relay that takes from `source`, POSTs to `webhook` and republishes by `client`. Must be
+    /// called within a tokio runtime.
     #[must_use]
-    pub fn new(client: Client, source: Source, webhook: Webhook, config: Config) -> Self {
+    pub fn new(
+        client: Client,
+        source: Source,
+        webhook: Webhook,
+        config: Config,
+        status: Arc<Status>,
+    ) -> Self {
+        let systemd = Systemd::from_environment();
+        let worker = Worker {
+            client,
+            webhook,
+            config,
+            status,
+        };
         Self {
             source,
-            worker: Worker {
-                client,
-                webhook,
-                config,
-            },
+            systemd,
+            worker,
         }
     }
 
@@ -70,7 +86,8 @@ impl Relay {
     /// When it cannot go on.
     pub async fn run(mut self, mut stop: impl Stream<Item = ()> + Unpin) -> anyhow::Result<()> {
         let ended = self.relay_all(&mut stop).await;
-        self.source.close();
+        self.systemd.stopping(&self.worker.status);
+        self.source.close().await;
         ended
     }
 
@@ -83,23 +100,28 @@ impl Relay {
             _ = stop.next() => return Ok(()),
             opened = self.source.open() => opened?,
         }
-        let Config {
-            prefix,
-            relayed_prefix,
+        let Worker {
+            webhook,
+            config,
+            status,
             ..
-        } = &self.worker.config;
-        let destination = self.worker.webhook.destination();
+        } = &self.worker;
         info!(
-            "listening on {prefix}.>; POST to {destination}, then republish on {relayed_prefix}.>"
+            "listening on {}.>; POST to {}, then republish on {}.>",
+            config.prefix,
+            webhook.destination(),
+            config.relayed_prefix
         );
+        self.systemd.ready(status);
         loop {
             let delivery = tokio::select! {
                 biased;
                 _ = stop.next() => return Ok(()),
                 delivery = self.source.next() => delivery?,
+                never = self.systemd.beat(&self.worker.status) => match never {},
             };
             match self.relay(&delivery, stop).await? {
-                Then::Continue => {}
+                Then::Continue => self.source.done(),
                 Then::Stop => return Ok(()),
             }
         }
@@ -111,32 +133,50 @@ impl Relay {
         delivery: &Delivery,
         stop: &mut (impl Stream<Item = ()> + Unpin),
     ) -> anyhow::Result<Then> {
-        let subject = &delivery.subject;
-        let mut work = pin!(self.worker.work(delivery));
+        let Self {
+            source,
+            systemd,
+            worker,
+        } = self;
+        let mut work = pin!(worker.work(delivery));
         tokio::select! {
             biased;
             () = &mut work => return Ok(Then::Continue),
-            reason = self.source.attend() => {
-                error!("{subject} is not relayed: the relay cannot go on");
+            reason = meanwhile(source, systemd, &worker.status) => {
+                worker.leave(delivery, "the relay cannot go on");
                 return Err(reason);
             }
             _ = stop.next() => {}
         }
-        let patience = self.worker.config.shutdown_timeout;
-        info!("stopping; {subject} is in hand and has {patience:?} to finish");
+        let patience = worker.config.shutdown_timeout;
+        info!(
+            "stopping; {} is in hand and has {patience:?} to finish",
+            delivery.subject
+        );
+        systemd.stopping(&worker.status);
+        source.retire().await;
         tokio::select! {
             biased;
-            () = work => {}
-            reason = self.source.attend() => {
-                error!("{subject} is not relayed: the relay cannot go on");
+            () = work => source.done(),
+            reason = meanwhile(source, systemd, &worker.status) => {
+                worker.leave(delivery, "the relay cannot go on");
                 return Err(reason);
             }
-            _ = stop.next() => error!("{subject} is not relayed: stopped at once"),
+            _ = stop.next() => worker.leave(delivery, "stopped at once"),
             () = sleep(patience) => {
-                error!("{subject} is not relayed: not finished within SHUTDOWN_TIMEOUT, {patience:?}");
+                worker.leave(delivery, &format!("not finished within SHUTDOWN_TIMEOUT, {patience:?}"));
             }
         }
         Ok(Then::Stop)
+    }
+}
+
+/// What goes on while a message is worked on. Resolves only when the relay cannot go on.
+async fn meanwhile(source: &mut Source, systemd: &mut Systemd, status: &Status) -> anyhow::Error {
+    tokio::select! {
+        biased;
+        reason = source.attend() => reason,
+        never = systemd.beat(status) => match never {},
     }
 }
 
@@ -144,85 +184,174 @@ impl Worker {
     /// Brings one message to its end: relayed, or given up.
     async fn work(&self, delivery: &Delivery) {
         let start = Instant::now();
-        let subject = &delivery.subject;
-        let Some(relayed_subject) = self
-            .config
-            .prefix
-            .rewrite(subject, &self.config.relayed_prefix)
-        else {
-            return error!(
-                "{subject} is not relayed: it is not below {}",
-                self.config.prefix
-            );
+        let Config {
+            prefix,
+            relayed_prefix,
+            ..
+        } = &self.config;
+        let Some(target) = prefix.rewrite(&delivery.subject, relayed_prefix) else {
+            let reason = format!("it is not below {prefix}");
+            return self
+                .give_up(
+                    delivery,
+                    GivenUp {
+                        reason,
+                        status: None,
+                        attempts: 0,
+                    },
+                )
+                .await;
         };
-        let posted = match self.post(delivery).await {
+        let Posted { status, attempts } = match self.post(delivery).await {
             Ok(posted) => posted,
-            Err(reason) => return error!("{subject} is not relayed: {reason}"),
+            Err(given_up) => return self.give_up(delivery, given_up).await,
         };
-        if let Err(reason) = self.republish(delivery, &relayed_subject).await {
-            return error!("{subject} is not republished on {relayed_subject}: {reason:#}");
+        let headers = relayed_headers(delivery, self.client.max_payload());
+        if let Err(error) = self
+            .conclude(delivery, Some((&target, headers)), Verdict::Ack)
+            .await
+        {
+            let reason = format!("it cannot be published on {target}: {error:#}");
+            let status = Some(status.as_u16());
+            return self
+                .give_up(
+                    delivery,
+                    GivenUp {
+                        reason,
+                        status,
+                        attempts,
+                    },
+                )
+                .await;
         }
-        let Posted { status, attempts } = posted;
+        self.status.add_relayed();
         let attempts = if attempts > 1 {
             format!(", {attempts} attempts")
         } else {
             String::new()
         };
+        let (status, elapsed) = (status.as_u16(), start.elapsed());
         info!(
-            "{subject} -> {relayed_subject} ({}, {:.1?}{attempts})",
-            status.as_u16(),
-            start.elapsed()
+            "{} -> {target} ({status}, {elapsed:.1?}{attempts})",
+            delivery.subject
         );
     }
 
-    /// POSTs until it succeeds, or until it is to be given up, with the reason.
-    async fn post(&self, delivery: &Delivery) -> Result<Posted, String> {
+    /// POSTs until it succeeds, or until it is to be given up.
+    async fn post(&self, delivery: &Delivery) -> Result<Posted, GivenUp> {
         let id = message_id(delivery);
-        let max_attempts = self.config.webhook.max_attempts.unwrap_or(u32::MAX);
+        let max_attempts = self.config.webhook.max_attempts;
         let mut attempts = 0;
         loop {
             attempts += 1;
-            let (reason, retry_after) = match self.webhook.post(delivery, &id).await {
+            let (reason, status, retry_after) = match self.webhook.post(delivery, &id).await {
                 Ok(status) => return Ok(Posted { status, attempts }),
-                Err(Failure::Permanent { reason }) => return Err(reason),
+                Err(Failure::Permanent { reason, status }) => {
+                    let status = Some(status.as_u16());
+                    return Err(GivenUp {
+                        reason,
+                        status,
+                        attempts,
+                    });
+                }
                 Err(Failure::Temporary {
                     reason,
+                    status,
                     retry_after,
-                }) => (reason, retry_after),
+                }) => (reason, status, retry_after.unwrap_or_default()),
             };
-            if attempts == max_attempts {
-                return Err(format!("given up after {attempts} attempts: {reason}"));
+            if Some(attempts) == max_attempts {
+                let status = status.map(|status| status.as_u16());
+                let reason = format!("given up after {attempts} attempts: {reason}");
+                return Err(GivenUp {
+                    reason,
+                    status,
+                    attempts,
+                });
             }
-            let wait = BACKOFF.wait(attempts).max(retry_after.unwrap_or_default());
-            warn!(
-                "{}, attempt {attempts}: {reason}; next attempt in {wait:.1?}",
-                delivery.subject
-            );
+            let wait = BACKOFF.wait(attempts).max(retry_after);
+            let failure = format!("{}, attempt {attempts}: {reason}", delivery.subject);
+            warn!("{failure}; next attempt in {wait:.1?}");
+            self.status.set_last_failure(failure);
             sleep(wait).await;
         }
     }
 
-    /// Republishes a message; returns once it was handed to the network.
-    async fn republish(&self, delivery: &Delivery, subject: &str) -> anyhow::Result<()> {
-        let connections = || self.client.statistics().connects.load(Ordering::Relaxed);
+    /// Says that a message is not relayed, and why; publishes it on the failed prefix.
+    async fn give_up(&self, delivery: &Delivery, given_up: GivenUp) {
+        let line = format!("{} is not relayed: {}", delivery.subject, given_up.reason);
+        error!("{line}");
+        self.status.add_given_up(line);
+        let Config {
+            prefix,
+            failed_prefix,
+            ..
+        } = &self.config;
+        let target = failed_prefix
+            .as_ref()
+            .and_then(|failed| prefix.rewrite(&delivery.subject, failed));
+        let headers = failed_headers(delivery, &given_up, self.client.max_payload());
+        let message = target.as_deref().map(|target| (target, headers));
+        let verdict = Verdict::Term(&given_up.reason);
+        if let Err(error) = self.conclude(delivery, message, verdict).await {
+            error!(
+                "{} is not published as failed either: {error:#}",
+                delivery.subject
+            );
+            let _ = self.conclude(delivery, None, verdict).await;
+        }
+    }
+
+    /// Says that a message was left unfinished. A stream keeps it, a core subscription does not.
+    fn leave(&self, delivery: &Delivery, reason: &str) {
+        let subject = &delivery.subject;
+        match &delivery.origin {
+            Origin::Core => {
+                let line = format!("{subject} is not relayed: {reason}");
+                error!("{line}");
+                self.status.add_given_up(line);
+            }
+            Origin::Stream { id, .. } => {
+                warn!("{subject} is not finished: {reason}; {id} stays in the stream")
+            }
+        }
+    }
+
+    /// Publishes a message, if there is one to publish, and tells the source's server what has
+    /// become of the delivery. Both on one connection and in this order, so that a server that has
+    /// seen the verdict has seen the message too.
+    async fn conclude(
+        &self,
+        delivery: &Delivery,
+        message: Option<(&str, HeaderMap)>,
+        verdict: Verdict<'_>,
+    ) -> anyhow::Result<()> {
         loop {
             if self.client.connection_state() != State::Connected {
                 // Completes only with a connection.
                 self.client.flush().await?;
             }
-            let connection = connections();
-            self.client
-                .publish_with_headers(
-                    subject.to_owned(),
-                    delivery.headers.clone(),
-                    delivery.payload.clone(),
-                )
-                .await?;
-            self.client.flush().await?;
-            // What was under way on a connection that broke is gone.
-            if connections() == connection {
+            let connection = self.connections();
+            if let Some((subject, headers)) = &message {
+                let (subject, headers) = ((*subject).to_owned(), headers.clone());
+                let payload = delivery.payload.clone();
+                self.client
+                    .publish_with_headers(subject, headers, payload)
+                    .await?;
+            }
+            match &delivery.origin {
+                Origin::Core => self.client.flush().await?,
+                Origin::Stream { receipt, .. } => settle(&self.client, receipt, verdict).await,
+            }
+            // What was under way on a connection that broke may be lost: once more, then.
+            if self.connections() == connection {
                 return Ok(());
             }
         }
+    }
+
+    /// How many connections there have been.
+    fn connections(&self) -> u64 {
+        self.client.statistics().connects.load(Relaxed)
     }
 }

@@ -1,16 +1,23 @@
-//! Where messages come from: a core NATS subscription.
+//! Where messages come from: a core NATS subscription, or a durable consumer of JetStream.
 //!
 //! A source hands out one [`Delivery`] at a time. While that one is worked on, the source is
-//! attended to, so that nothing is lost meanwhile.
+//! attended to, so that nothing is lost meanwhile; then the source is told that it is done.
 
+mod consumer;
 mod core;
+mod durable;
+
+use std::sync::Arc;
 
 use async_nats::{Client, HeaderMap, Subject};
 use bytes::Bytes;
 
-use crate::{nats::Faults, subject::Prefix};
+use crate::{config::Mode, nats::Faults, status::Status, subject::Prefix};
 
-pub use self::core::Core;
+pub use self::{
+    core::Core,
+    durable::{Durable, Receipt, Verdict, settle},
+};
 
 /// A message to relay.
 #[derive(Debug)]
@@ -21,28 +28,63 @@ pub struct Delivery {
     pub headers: HeaderMap,
     /// Its payload.
     pub payload: Bytes,
+    /// Where it comes from.
+    pub origin: Origin,
+}
+
+/// Where a message comes from.
+#[derive(Debug)]
+pub enum Origin {
+    /// A core subscription, which wants to know nothing more.
+    Core,
+    /// A stream, which wants to know what becomes of it.
+    Stream {
+        /// `<stream>-<sequence>`.
+        id: String,
+        /// What the server knows the delivery by.
+        receipt: Receipt,
+    },
 }
 
 /// Where messages come from.
 pub enum Source {
     /// A core NATS subscription: at most once.
-    Core(Core),
+    Core(Box<Core>),
+    /// A durable consumer of JetStream: at least once.
+    Durable(Box<Durable>),
 }
 
 impl Source {
-    /// A source of everything below `prefix`.
+    /// A source of everything below `prefix`. Must be called within a tokio runtime.
     #[must_use]
-    pub fn new(client: Client, faults: Faults, prefix: &Prefix) -> Self {
-        Self::Core(Core::new(client, faults, prefix.wildcard()))
+    pub fn new(
+        client: Client,
+        faults: Faults,
+        mode: &Mode,
+        prefix: &Prefix,
+        status: &Arc<Status>,
+    ) -> Self {
+        let (subject, status) = (prefix.wildcard(), Arc::clone(status));
+        match mode.clone() {
+            Mode::Core { queue_group } => {
+                let core = Core::new(client, faults, subject, queue_group, status);
+                Self::Core(Box::new(core))
+            }
+            Mode::Durable { stream, consumer } => {
+                let durable = Durable::new(client, faults, status, stream, consumer, subject);
+                Self::Durable(Box::new(durable))
+            }
+        }
     }
 
     /// Subscribes; resolves once the server has accepted that.
     ///
     /// # Errors
-    /// If the server refuses the login or the subscription.
+    /// If the server refuses the login or the subscription, or the stream is missing.
     pub async fn open(&mut self) -> anyhow::Result<()> {
         match self {
             Self::Core(core) => core.open().await,
+            Self::Durable(durable) => durable.open().await,
         }
     }
 
@@ -53,6 +95,7 @@ impl Source {
     pub async fn next(&mut self) -> anyhow::Result<Delivery> {
         match self {
             Self::Core(core) => core.next().await,
+            Self::Durable(durable) => durable.next().await,
         }
     }
 
@@ -61,13 +104,31 @@ impl Source {
     pub async fn attend(&mut self) -> anyhow::Error {
         match self {
             Self::Core(core) => core.attend().await,
+            Self::Durable(durable) => durable.attend().await,
         }
     }
 
-    /// Ends the source, and says what it leaves behind.
-    pub fn close(self) {
+    /// The message that was handed out last has come to its end.
+    pub fn done(&mut self) {
+        match self {
+            Self::Core(_) => {}
+            Self::Durable(durable) => durable.done(),
+        }
+    }
+
+    /// No further message is wanted.
+    pub async fn retire(&mut self) {
+        match self {
+            Self::Core(_) => {}
+            Self::Durable(durable) => durable.retire().await,
+        }
+    }
+
+    /// Ends the source: hands back what can be, and says what is left behind.
+    pub async fn close(self) {
         match self {
             Self::Core(core) => core.close(),
+            Self::Durable(durable) => durable.close().await,
         }
     }
 }

@@ -6,7 +6,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
-use async_nats::HeaderMap;
+use async_nats::{HeaderMap, header::NATS_MESSAGE_ID};
 use reqwest::{
     Client, Request, Response, StatusCode,
     header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue, LOCATION, RETRY_AFTER},
@@ -16,7 +16,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::{
     config::{self, Destination},
-    source::Delivery,
+    source::{Delivery, Origin},
 };
 
 const USER_AGENT: &str = concat!("nats-webhook-relay/", env!("CARGO_PKG_VERSION"));
@@ -61,6 +61,8 @@ pub enum Failure {
     Temporary {
         /// What happened, without secrets.
         reason: String,
+        /// The status of the answer, if there was one.
+        status: Option<StatusCode>,
         /// The shortest wait before the next attempt, if the destination asks for one.
         retry_after: Option<Duration>,
     },
@@ -68,6 +70,8 @@ pub enum Failure {
     Permanent {
         /// What happened, without secrets.
         reason: String,
+        /// The status of the answer.
+        status: StatusCode,
     },
 }
 
@@ -132,16 +136,19 @@ impl Webhook {
             }
             300..=399 => Err(Failure::Permanent {
                 reason: self.redirect_reason(&response),
+                status,
             }),
             408 | 425 | 429 | 500..=599 => Err(Failure::Temporary {
                 retry_after: retry_after(&response),
                 reason: format!("answered {status}"),
+                status: Some(status),
             }),
             400..=499 => {
                 let body = timeout_at(deadline, read(response, EXCERPT_BYTES)).await;
                 let excerpt = printable(&body.unwrap_or_default());
                 Err(Failure::Permanent {
                     reason: format!("answered {status}: {excerpt}"),
+                    status,
                 })
             }
             _ => Err(temporary(format!(
@@ -195,19 +202,22 @@ impl Webhook {
     }
 }
 
-/// The `webhook-id` of a message, the same over retries: its `Nats-Msg-Id`, else a random one.
+/// The `webhook-id` of a message, the same over retries: its `Nats-Msg-Id`, else its place in its
+/// stream, else a random one.
 #[must_use]
 pub fn message_id(delivery: &Delivery) -> HeaderValue {
-    header(
-        &delivery.headers,
-        async_nats::header::NATS_MESSAGE_ID.as_ref(),
-    )
-    .filter(|id| is_webhook_id(id))
-    .and_then(|id| HeaderValue::from_str(id).ok())
-    .unwrap_or_else(|| {
-        let id = format!("msg_{:032x}", fastrand::u128(..));
-        HeaderValue::from_str(&id).unwrap_or(HeaderValue::from_static("msg"))
-    })
+    let own = header(&delivery.headers, NATS_MESSAGE_ID.as_ref());
+    let place = match &delivery.origin {
+        Origin::Core => None,
+        Origin::Stream { id, .. } => Some(id.as_str()),
+    };
+    let random = || HeaderValue::from_str(&format!("msg_{:032x}", fastrand::u128(..)));
+    own.into_iter()
+        .chain(place)
+        .find(|id| is_webhook_id(id))
+        .and_then(|id| HeaderValue::from_str(id).ok())
+        .or_else(|| random().ok())
+        .unwrap_or(HeaderValue::from_static("msg"))
 }
 
 /// Whether `id` can be signed: the signed text is `id.timestamp.payload`, so that a dot in the id
@@ -229,6 +239,7 @@ fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
 fn temporary(reason: String) -> Failure {
     Failure::Temporary {
         reason,
+        status: None,
         retry_after: None,
     }
 }

@@ -1,6 +1,6 @@
 //! Core NATS: at most once. What arrives while a webhook is slow waits in a bounded buffer.
 
-use std::{collections::VecDeque, future::pending, time::Duration};
+use std::{collections::VecDeque, future::pending, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use async_nats::{Client, Message, Subscriber};
@@ -9,14 +9,14 @@ use futures::{FutureExt, StreamExt};
 use log::error;
 use tokio::time::{Instant, sleep_until};
 
-use super::Delivery;
-use crate::nats::Faults;
+use super::{Delivery, Origin};
+use crate::{nats::Faults, status::Status};
 
 /// How much may wait: subjects, headers and payloads, and what it costs to keep them.
-pub const BUFFER_BYTES: usize = 64 * 1024 * 1024;
+const BUFFER_BYTES: usize = 64 * 1024 * 1024;
 
 /// What keeping a message costs beside its own bytes. It bounds the number of empty ones.
-pub const MESSAGE_OVERHEAD: usize = size_of::<Delivery>();
+const MESSAGE_OVERHEAD: usize = size_of::<Delivery>();
 
 /// What keeping a header costs beside its own bytes.
 const HEADER_OVERHEAD: usize = 128;
@@ -29,35 +29,48 @@ pub struct Core {
     client: Client,
     faults: Faults,
     subject: String,
+    queue_group: Option<String>,
     subscriber: Option<Subscriber>,
     waiting: VecDeque<Delivery>,
     waiting_bytes: usize,
     drops: Drops,
+    status: Arc<Status>,
 }
 
 /// Messages that did not fit into the buffer.
 #[derive(Default)]
 struct Drops {
-    total: u64,
     unreported: u64,
     next_report: Option<Instant>,
 }
 
 impl Core {
-    pub(super) fn new(client: Client, faults: Faults, subject: String) -> Self {
+    pub(super) fn new(
+        client: Client,
+        faults: Faults,
+        subject: String,
+        queue_group: Option<String>,
+        status: Arc<Status>,
+    ) -> Self {
         Self {
             client,
             faults,
             subject,
+            queue_group,
             subscriber: None,
             waiting: VecDeque::new(),
             waiting_bytes: 0,
             drops: Drops::default(),
+            status,
         }
     }
 
     pub(super) async fn open(&mut self) -> anyhow::Result<()> {
-        let subscriber = self.client.subscribe(self.subject.clone()).await;
+        let subject = self.subject.clone();
+        let subscriber = match self.queue_group.clone() {
+            Some(group) => self.client.queue_subscribe(subject, group).await,
+            None => self.client.subscribe(subject).await,
+        };
         self.subscriber = Some(subscriber.context("cannot subscribe")?);
         self.faults.confirm(&self.client).await
     }
@@ -66,6 +79,7 @@ impl Core {
         loop {
             if let Some(delivery) = self.waiting.pop_front() {
                 self.waiting_bytes -= cost(&delivery);
+                self.status.set_waiting(self.waiting.len());
                 return Ok(delivery);
             }
             self.step().await?;
@@ -91,7 +105,7 @@ impl Core {
             message = subscriber.next() => {
                 self.take(message.context("the subscription ended by itself")?);
             }
-            () = self.drops.report_due() => self.drops.report(),
+            () = self.drops.report_due() => self.drops.report(&self.status),
         }
         Ok(())
     }
@@ -102,13 +116,16 @@ impl Core {
             headers: message.headers.unwrap_or_default(),
             // A payload is a part of a larger read buffer, which would be kept along with it.
             payload: Bytes::copy_from_slice(&message.payload),
+            origin: Origin::Core,
         };
         let bytes = cost(&delivery);
         if self.waiting_bytes + bytes > BUFFER_BYTES && !self.waiting.is_empty() {
+            self.status.add_dropped();
             return self.drops.add();
         }
         self.waiting_bytes += bytes;
         self.waiting.push_back(delivery);
+        self.status.set_waiting(self.waiting.len());
     }
 
     pub(super) fn close(mut self) {
@@ -117,7 +134,7 @@ impl Core {
                 self.take(message);
             }
         }
-        self.drops.report();
+        self.drops.report(&self.status);
         if !self.waiting.is_empty() {
             error!(
                 "{} messages were still waiting and are not relayed",
@@ -140,7 +157,6 @@ fn cost(delivery: &Delivery) -> usize {
 
 impl Drops {
     fn add(&mut self) {
-        self.total += 1;
         self.unreported += 1;
         self.next_report.get_or_insert_with(Instant::now);
     }
@@ -153,13 +169,13 @@ impl Drops {
         }
     }
 
-    fn report(&mut self) {
+    fn report(&mut self, status: &Status) {
         if self.unreported > 0 {
             error!(
                 "dropped {} messages, {} since the start: they come faster than the webhook takes \
                  them, and {} MiB are waiting already; use NATS_STREAM to keep such messages",
                 self.unreported,
-                self.total,
+                status.dropped(),
                 BUFFER_BYTES / (1024 * 1024)
             );
             self.unreported = 0;

@@ -1,6 +1,8 @@
 //! The configuration as a process meets it.
 
-use std::fs;
+use std::{collections::HashMap, fs};
+
+use nats_webhook_relay::config::{Default, VARIABLES};
 
 use crate::support::{Answer, NatsServer, Relay, Webhook};
 
@@ -115,7 +117,7 @@ fn output(arguments: &[&str]) -> (Option<i32>, String) {
 fn help_and_version_need_no_configuration_and_other_arguments_are_refused() {
     let (code, help) = output(&["--help"]);
     assert_eq!(code, Some(0));
-    for variable in nats_webhook_relay::config::VARIABLES {
+    for variable in VARIABLES {
         assert!(
             help.contains(&format!("  {} ", variable.name)),
             "{}",
@@ -138,12 +140,21 @@ fn help_and_version_need_no_configuration_and_other_arguments_are_refused() {
 fn documents_agree_with_the_table_of_variables() {
     let readme = include_str!("../../README.md");
     let example = include_str!("../../.env.example");
-    for variable in nats_webhook_relay::config::VARIABLES {
+    let module: HashMap<String, String> =
+        serde_json::from_str(include_str!("../../nix/variables.json")).unwrap();
+    assert_eq!(module.len(), VARIABLES.len());
+    for variable in VARIABLES {
+        assert_eq!(
+            module[variable.name],
+            variable.kind.to_string(),
+            "{}",
+            variable.name
+        );
         let row = readme
             .lines()
             .find(|line| line.starts_with('|') && line.contains(&format!("`{}`", variable.name)))
             .unwrap_or_else(|| panic!("the README's table lacks {}", variable.name));
-        if let nats_webhook_relay::config::Default::Value(value) = variable.default {
+        if let Default::Value(value) = variable.default {
             assert!(
                 row.contains(&format!("`{value}`")),
                 "another default: {row}"

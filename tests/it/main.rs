@@ -6,7 +6,10 @@ mod support;
 
 mod buffer;
 mod configuration;
+mod durable;
 mod nats_faults;
 mod outcomes;
 mod relaying;
+mod service;
+mod slow;
 mod stopping;

@@ -3,7 +3,7 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use async_nats::{Client, ConnectOptions, Subscriber};
+use async_nats::{Client, ConnectOptions, Subscriber, jetstream};
 use futures::StreamExt;
 use tempfile::TempDir;
 
@@ -24,8 +24,7 @@ impl NatsServer {
     /// With a configuration file; `$DIR` in it is a directory of the server's own.
     pub async fn with_config(config: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let config = config.replace("$DIR", directory.path().to_str().unwrap());
-        fs::write(directory.path().join("nats.conf"), config).unwrap();
+        write_config(&directory, config);
         let process = spawn(&directory, -1);
         let ports_file = directory
             .path()
@@ -42,6 +41,33 @@ impl NatsServer {
             process,
             port: port.unwrap(),
             directory,
+        }
+    }
+
+    /// With JetStream, and a stream `CMS` of everything below `cms.cache`.
+    pub async fn with_stream() -> Self {
+        let server = Self::with_config("jetstream { store_dir: \"$DIR/jetstream\" }").await;
+        server.create_stream("CMS", "cms.cache.>", 1).await;
+        server
+    }
+
+    pub async fn jetstream(&self) -> jetstream::Context {
+        jetstream::new(self.client().await)
+    }
+
+    pub async fn create_stream(&self, name: &str, subject: &str, num_replicas: usize) {
+        let config = jetstream::stream::Config {
+            name: name.to_owned(),
+            subjects: vec![subject.to_owned()],
+            num_replicas,
+            ..Default::default()
+        };
+        let jetstream = self.jetstream().await;
+        let deadline = tokio::time::Instant::now() + PATIENCE;
+        // A cluster needs a moment to elect a leader.
+        while let Err(error) = jetstream.create_stream(config.clone()).await {
+            assert!(tokio::time::Instant::now() < deadline, "{error}");
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
         }
     }
 
@@ -93,7 +119,7 @@ impl NatsServer {
 
     /// With another configuration from now on.
     pub fn reload(&self, config: &str) {
-        fs::write(self.directory.path().join("nats.conf"), config).unwrap();
+        write_config(&self.directory, config);
         let signal = format!("--signal=reload={}", self.process.id());
         assert!(
             Command::new("nats-server")
@@ -114,6 +140,11 @@ impl Drop for NatsServer {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
+}
+
+fn write_config(directory: &TempDir, config: &str) {
+    let config = config.replace("$DIR", directory.path().to_str().unwrap());
+    fs::write(directory.path().join("nats.conf"), config).unwrap();
 }
 
 fn spawn(directory: &TempDir, port: i32) -> Child {

@@ -78,6 +78,12 @@ impl Relay {
         relay
     }
 
+    /// In durable mode on the stream `CMS`, once it is subscribed.
+    pub async fn durable(nats: &NatsServer, webhook: &Webhook, changes: &[(&str, &str)]) -> Self {
+        let durable = [("NATS_STREAM", "CMS"), ("NATS_CONSUMER", "relay")];
+        Self::listening(nats, webhook, &[&durable, changes].concat()).await
+    }
+
     pub fn directory(&self) -> &Path {
         self.directory.path()
     }
@@ -129,6 +135,11 @@ impl Relay {
             .status()
             .unwrap();
         assert!(sent.success(), "kill -s {name} {id}");
+    }
+
+    /// As a power cut would.
+    pub async fn kill(&mut self) {
+        self.process.kill().await.unwrap();
     }
 
     /// The exit code and the whole log, once it has ended; none if it was killed.

@@ -1,0 +1,237 @@
+# Evaluates the module: what it refuses and warns about, and where secrets end up.
+{
+  lib,
+  pkgs,
+  runCommand,
+}:
+let
+  inherit (lib) types;
+
+  # The module by itself, without the rest of NixOS.
+  evaluate =
+    relay:
+    (lib.evalModules {
+      modules = [
+        ../module.nix
+        {
+          options = {
+            assertions = lib.mkOption { type = types.listOf types.attrs; };
+            warnings = lib.mkOption { type = types.listOf types.str; };
+            systemd.services = lib.mkOption { type = types.attrsOf types.attrs; };
+          };
+          config = {
+            _module.args = { inherit pkgs; };
+            services.nats-webhook-relay = relay;
+          };
+        }
+      ];
+    }).config;
+
+  minimal = {
+    enable = true;
+    webhookDestination = "http://localhost:3000/hook";
+    natsAddress = "nats://localhost";
+    natsSubjectPrefix = "cms.cache";
+    natsRelayedSubjectPrefix = "relayed.cache";
+  };
+  evaluateWith = changes: evaluate (lib.recursiveUpdate minimal changes);
+
+  refused =
+    changes:
+    map (assertion: assertion.message) (
+      lib.filter (assertion: !assertion.assertion) (evaluateWith changes).assertions
+    );
+
+  # A part of the one message that each change of the minimal configuration must lead to.
+  refusals = [
+    {
+      change.settings.WEBHOOK_TIMEOT = "5s";
+      message = "settings.WEBHOOK_TIMEOT: there is no such variable";
+    }
+    {
+      change.credentials.NATS_PASSWORD = "/run/secrets/x";
+      message = "credentials.NATS_PASSWORD: there is no such variable";
+    }
+    {
+      change = {
+        natsUser = "relay";
+        settings.NATS_PASS = "hunter2";
+      };
+      message = "set credentials.NATS_PASS to its path";
+    }
+    {
+      change.credentials.NATS_HOST = "/run/secrets/x";
+      message = "credentials.NATS_HOST is set, and so is settings.NATS_HOST";
+    }
+    {
+      change = {
+        natsUser = "relay";
+        natsPassword = "hunter2";
+        natsPasswordFile = "/run/secrets/x";
+      };
+      message = "Keep natsPasswordFile";
+    }
+    {
+      change = {
+        natsUser = "relay";
+        natsPasswordFile = ./module.nix;
+      };
+      message = "credentials.NATS_PASS is in the Nix store";
+    }
+    {
+      change = {
+        natsUser = "relay";
+        natsPasswordFile = "${pkgs.writeText "password" "hunter2"}";
+      };
+      message = "credentials.NATS_PASS is in the Nix store";
+    }
+    {
+      change.environmentFiles = [ ./module.nix ];
+      message = "is in the Nix store";
+    }
+    {
+      change.webhookDestination = null;
+      message = "webhookDestination is not set";
+    }
+    {
+      change.natsUser = "relay";
+      message = "natsUser and natsPasswordFile belong together";
+    }
+    {
+      change.natsPasswordFile = "/run/secrets/x";
+      message = "natsUser and natsPasswordFile belong together";
+    }
+    {
+      change.natsRelayedSubjectPrefix = "cms.cache.relayed";
+      message = "overlap";
+    }
+    {
+      change.natsRelayedSubjectPrefix = "cms.cache";
+      message = "overlap";
+    }
+    {
+      change.natsRelayedSubjectPrefix = "cms";
+      message = "overlap";
+    }
+    {
+      change.instances.preview = { };
+      message = "services.nats-webhook-relay.instances.preview.";
+    }
+  ];
+
+  isRefused =
+    { change, message }:
+    let
+      messages = refused change;
+    in
+    messages != [ ] && lib.all (lib.hasInfix message) messages;
+
+  full = evaluateWith {
+    webhookDestination = [
+      "http://localhost/a%20b"
+      "http://localhost/c"
+    ];
+    natsAddress = [
+      "nats://a"
+      "nats://b"
+    ];
+    natsUser = "relay";
+    natsPasswordFile = "/run/secrets/100%";
+    settings.SHUTDOWN_TIMEOUT = "1m";
+    instances = {
+      preview = minimal // {
+        natsRelayedSubjectPrefix = "relayed-preview.cache";
+        natsUser = "relay";
+        natsPassword = "hunter2";
+      };
+      off = {
+        enable = false;
+      };
+    };
+  };
+  inherit (full.systemd) services;
+  unnamed = services.nats-webhook-relay;
+  preview = services.nats-webhook-relay-preview;
+
+  failures =
+    map (refusal: "accepted, or refused for another reason: ${builtins.toJSON refusal.change}") (
+      lib.filter (refusal: !isRefused refusal) refusals
+    )
+    ++ map (failure: "${failure.name}: ${builtins.toJSON failure.result}") (
+      lib.runTests {
+        "test a good configuration is accepted" = {
+          expr = refused { };
+          expected = [ ];
+        };
+        "test prefixes that only start alike are accepted" = {
+          expr = refused { natsRelayedSubjectPrefix = "cms.cached"; };
+          expected = [ ];
+        };
+        "test a file may hold what is required" = {
+          expr = refused {
+            natsAddress = null;
+            credentials.NATS_HOST = "/run/secrets/x";
+          };
+          expected = [ ];
+        };
+        "test an environment file may hold anything" = {
+          expr = refused {
+            natsUser = "relay";
+            webhookDestination = null;
+            environmentFiles = [ "/run/secrets/x" ];
+          };
+          expected = [ ];
+        };
+        "test one service for each relay that is enabled" = {
+          expr = lib.attrNames services;
+          expected = [
+            "nats-webhook-relay"
+            "nats-webhook-relay-preview"
+          ];
+        };
+        "test only a password in the configuration is warned about" = {
+          expr = map (lib.hasPrefix "services.nats-webhook-relay.instances.preview.natsPassword") full.warnings;
+          expected = [ true ];
+        };
+        "test values reach the environment as they are" = {
+          expr = unnamed.environment;
+          expected = {
+            NATS_HOST = "nats://a,nats://b";
+            NATS_PASS_FILE = "%d/NATS_PASS";
+            NATS_RELAYED_SUBJECT_PREFIX = "relayed.cache";
+            NATS_SUBJECT_PREFIX = "cms.cache";
+            NATS_USER = "relay";
+            RUST_LOG = "info";
+            SHUTDOWN_TIMEOUT = "1m";
+            WEBHOOK_DESTINATION = "http://localhost/a%%20b http://localhost/c";
+          };
+        };
+        "test systemd reads the credential" = {
+          expr = unnamed.serviceConfig.LoadCredential;
+          expected = [ "NATS_PASS:/run/secrets/100%%" ];
+        };
+        "test not even a password in the configuration is in the unit" = {
+          expr = lib.hasInfix "hunter2" (builtins.toJSON { inherit (preview) environment serviceConfig; });
+          expected = false;
+        };
+        "test a stop is given the time that the program takes" = {
+          expr = unnamed.serviceConfig.TimeoutStopSec;
+          expected = "1m 10s";
+        };
+        "test a user of its own unless one is named" = {
+          expr = map (service: service.serviceConfig.DynamicUser) [
+            unnamed
+            (evaluateWith { user = "relay"; }).systemd.services.nats-webhook-relay
+          ];
+          expected = [
+            true
+            false
+          ];
+        };
+      }
+    );
+in
+if failures == [ ] then
+  runCommand "module" { } "touch $out"
+else
+  throw (lib.concatStringsSep "\n" failures)

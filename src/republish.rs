@@ -1,0 +1,106 @@
+//! What is published: the relayed message, or the one given up.
+
+use async_nats::{HeaderMap, header::NATS_MESSAGE_ID};
+
+use crate::source::{Delivery, Origin};
+
+/// Why a message is given up.
+#[derive(Debug)]
+pub struct GivenUp {
+    /// What happened last, without secrets.
+    pub reason: String,
+    /// The status of the last answer, if there was one.
+    pub status: Option<u16>,
+    /// How often it was tried.
+    pub attempts: u32,
+}
+
+/// The headers of the relayed message: its own. In durable mode without those that tell a stream
+/// what to do, and with an id by which a stream behind the relayed prefix recognises a duplicate.
+#[must_use]
+pub fn relayed_headers(delivery: &Delivery, max_payload: usize) -> HeaderMap {
+    let Origin::Stream { id, .. } = &delivery.origin else {
+        return delivery.headers.clone();
+    };
+    let headers = carried_over(delivery);
+    if headers.get(NATS_MESSAGE_ID).is_some() {
+        return headers;
+    }
+    let mut with_id = headers.clone();
+    with_id.insert(NATS_MESSAGE_ID, id.as_str());
+    // It must never become a message that can't be relayed at all.
+    if fits(&with_id, delivery, max_payload) {
+        with_id
+    } else {
+        headers
+    }
+}
+
+/// The headers of a message given up: its own, and why. The reason is cut short, and then all of
+/// this left out, where the message would become larger than the server accepts.
+#[must_use]
+pub fn failed_headers(delivery: &Delivery, given_up: &GivenUp, max_payload: usize) -> HeaderMap {
+    let GivenUp {
+        reason,
+        status,
+        attempts,
+    } = given_up;
+    let own = carried_over(delivery);
+    let reason: String = reason
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect();
+    for length in [usize::MAX, 100, 20] {
+        let mut headers = own.clone();
+        headers.insert(
+            "Relay-Error",
+            reason.chars().take(length).collect::<String>(),
+        );
+        headers.insert("Relay-Attempts", attempts.to_string());
+        if let Some(status) = status {
+            headers.insert("Relay-Status", status.to_string());
+        }
+        if fits(&headers, delivery, max_payload) {
+            return headers;
+        }
+    }
+    own
+}
+
+/// The headers of a message, without those by which its publisher told its stream what to do: the
+/// stream behind another prefix would refuse the message, or drop all others (ADR-4, ADR-22).
+fn carried_over(delivery: &Delivery) -> HeaderMap {
+    let instructs = |name: &str| name.starts_with("Nats-Expected-") || name == "Nats-Rollup";
+    if matches!(delivery.origin, Origin::Core)
+        || !delivery
+            .headers
+            .iter()
+            .any(|(name, _)| instructs(name.as_ref()))
+    {
+        return delivery.headers.clone();
+    }
+    let mut headers = HeaderMap::new();
+    for (name, values) in delivery
+        .headers
+        .iter()
+        .filter(|(name, _)| !instructs(name.as_ref()))
+    {
+        for value in values {
+            headers.append(name.clone(), value.clone());
+        }
+    }
+    headers
+}
+
+/// Whether the server accepts the payload with these headers: `NATS/1.0`, a line for each, and an
+/// empty line (ADR-4).
+fn fits(headers: &HeaderMap, delivery: &Delivery, max_payload: usize) -> bool {
+    let mut length = delivery.payload.len() + "NATS/1.0\r\n\r\n".len();
+    for (name, values) in headers.iter() {
+        let name: &str = name.as_ref();
+        for value in values {
+            length += name.len() + value.as_str().len() + ": \r\n".len();
+        }
+    }
+    length <= max_payload
+}

@@ -1,0 +1,158 @@
+//! The JetStream consumer: created if it is missing, else verified.
+
+use std::time::Duration;
+
+use anyhow::{anyhow, bail};
+use async_nats::{
+    Client,
+    jetstream::{
+        ErrorCode,
+        consumer::{self, AckPolicy, pull},
+        context::ConsumerInfoErrorKind,
+        stream::ConsumerErrorKind,
+    },
+};
+use log::info;
+
+/// How long the server waits for a sign of life about a message before it hands it out again. It
+/// bounds how long a dead replica holds up the others.
+const ACK_WAIT: Duration = Duration::from_secs(5);
+
+/// How long a request to the JetStream API may take.
+const API_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Why a consumer cannot be used.
+pub(super) enum Trouble {
+    /// It never can.
+    Fatal(anyhow::Error),
+    /// Later it may.
+    Temporary(String),
+}
+
+/// The consumer that a relay needs.
+pub(super) struct Consumer {
+    /// By which it asks.
+    pub(super) client: Client,
+    /// The stream that it consumes.
+    pub(super) stream: String,
+    /// Its name.
+    pub(super) name: String,
+    /// The subject that it consumes.
+    pub(super) filter: String,
+}
+
+impl Consumer {
+    /// Verifies that the consumer is there and as it must be; creates it if it may.
+    pub(super) async fn ensure(&self, create: bool) -> Result<(), Trouble> {
+        let Self { stream, name, .. } = self;
+        let mut context = async_nats::jetstream::new(self.client.clone());
+        context.set_timeout(API_TIMEOUT);
+        let handle = context
+            .get_stream_no_info(stream)
+            .await
+            .map_err(fatal_trouble)?;
+        let error = match handle.consumer_info(name).await {
+            Ok(info) => return self.compare(&info.config).map_err(Trouble::Fatal),
+            Err(error) => error,
+        };
+        Err(match error.kind() {
+            ConsumerInfoErrorKind::NotFound if create => {
+                return match handle.create_consumer(self.config()).await {
+                    Ok(_) => {
+                        info!("created the consumer {name} on the stream {stream}");
+                        Ok(())
+                    }
+                    Err(error) => Err(match error.kind() {
+                        ConsumerErrorKind::JetStream(error) => self.judge(&error),
+                        _ => Trouble::Temporary(error.to_string()),
+                    }),
+                };
+            }
+            ConsumerInfoErrorKind::NotFound => {
+                Trouble::Fatal(anyhow!("the consumer {name} was deleted"))
+            }
+            ConsumerInfoErrorKind::StreamNotFound => Trouble::Fatal(anyhow!(
+                "there is no stream {stream}; create it, or set NATS_STREAM to one that exists"
+            )),
+            ConsumerInfoErrorKind::NoResponders => Trouble::Fatal(anyhow!(
+                "JetStream is not enabled on the NATS server; enable it, or unset NATS_STREAM"
+            )),
+            ConsumerInfoErrorKind::JetStream(error) => self.judge(&error),
+            ConsumerInfoErrorKind::InvalidName => Trouble::Fatal(anyhow!(
+                "{stream} or {name} is no name for a stream or a consumer"
+            )),
+            ConsumerInfoErrorKind::Offline
+            | ConsumerInfoErrorKind::Request
+            | ConsumerInfoErrorKind::TimedOut => Trouble::Temporary(error.to_string()),
+        })
+    }
+
+    fn config(&self) -> pull::Config {
+        pull::Config {
+            durable_name: Some(self.name.clone()),
+            description: Some("nats-webhook-relay".to_owned()),
+            ack_policy: AckPolicy::Explicit,
+            ack_wait: ACK_WAIT,
+            filter_subject: self.filter.clone(),
+            max_ack_pending: 1,
+            ..pull::Config::default()
+        }
+    }
+
+    /// Whether an existing consumer keeps the order and gets the right messages. What an operator
+    /// may tune, such as the deliver policy or replicas, is left alone.
+    fn compare(&self, found: &consumer::Config) -> anyhow::Result<()> {
+        let differences = [
+            (
+                "filter_subject",
+                found.filter_subject.clone(),
+                self.filter.clone(),
+            ),
+            (
+                "ack_policy",
+                format!("{:?}", found.ack_policy),
+                format!("{:?}", AckPolicy::Explicit),
+            ),
+            (
+                "max_ack_pending",
+                found.max_ack_pending.to_string(),
+                "1".to_owned(),
+            ),
+            (
+                "deliver_subject",
+                found.deliver_subject.clone().unwrap_or_default(),
+                String::new(),
+            ),
+        ];
+        for (field, found, wanted) in differences {
+            if found != wanted {
+                bail!(
+                    "the consumer {} of the stream {} exists with {field} {found:?}, but needs \
+                     {wanted:?}; delete it, or set NATS_CONSUMER to another name",
+                    self.name,
+                    self.stream
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// What an error of the JetStream API means.
+    fn judge(&self, error: &async_nats::jetstream::Error) -> Trouble {
+        match error.error_code() {
+            ErrorCode::JETSTREAM_NOT_ENABLED | ErrorCode::JETSTREAM_NOT_ENABLED_FOR_ACCOUNT => {
+                Trouble::Fatal(anyhow!("JetStream is not enabled: {error}"))
+            }
+            _ if error.code() >= 500 => Trouble::Temporary(error.to_string()),
+            _ => Trouble::Fatal(anyhow!(
+                "the consumer {} of the stream {} cannot be used: {error}",
+                self.name,
+                self.stream
+            )),
+        }
+    }
+}
+
+fn fatal_trouble(error: impl Into<anyhow::Error>) -> Trouble {
+    Trouble::Fatal(error.into())
+}

@@ -1,0 +1,442 @@
+//! JetStream: at least once. A durable pull consumer with `max_ack_pending: 1`, so that the server
+//! hands out one message at a time, over all replicas, and the next one only after the ack.
+//!
+//! The requests and answers are those of NATS ADR-13 (pull) and ADR-15 (ack subjects).
+
+use std::{
+    collections::VecDeque,
+    future::pending,
+    pin::Pin,
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::Duration,
+};
+
+use anyhow::{Context as _, anyhow, bail};
+use async_nats::{Client, Message, Request, StatusCode, Subject, Subscriber, connection::State};
+use futures::{FutureExt, StreamExt};
+use log::{debug, info, warn};
+use tokio::time::{Instant, Sleep, sleep, timeout};
+
+use super::{
+    Delivery, Origin,
+    consumer::{Consumer, Trouble},
+};
+use crate::{
+    backoff::Backoff,
+    nats::{Faults, Notice},
+    status::Status,
+};
+
+/// How long a pull request stays with the server.
+const PULL_EXPIRES: Duration = Duration::from_secs(30);
+
+/// How often the server says that a pull request is still with it.
+const PULL_HEARTBEAT: Duration = Duration::from_secs(1);
+
+/// After this long without a word about a pull request it is taken for lost, along with the server
+/// that had it.
+const SILENCE: Duration = Duration::from_millis(3500);
+
+/// Signs of life about the message in hand, and a look at whether the server is silent.
+const TICK: Duration = Duration::from_secs(1);
+
+/// Growing waits for a JetStream that does not answer, as without a leader.
+const BACKOFF: Backoff = Backoff {
+    first: Duration::from_millis(250),
+    longest: Duration::from_secs(5),
+};
+
+/// How long the server may take to confirm a word about a message.
+const CONFIRMATION_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// When an unconfirmed word is repeated.
+const SETTLE_AGAIN: Duration = Duration::from_millis(250);
+
+/// A durable consumer.
+pub struct Durable {
+    client: Client,
+    faults: Faults,
+    status: Arc<Status>,
+    consumer: Consumer,
+    /// Pull request `n` is answered on `<inbox>.<n>`.
+    inbox: String,
+    subscriber: Option<Subscriber>,
+    pull: Pull,
+    /// When the server last said anything.
+    heard: Instant,
+    tick: Pin<Box<Sleep>>,
+    arrived: VecDeque<(Delivery, Receipt)>,
+    /// What is worked on.
+    in_hand: Option<Receipt>,
+    /// The sequence of what was worked on last.
+    finished: Option<u64>,
+}
+
+/// The one pull request at a time.
+#[derive(Clone, Copy, PartialEq)]
+enum Pull {
+    /// Request `n` is with the server.
+    UnderWay(u64),
+    /// Request `n` has ended; the next one may follow at once.
+    Ended(u64),
+    /// Request `n` has failed; before the next one, at the next tick, the consumer is verified.
+    Failed(u64),
+}
+
+/// What the server knows a delivery by.
+#[derive(Clone, Debug)]
+pub struct Receipt {
+    /// Where to say what becomes of it.
+    ack: Subject,
+    /// Its sequence in the stream.
+    sequence: u64,
+}
+
+/// What has become of a message (ADR-15).
+#[derive(Clone, Copy, Debug)]
+pub enum Verdict<'a> {
+    /// It was relayed.
+    Ack,
+    /// It was given up, with the reason.
+    Term(&'a str),
+}
+
+impl Durable {
+    pub(super) fn new(
+        client: Client,
+        faults: Faults,
+        status: Arc<Status>,
+        stream: String,
+        name: String,
+        filter: String,
+    ) -> Self {
+        Self {
+            inbox: client.new_inbox(),
+            consumer: Consumer {
+                client: client.clone(),
+                stream,
+                name,
+                filter,
+            },
+            client,
+            faults,
+            status,
+            subscriber: None,
+            pull: Pull::Ended(0),
+            heard: Instant::now(),
+            tick: Box::pin(sleep(TICK)),
+            arrived: VecDeque::new(),
+            in_hand: None,
+            finished: None,
+        }
+    }
+
+    pub(super) async fn open(&mut self) -> anyhow::Result<()> {
+        let subscriber = self.client.subscribe(format!("{}.*", self.inbox)).await;
+        self.subscriber = Some(subscriber.context("cannot subscribe to an inbox")?);
+        let mut failures = 0;
+        loop {
+            let reason = tokio::select! {
+                biased;
+                reason = fatal(&mut self.faults) => return Err(reason),
+                ready = self.consumer.ensure(true) => match ready {
+                    Ok(()) => return Ok(()),
+                    Err(Trouble::Fatal(reason)) => return Err(reason),
+                    Err(Trouble::Temporary(reason)) => reason,
+                },
+            };
+            failures += 1;
+            let wait = BACKOFF.wait(failures);
+            // Without a connection that is what the log says already.
+            if self.client.connection_state() == State::Connected {
+                warn!("JetStream is not ready: {reason}; next attempt in {wait:.1?}");
+            }
+            tokio::select! {
+                biased;
+                reason = fatal(&mut self.faults) => return Err(reason),
+                () = sleep(wait) => {}
+            }
+        }
+    }
+
+    pub(super) async fn next(&mut self) -> anyhow::Result<Delivery> {
+        loop {
+            self.request_next().await?;
+            let Some((delivery, receipt)) = self.arrived.pop_front() else {
+                self.step().await?;
+                continue;
+            };
+            if self.finished == Some(receipt.sequence) {
+                // Handed out again while it was worked on, as after a lost connection.
+                self.client.publish(receipt.ack, "+ACK".into()).await?;
+                continue;
+            }
+            self.in_hand = Some(receipt);
+            // The next request is with the server before the ack is, so that no time is lost.
+            self.request_next().await?;
+            return Ok(delivery);
+        }
+    }
+
+    /// The message in hand is settled.
+    pub(super) fn done(&mut self) {
+        self.finished = self.in_hand.take().map(|receipt| receipt.sequence);
+    }
+
+    pub(super) async fn attend(&mut self) -> anyhow::Error {
+        loop {
+            if let Err(reason) = self.step().await {
+                return reason;
+            }
+        }
+    }
+
+    /// From now on the server hands out nothing to us.
+    pub(super) async fn retire(&mut self) {
+        if let Some(mut subscriber) = self.subscriber.take() {
+            // It only fails where the client has ended, and the subscription with it.
+            let _ = subscriber.unsubscribe().await;
+            while let Some(Some(message)) = subscriber.next().now_or_never() {
+                let _ = self.hear(message);
+            }
+        }
+    }
+
+    /// Hands back what was not finished, so that another replica can go on at once.
+    pub(super) async fn close(mut self) {
+        self.retire().await;
+        let arrived = self.arrived.into_iter().map(|(_, receipt)| receipt);
+        for receipt in self.in_hand.into_iter().chain(arrived) {
+            info!(
+                "message {} is handed back to the stream {}",
+                receipt.sequence, self.consumer.stream
+            );
+            let _ = self.client.publish(receipt.ack, "-NAK".into()).await;
+        }
+        let _ = timeout(CONFIRMATION_TIMEOUT, self.client.flush()).await;
+    }
+
+    /// Sends a pull request if none is under way.
+    async fn request_next(&mut self) -> anyhow::Result<()> {
+        let Pull::Ended(last) = self.pull else {
+            return Ok(());
+        };
+        let pull = last + 1;
+        let request = format!(
+            r#"{{"batch":1,"expires":{},"idle_heartbeat":{}}}"#,
+            PULL_EXPIRES.as_nanos(),
+            PULL_HEARTBEAT.as_nanos()
+        );
+        let subject = format!(
+            "$JS.API.CONSUMER.MSG.NEXT.{}.{}",
+            self.consumer.stream, self.consumer.name
+        );
+        let answers = format!("{}.{pull}", self.inbox);
+        self.client
+            .publish_with_reply(subject, answers, request.into())
+            .await?;
+        self.pull = Pull::UnderWay(pull);
+        self.heard = Instant::now();
+        Ok(())
+    }
+
+    /// Does the one thing that is due first.
+    async fn step(&mut self) -> anyhow::Result<()> {
+        tokio::select! {
+            biased;
+            notice = self.faults.notice() => match notice {
+                Notice::Fatal(reason) => return Err(reason),
+                Notice::InboxRefused => return Err(inbox_refused()),
+                // The server has forgotten the request along with the old connection.
+                Notice::Connected => self.end_pull(),
+            },
+            message = next_of(&mut self.subscriber) => {
+                self.hear(message.context("the subscription ended by itself")?)?;
+            }
+            () = &mut self.tick => {
+                self.tick.as_mut().reset(Instant::now() + TICK);
+                self.look_around().await?;
+            }
+        }
+        Ok(())
+    }
+
+    fn end_pull(&mut self) {
+        if let Pull::UnderWay(n) | Pull::Failed(n) = self.pull {
+            self.pull = Pull::Ended(n);
+        }
+    }
+
+    /// Takes a message, or what the server says about a pull request.
+    fn hear(&mut self, message: Message) -> anyhow::Result<()> {
+        self.heard = Instant::now();
+        let Some(status) = message.status else {
+            // It comes on its own subject, and so without a word about which request it answers.
+            self.end_pull();
+            return self.take(message);
+        };
+        let description = message.description.as_deref().unwrap_or_default();
+        let number = message
+            .subject
+            .rsplit('.')
+            .next()
+            .and_then(|token| token.parse().ok());
+        let is_current = matches!(self.pull, Pull::UnderWay(n) if Some(n) == number);
+        match status {
+            StatusCode::IDLE_HEARTBEAT => {}
+            _ if description == "Consumer Deleted" => {
+                bail!("the consumer {} was deleted", self.consumer.name);
+            }
+            _ if description == "Consumer is push based"
+                || description.starts_with("Exceeded MaxRequest") =>
+            {
+                bail!(
+                    "the consumer {} cannot be used: {description}",
+                    self.consumer.name
+                );
+            }
+            _ if !is_current => {}
+            // "Request Timeout" and "No Messages" are regular ends.
+            StatusCode::TIMEOUT | StatusCode::NOT_FOUND => self.end_pull(),
+            // Such as no responders, a new leader, a server that shuts down.
+            status => {
+                debug!("a pull request failed: {status} {description}");
+                self.pull = Pull::Failed(number.unwrap_or_default());
+            }
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, message: Message) -> anyhow::Result<()> {
+        let ack = message
+            .reply
+            .context("a message came without an ack subject")?;
+        let (sequence, pending) = parse_ack_subject(&ack)
+            .with_context(|| format!("an ack subject of unknown form: {ack}"))?;
+        self.status
+            .set_waiting(usize::try_from(pending).unwrap_or(usize::MAX));
+        let receipt = Receipt { ack, sequence };
+        let delivery = Delivery {
+            subject: message.subject,
+            headers: message.headers.unwrap_or_default(),
+            payload: message.payload,
+            origin: Origin::Stream {
+                id: format!("{}-{sequence}", self.consumer.stream),
+                receipt: receipt.clone(),
+            },
+        };
+        self.arrived.push_back((delivery, receipt));
+        Ok(())
+    }
+
+    /// What is due at every tick.
+    async fn look_around(&mut self) -> anyhow::Result<()> {
+        if let Some(receipt) = &self.in_hand {
+            self.client
+                .publish(receipt.ack.clone(), "+WPI".into())
+                .await?;
+        }
+        let connected = self.client.connection_state() == State::Connected;
+        let failed = matches!(self.pull, Pull::Failed(_));
+        if connected && (failed || self.heard.elapsed() > SILENCE) {
+            self.heard = Instant::now();
+            match self.consumer.ensure(false).await {
+                Ok(()) => self.end_pull(),
+                Err(Trouble::Fatal(reason)) => return Err(reason),
+                Err(Trouble::Temporary(reason)) => warn!("JetStream is not ready: {reason}"),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The next message of a subscription, as long as there is one.
+async fn next_of(subscriber: &mut Option<Subscriber>) -> Option<Message> {
+    match subscriber {
+        Some(subscriber) => subscriber.next().await,
+        None => pending().await,
+    }
+}
+
+/// Resolves when the relay cannot go on in durable mode.
+async fn fatal(faults: &mut Faults) -> anyhow::Error {
+    loop {
+        match faults.notice().await {
+            Notice::Fatal(reason) => return reason,
+            Notice::InboxRefused => return inbox_refused(),
+            Notice::Connected => {}
+        }
+    }
+}
+
+fn inbox_refused() -> anyhow::Error {
+    anyhow!("no permission to use inboxes; allow _INBOX.> for this NATS user")
+}
+
+/// Tells the server what has become of a message, until it has confirmed that. Returns early when
+/// the connection was lost meanwhile, for what was sent before on it may be lost as well.
+pub async fn settle(client: &Client, receipt: &Receipt, verdict: Verdict<'_>) {
+    let word = match verdict {
+        Verdict::Ack => "+ACK".to_owned(),
+        // Older servers do not know a `+TERM` with a reason.
+        Verdict::Term(reason) if client.is_server_compatible(2, 10, 4) => format!("+TERM {reason}"),
+        Verdict::Term(_) => "+TERM".to_owned(),
+    };
+    let connections = || client.statistics().connects.load(Relaxed);
+    let connection = connections();
+    loop {
+        let request = Request::new()
+            .payload(word.clone().into())
+            .timeout(Some(CONFIRMATION_TIMEOUT));
+        let confirmed = client.send_request(receipt.ack.clone(), request).await;
+        if confirmed.is_ok() || connections() != connection {
+            return;
+        }
+        // Nobody confirms: the consumer has no leader just now.
+        sleep(SETTLE_AGAIN).await;
+    }
+}
+
+/// The sequence in the stream, and the number of messages that follow it, from an ack subject:
+/// `$JS.ACK.<stream>.<consumer>.<delivered>.<sequence>.<consumer sequence>.<time>.<pending>`, in
+/// newer servers with a domain and an account before the stream (ADR-15).
+fn parse_ack_subject(subject: &str) -> Option<(u64, u64)> {
+    let tokens: Vec<_> = subject.strip_prefix("$JS.ACK.")?.split('.').collect();
+    let start = match tokens.len() {
+        7 => 0,
+        9.. => 2,
+        _ => return None,
+    };
+    Some((
+        tokens[start + 3].parse().ok()?,
+        tokens[start + 6].parse().ok()?,
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ack_subjects_of_old_and_new_servers_are_understood() {
+        for (subject, expected) in [
+            (
+                "$JS.ACK.CMS.relay.1.17.3.1700000000000000000.5",
+                Some((17, 5)),
+            ),
+            (
+                "$JS.ACK._.hash.CMS.relay.1.17.3.1700000000000000000.5",
+                Some((17, 5)),
+            ),
+            (
+                "$JS.ACK.hub.hash.CMS.relay.2.17.3.1700000000000000000.5.random",
+                Some((17, 5)),
+            ),
+            ("$JS.ACK.CMS.relay.1.x.3.1700000000000000000.5", None),
+            ("$JS.ACK.CMS.relay", None),
+            ("_INBOX.x", None),
+        ] {
+            assert_eq!(parse_ack_subject(subject), expected, "{subject}");
+        }
+    }
+}

@@ -1,0 +1,451 @@
+//! Durable mode: nothing is lost.
+
+use std::time::{Duration, Instant};
+
+use async_nats::{HeaderMap, jetstream::consumer};
+
+use crate::support::{Answer, NatsServer, Received, Relay, Webhook, next};
+
+/// Publishes numbered messages, each once the stream has it.
+async fn publish(nats: &NatsServer, numbers: std::ops::Range<usize>) {
+    let jetstream = nats.jetstream().await;
+    for n in numbers {
+        let ack = jetstream.publish(format!("cms.cache.{}", n % 7), n.to_string().into());
+        ack.await.unwrap().await.unwrap();
+    }
+}
+
+/// The next messages carry these numbers.
+async fn expect(relayed: &mut async_nats::Subscriber, numbers: std::ops::Range<usize>) {
+    for n in numbers {
+        assert_eq!(next(relayed).await.payload, n.to_string());
+    }
+}
+
+fn bodies(webhook: &Webhook) -> Vec<String> {
+    webhook.requests().iter().map(Received::text).collect()
+}
+
+#[tokio::test]
+async fn what_was_published_before_the_start_and_during_a_downtime_is_relayed_in_order() {
+    let nats = NatsServer::with_stream().await;
+    let mut relayed = nats.client().await.subscribe("relayed.>").await.unwrap();
+    let webhook = Webhook::ok().await;
+    publish(&nats, 0..20).await;
+    let relay = Relay::durable(&nats, &webhook, &[]).await;
+    relay
+        .logged("created the consumer relay on the stream CMS")
+        .await;
+    expect(&mut relayed, 0..20).await;
+    publish(&nats, 20..30).await;
+    expect(&mut relayed, 20..30).await;
+    relay.signal("TERM");
+    assert_eq!(relay.ended().await.0, Some(0));
+    publish(&nats, 30..50).await;
+    let relay = Relay::durable(&nats, &webhook, &[]).await;
+    expect(&mut relayed, 30..50).await;
+    assert_eq!(relay.lines("created the consumer"), [""; 0]);
+    assert_eq!(webhook.count(), 50, "each was POSTed once");
+}
+
+#[tokio::test]
+async fn two_replicas_keep_the_global_order_one_message_at_a_time() {
+    const COUNT: usize = 200;
+    let nats = NatsServer::with_stream().await;
+    let mut relayed = nats.client().await.subscribe("relayed.>").await.unwrap();
+    let webhook =
+        Webhook::start(|_, _| Answer::ok_after(Duration::from_millis(fastrand::u64(0..5)))).await;
+    let first = Relay::durable(&nats, &webhook, &[]).await;
+    let second = Relay::durable(&nats, &webhook, &[]).await;
+    publish(&nats, 0..COUNT).await;
+    expect(&mut relayed, 0..COUNT).await;
+    let requests = webhook.requests();
+    assert_eq!(requests.len(), COUNT);
+    for pair in requests.windows(2) {
+        assert!(
+            pair[0].answered.unwrap() <= pair[1].at,
+            "two requests at a time"
+        );
+    }
+    for relay in [first, second] {
+        assert!(!relay.lines(" -> ").is_empty(), "both have their share");
+    }
+}
+
+#[tokio::test]
+async fn messages_are_known_by_their_place_in_the_stream() {
+    let nats = NatsServer::with_stream().await;
+    let client = nats.client().await;
+    let jetstream = nats.jetstream().await;
+    let mut stream = jetstream
+        .get_stream("CMS")
+        .await
+        .unwrap()
+        .info()
+        .await
+        .unwrap()
+        .config
+        .clone();
+    stream.allow_rollup = true;
+    jetstream.update_stream(stream).await.unwrap();
+    let mut relayed = client.subscribe("relayed.>").await.unwrap();
+    let webhook = Webhook::ok().await;
+    let _relay = Relay::durable(&nats, &webhook, &[]).await;
+    let mut own = HeaderMap::new();
+    own.insert("Nats-Msg-Id", "edit-1");
+    own.insert("Nats-Expected-Stream", "CMS");
+    own.insert("Nats-Rollup", "sub");
+    own.insert("X-Other", "kept");
+    for (subject, headers) in [("cms.cache.x", HeaderMap::new()), ("cms.cache.y", own)] {
+        client
+            .publish_with_headers(subject, headers, "x".into())
+            .await
+            .unwrap();
+    }
+    let first = next(&mut relayed).await.headers.unwrap();
+    assert_eq!(first.get("Nats-Msg-Id").unwrap().as_str(), "CMS-1");
+    let second = next(&mut relayed).await.headers.unwrap();
+    let mut expected = HeaderMap::new();
+    expected.insert("Nats-Msg-Id", "edit-1");
+    expected.insert("X-Other", "kept");
+    assert_eq!(second, expected);
+    let ids: Vec<_> = webhook
+        .requests()
+        .iter()
+        .map(|r| r.headers["webhook-id"].clone())
+        .collect();
+    assert_eq!(ids, ["CMS-1", "edit-1"]);
+}
+
+#[tokio::test]
+async fn a_message_of_the_largest_size_is_relayed_without_the_header_that_does_not_fit() {
+    let nats = NatsServer::with_stream().await;
+    let client = nats.client().await;
+    let mut relayed = client.subscribe("relayed.>").await.unwrap();
+    let webhook = Webhook::ok().await;
+    let _relay = Relay::durable(&nats, &webhook, &[]).await;
+    let largest = vec![b'x'; client.max_payload()];
+    client
+        .publish("cms.cache.x", largest.clone().into())
+        .await
+        .unwrap();
+    let message = next(&mut relayed).await;
+    assert!(message.payload == largest);
+    assert_eq!(message.headers, None);
+    client
+        .publish(
+            "cms.cache.x",
+            largest[..largest.len() - 100].to_vec().into(),
+        )
+        .await
+        .unwrap();
+    assert!(next(&mut relayed).await.headers.is_some());
+}
+
+#[tokio::test]
+async fn a_poison_message_goes_to_the_failed_prefix_and_the_rest_goes_on() {
+    let nats = NatsServer::with_stream().await;
+    let client = nats.client().await;
+    let mut relayed = client.subscribe("relayed.>").await.unwrap();
+    let mut failed = client.subscribe("failed.>").await.unwrap();
+    let webhook = Webhook::start(|_, request| match request.text().as_str() {
+        "1" => Answer::full("422 No", "no\r\nsuch tag"),
+        _ => Answer::OK,
+    })
+    .await;
+    let relay = Relay::durable(
+        &nats,
+        &webhook,
+        &[("NATS_FAILED_SUBJECT_PREFIX", "failed.cache")],
+    )
+    .await;
+    publish(&nats, 0..3).await;
+    expect(&mut relayed, 0..1).await;
+    expect(&mut relayed, 2..3).await;
+    let message = next(&mut failed).await;
+    assert_eq!(message.subject.as_str(), "failed.cache.1");
+    assert_eq!(message.payload, "1");
+    let headers = message.headers.unwrap();
+    let header = |name: &str| headers.get(name).unwrap().as_str().to_owned();
+    assert_eq!(
+        header("Relay-Error"),
+        "answered 422 Unprocessable Entity: no  such tag"
+    );
+    assert_eq!(header("Relay-Status"), "422");
+    assert_eq!(header("Relay-Attempts"), "1");
+
+    relay.signal("TERM");
+    relay.ended().await;
+    let _relay = Relay::durable(&nats, &webhook, &[]).await;
+    publish(&nats, 3..4).await;
+    expect(&mut relayed, 3..4).await;
+    assert_eq!(
+        bodies(&webhook),
+        ["0", "1", "2", "3"],
+        "a message given up does not come again"
+    );
+}
+
+#[tokio::test]
+async fn a_failed_message_is_never_larger_than_the_server_accepts() {
+    let nats = NatsServer::with_stream().await;
+    let client = nats.client().await;
+    let mut failed = client.subscribe("failed.>").await.unwrap();
+    let webhook = Webhook::start(|_, _| Answer::full("400 Bad", &"long ".repeat(100))).await;
+    let changes = [("NATS_FAILED_SUBJECT_PREFIX", "failed.cache")];
+    let _relay = Relay::durable(&nats, &webhook, &changes).await;
+    for (room, error) in [
+        (1000, Some(200..300)),
+        (200, Some(100..101)),
+        (90, Some(20..21)),
+        (0, None),
+    ] {
+        let payload = vec![b'x'; client.max_payload() - room];
+        client
+            .publish("cms.cache.x", payload.clone().into())
+            .await
+            .unwrap();
+        let message = next(&mut failed).await;
+        assert!(message.payload == payload);
+        let length = message
+            .headers
+            .and_then(|headers| Some(headers.get("Relay-Error")?.as_str().len()));
+        match error {
+            Some(range) => assert!(range.contains(&length.unwrap()), "{room}: {length:?}"),
+            None => assert_eq!(length, None),
+        }
+    }
+}
+
+#[tokio::test]
+async fn core_mode_publishes_what_is_given_up_as_well() {
+    let nats = NatsServer::start().await;
+    let client = nats.client().await;
+    let mut failed = client.subscribe("failed.>").await.unwrap();
+    let webhook = Webhook::script([Answer::Close, Answer::Close]).await;
+    let changes = [
+        ("NATS_FAILED_SUBJECT_PREFIX", "failed"),
+        ("WEBHOOK_MAX_ATTEMPTS", "2"),
+    ];
+    let _relay = Relay::listening(&nats, &webhook, &changes).await;
+    let mut own = HeaderMap::new();
+    own.insert("X-Own", "kept");
+    client
+        .publish_with_headers("cms.cache.x", own, "x".into())
+        .await
+        .unwrap();
+    let message = next(&mut failed).await;
+    assert_eq!(message.subject.as_str(), "failed.x");
+    let headers = message.headers.unwrap();
+    assert_eq!(headers.get("X-Own").unwrap().as_str(), "kept");
+    assert_eq!(headers.get("Relay-Attempts").unwrap().as_str(), "2");
+    assert_eq!(headers.get("Relay-Status"), None);
+}
+
+#[tokio::test]
+async fn a_stop_hands_the_unfinished_message_back_at_once() {
+    let nats = NatsServer::with_stream().await;
+    let mut relayed = nats.client().await.subscribe("relayed.>").await.unwrap();
+    let webhook = Webhook::script([Answer::Hang]).await;
+    let relay = Relay::durable(&nats, &webhook, &[("SHUTDOWN_TIMEOUT", "100ms")]).await;
+    publish(&nats, 0..3).await;
+    webhook.received(1).await;
+    let _other = Relay::durable(&nats, &webhook, &[]).await;
+    relay.signal("TERM");
+    let start = Instant::now();
+    let (code, log) = relay.ended().await;
+    assert_eq!(code, Some(0), "{log:#?}");
+    assert!(
+        log.iter()
+            .any(|line| line.contains("CMS-1 stays in the stream")),
+        "{log:#?}"
+    );
+    expect(&mut relayed, 0..3).await;
+    // Without being handed back it would take the ack wait of 5 s.
+    assert!(
+        start.elapsed() < Duration::from_secs(4),
+        "{:?}",
+        start.elapsed()
+    );
+    assert_eq!(bodies(&webhook), ["0", "0", "1", "2"]);
+}
+
+#[tokio::test]
+async fn a_stop_finishes_the_message_in_hand_and_leaves_the_rest_to_the_next_start() {
+    let nats = NatsServer::with_stream().await;
+    let mut relayed = nats.client().await.subscribe("relayed.>").await.unwrap();
+    let webhook = Webhook::script([Answer::ok_after(Duration::from_millis(300))]).await;
+    let relay = Relay::durable(&nats, &webhook, &[]).await;
+    publish(&nats, 0..3).await;
+    webhook.received(1).await;
+    relay.signal("TERM");
+    let (code, log) = relay.ended().await;
+    assert_eq!((code, webhook.count()), (Some(0), 1), "{log:#?}");
+    let _relay = Relay::durable(&nats, &webhook, &[]).await;
+    expect(&mut relayed, 0..3).await;
+    assert_eq!(bodies(&webhook), ["0", "1", "2"]);
+}
+
+#[tokio::test]
+async fn a_missing_stream_or_jetstream_ends_it() {
+    let webhook = Webhook::ok().await;
+    let durable = [("NATS_STREAM", "OTHER"), ("NATS_CONSUMER", "relay")];
+    for (nats, reason) in [
+        (NatsServer::with_stream().await, "there is no stream OTHER"),
+        (NatsServer::start().await, "JetStream is not enabled"),
+    ] {
+        let (code, log) = Relay::between(&nats, &webhook.url(), &durable)
+            .ended()
+            .await;
+        assert_eq!(code, Some(1), "{log:#?}");
+        assert!(log.last().unwrap().contains(reason), "{log:#?}");
+    }
+}
+
+#[tokio::test]
+async fn a_consumer_that_would_break_the_order_is_refused_and_tuning_is_left_alone() {
+    let good = consumer::pull::Config {
+        durable_name: Some("relay".to_owned()),
+        filter_subject: "cms.cache.>".to_owned(),
+        max_ack_pending: 1,
+        ack_wait: Duration::from_secs(7),
+        ..Default::default()
+    };
+    let webhook = Webhook::ok().await;
+    for (config, field) in [
+        (
+            consumer::pull::Config {
+                max_ack_pending: 100,
+                ..good.clone()
+            },
+            "max_ack_pending \"100\"",
+        ),
+        (
+            consumer::pull::Config {
+                filter_subject: "cms.cache.a".into(),
+                ..good.clone()
+            },
+            "filter_subject \"cms.cache.a\"",
+        ),
+        (
+            consumer::pull::Config {
+                ack_policy: consumer::AckPolicy::All,
+                ..good.clone()
+            },
+            "ack_policy \"All\"",
+        ),
+        (good, ""),
+    ] {
+        let nats = NatsServer::with_stream().await;
+        let stream = nats.jetstream().await.get_stream("CMS").await.unwrap();
+        stream.create_consumer(config).await.unwrap();
+        if field.is_empty() {
+            Relay::durable(&nats, &webhook, &[]).await;
+            let info = stream.consumer_info("relay").await.unwrap();
+            assert_eq!(info.config.ack_wait, Duration::from_secs(7));
+            continue;
+        }
+        let durable = [("NATS_STREAM", "CMS"), ("NATS_CONSUMER", "relay")];
+        let (code, log) = Relay::between(&nats, &webhook.url(), &durable)
+            .ended()
+            .await;
+        assert_eq!(code, Some(1), "{log:#?}");
+        assert!(log.last().unwrap().contains(field), "{log:#?}");
+    }
+}
+
+#[tokio::test]
+async fn it_does_not_idle_in_silence_when_its_consumer_stream_or_jetstream_is_gone() {
+    const ACCOUNTS: &str = "jetstream { store_dir: \"$DIR/jetstream\" }
+        accounts { CMS { jetstream: enabled, users: [{ user: relay, password: good }] } }
+        no_auth_user: relay";
+    let webhook = Webhook::ok().await;
+    for (what, reason) in [
+        ("consumer", "the consumer relay was deleted"),
+        ("stream", ""),
+        ("jetstream", "JetStream"),
+    ] {
+        let nats = NatsServer::with_config(ACCOUNTS).await;
+        nats.create_stream("CMS", "cms.cache.>", 1).await;
+        let relay = Relay::durable(&nats, &webhook, &[]).await;
+        let jetstream = nats.jetstream().await;
+        match what {
+            "consumer" => {
+                jetstream
+                    .delete_consumer_from_stream("relay", "CMS")
+                    .await
+                    .unwrap();
+            }
+            "stream" => {
+                jetstream.delete_stream("CMS").await.unwrap();
+            }
+            _ => nats.reload(&ACCOUNTS.replace("jetstream: enabled, ", "")),
+        }
+        let (code, log) = relay.ended().await;
+        assert_eq!(code, Some(1), "{what}: {log:#?}");
+        assert!(log.last().unwrap().contains(reason), "{what}: {log:#?}");
+    }
+}
+
+#[tokio::test]
+async fn missing_permissions_for_jetstream_end_it_with_their_names() {
+    let webhook = Webhook::ok().await;
+    for (permissions, missing) in [
+        ("publish: [\"relayed.>\"], subscribe: \">\"", "$JS.API."),
+        (
+            "publish: [\"$JS.API.>\"], subscribe: \"cms.cache.>\"",
+            "_INBOX",
+        ),
+    ] {
+        let nats = NatsServer::with_config(&format!(
+            "jetstream {{ store_dir: \"$DIR/jetstream\" }}
+             authorization {{ users = [
+                {{ user: admin, password: good }},
+                {{ user: relay, password: good, permissions: {{ {permissions} }} }}
+             ] }}
+             no_auth_user: admin"
+        ))
+        .await;
+        nats.create_stream("CMS", "cms.cache.>", 1).await;
+        let variables = [
+            ("NATS_STREAM", "CMS"),
+            ("NATS_CONSUMER", "relay"),
+            ("NATS_USER", "relay"),
+            ("NATS_PASS", "good"),
+        ];
+        let (code, log) = Relay::between(&nats, &webhook.url(), &variables)
+            .ended()
+            .await;
+        assert_eq!(code, Some(1), "{log:#?}");
+        assert!(log.last().unwrap().contains(missing), "{log:#?}");
+    }
+}
+
+#[tokio::test]
+async fn a_queue_group_shares_the_messages() {
+    const COUNT: usize = 100;
+    let nats = NatsServer::start().await;
+    let client = nats.client().await;
+    let webhook = Webhook::ok().await;
+    let group = [("NATS_QUEUE_GROUP", "relays")];
+    let relays = [
+        Relay::listening(&nats, &webhook, &group).await,
+        Relay::listening(&nats, &webhook, &group).await,
+    ];
+    for n in 0..COUNT {
+        client
+            .publish("cms.cache.x", n.to_string().into())
+            .await
+            .unwrap();
+    }
+    webhook.received(COUNT).await;
+    let mut numbers: Vec<usize> = bodies(&webhook)
+        .iter()
+        .map(|body| body.parse().unwrap())
+        .collect();
+    numbers.sort_unstable();
+    assert!(numbers.into_iter().eq(0..COUNT), "each message once");
+    for relay in relays {
+        relay.logged(" -> ").await;
+    }
+}

@@ -1,0 +1,151 @@
+//! What a service manager gets to hear, over a real datagram socket.
+
+use std::{
+    os::unix::net::UnixDatagram,
+    time::{Duration, Instant},
+};
+
+use tempfile::TempDir;
+
+use crate::support::{Answer, NatsServer, PATIENCE, Relay, Webhook};
+
+/// A socket as systemd has it for `Type=notify`.
+struct Manager {
+    socket: UnixDatagram,
+    directory: TempDir,
+}
+
+impl Manager {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = UnixDatagram::bind(directory.path().join("notify")).unwrap();
+        socket
+            .set_read_timeout(Some(Duration::from_millis(10)))
+            .unwrap();
+        Self { socket, directory }
+    }
+
+    fn path(&self) -> String {
+        self.directory
+            .path()
+            .join("notify")
+            .to_str()
+            .unwrap()
+            .to_owned()
+    }
+
+    /// The next notification, if one comes within a moment.
+    fn poll(&self) -> Option<String> {
+        let mut buffer = [0; 4096];
+        let length = self.socket.recv(&mut buffer).ok()?;
+        Some(String::from_utf8_lossy(&buffer[..length]).into_owned())
+    }
+
+    /// Waits for a notification that contains `text`; all up to it.
+    async fn heard(&self, text: &str) -> Vec<String> {
+        let start = Instant::now();
+        let mut all = Vec::new();
+        loop {
+            match self.poll() {
+                Some(notification) => all.push(notification),
+                None => tokio::time::sleep(Duration::from_millis(2)).await,
+            }
+            if all.last().is_some_and(|last| last.contains(text)) {
+                return all;
+            }
+            assert!(start.elapsed() < PATIENCE, "{text} was not heard: {all:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn readiness_status_watchdog_and_stopping_are_told() {
+    let mut nats = NatsServer::start().await;
+    nats.kill();
+    let webhook = Webhook::script([Answer::OK, Answer::status(404), Answer::Hang]).await;
+    let manager = Manager::new();
+    let path = manager.path();
+    let variables = [
+        ("NOTIFY_SOCKET", &path[..]),
+        ("WATCHDOG_USEC", "200000"),
+        ("SHUTDOWN_TIMEOUT", "100ms"),
+    ];
+    let relay = Relay::between(&nats, &webhook.url(), &variables);
+    relay.logged_times("cannot connect to NATS", 3).await;
+    assert_eq!(
+        manager.poll(),
+        None,
+        "it is not ready before it is subscribed"
+    );
+    nats.restart();
+    let ready = manager.heard("READY=1").await;
+    assert_eq!(ready.len(), 1, "{ready:?}");
+    let connected = format!("STATUS=connected to {}, 0 relayed", nats.url());
+    assert!(ready[0].contains(&connected), "{ready:?}");
+
+    nats.publish("cms.cache.x", "good").await;
+    manager.heard(", 1 relayed, 0 given up").await;
+    nats.publish("cms.cache.x", "bad").await;
+    manager
+        .heard("1 relayed, 1 given up, 0 dropped, 0 waiting; last failure: cms.cache.x")
+        .await;
+
+    // A hung webhook is no reason for systemd to think that the relay hangs.
+    nats.publish("cms.cache.x", "hangs").await;
+    webhook.received(3).await;
+    nats.publish("cms.cache.x", "waits").await;
+    manager.heard("1 waiting").await;
+    for _ in 0..3 {
+        manager.heard("WATCHDOG=1").await;
+    }
+    relay.signal("TERM");
+    manager.heard("STOPPING=1").await;
+    assert_eq!(relay.ended().await.0, Some(0));
+}
+
+#[tokio::test]
+async fn a_watchdog_of_another_process_is_not_fed() {
+    let nats = NatsServer::start().await;
+    let webhook = Webhook::ok().await;
+    let manager = Manager::new();
+    let path = manager.path();
+    let variables = [
+        ("NOTIFY_SOCKET", &path[..]),
+        ("WATCHDOG_USEC", "20000"),
+        ("WATCHDOG_PID", "1"),
+    ];
+    let relay = Relay::between(&nats, &webhook.url(), &variables);
+    manager.heard("READY=1").await;
+    nats.publish("cms.cache.x", "x").await;
+    relay.logged(" -> ").await;
+    relay.signal("TERM");
+    let all = manager.heard("STOPPING=1").await.concat();
+    assert!(!all.contains("WATCHDOG"), "{all}");
+}
+
+#[tokio::test]
+async fn the_journal_gets_priorities_and_no_timestamps() {
+    // A shell gives the relay a file as standard error, and its device and inode as the journal's.
+    let script =
+        r#"exec 2>log; export JOURNAL_STREAM="$(stat -L -c %d:%i /proc/self/fd/2)"; exec "$0""#;
+    let directory = tempfile::tempdir().unwrap();
+    let run = |stream: &str| {
+        let script = script.replace("$(stat -L -c %d:%i /proc/self/fd/2)", stream);
+        let status = std::process::Command::new("sh")
+            .args(["-c", &script])
+            .arg(Relay::program())
+            .env("NATS_HOSTS", "x")
+            .current_dir(directory.path())
+            .status()
+            .unwrap();
+        assert_eq!(status.code(), Some(78));
+        std::fs::read_to_string(directory.path().join("log")).unwrap()
+    };
+    let log = run("$(stat -L -c %d:%i /proc/self/fd/2)");
+    let lines: Vec<_> = log.lines().collect();
+    assert!(lines[0].starts_with("<6>nats-webhook-relay "), "{log}");
+    assert!(lines[1].starts_with("<4>NATS_HOSTS is set"), "{log}");
+    assert!(lines[2].starts_with("<3>bad configuration: "), "{log}");
+    // The variable alone is inherited by whatever a service starts.
+    assert!(run("1:1").starts_with('['), "another's journal");
+}

@@ -1,0 +1,259 @@
+//! Durable mode through everything that takes its time. `cargo test --test it slow` runs these
+//! alone.
+
+use std::time::{Duration, Instant};
+
+use async_nats::{ConnectOptions, Subscriber, jetstream};
+
+use crate::support::{Answer, NatsServer, Received, Relay, Webhook, next, until};
+
+/// Publishes numbered messages, each once the stream has it.
+async fn publish(jetstream: &jetstream::Context, numbers: std::ops::Range<usize>) {
+    for n in numbers {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            let mut headers = async_nats::HeaderMap::new();
+            headers.insert("Nats-Msg-Id", n.to_string());
+            let sent = jetstream.publish_with_headers("cms.cache.x", headers, n.to_string().into());
+            match sent.await.unwrap().await {
+                Ok(_) => break,
+                Err(error) => assert!(Instant::now() < deadline, "{error}"),
+            }
+        }
+    }
+}
+
+/// A listener on the relayed messages that outlives servers.
+async fn listen(url: &str) -> Subscriber {
+    let options = ConnectOptions::new().retry_on_initial_connect();
+    let client = options.connect(url).await.unwrap();
+    let subscriber = client.subscribe("relayed.>").await.unwrap();
+    client.flush().await.unwrap();
+    subscriber
+}
+
+/// Reads relayed messages until `count` different ones came; their numbers in order of their first
+/// delivery, and how many came again.
+async fn read(relayed: &mut Subscriber, count: usize) -> (Vec<usize>, usize) {
+    let (mut first, mut again) = (Vec::new(), 0);
+    while first.len() < count {
+        let number = String::from_utf8_lossy(&next(relayed).await.payload)
+            .parse()
+            .unwrap();
+        if first.contains(&number) {
+            again += 1;
+        } else {
+            first.push(number);
+        }
+    }
+    (first, again)
+}
+
+fn numbers(webhook: &Webhook) -> Vec<usize> {
+    webhook
+        .requests()
+        .iter()
+        .map(|request| request.text().parse().unwrap())
+        .collect()
+}
+
+fn in_order(numbers: &[usize]) -> bool {
+    numbers.iter().copied().eq(0..numbers.len())
+}
+
+#[tokio::test]
+async fn kills_at_random_moments_lose_nothing_and_keep_the_order() {
+    const COUNT: usize = 500;
+    const KILLS: usize = 4;
+    let nats = NatsServer::with_stream().await;
+    let mut relayed = listen(&nats.url()).await;
+    let webhook =
+        Webhook::start(|_, _| Answer::ok_after(Duration::from_millis(fastrand::u64(0..4)))).await;
+    publish(&nats.jetstream().await, 0..COUNT).await;
+    let killing = async {
+        for kill in 1..=KILLS {
+            let mut relay = Relay::durable(&nats, &webhook, &[]).await;
+            let enough = kill * COUNT / (KILLS + 1);
+            until("some more were POSTed", || webhook.count() >= enough).await;
+            tokio::time::sleep(Duration::from_micros(fastrand::u64(0..5000))).await;
+            relay.kill().await;
+        }
+        Relay::durable(&nats, &webhook, &[]).await
+    };
+    let (_relay, (first, again)) = tokio::join!(killing, read(&mut relayed, COUNT));
+    assert!(in_order(&first), "{first:?}");
+    assert!(again <= KILLS, "{again} duplicates of {KILLS} kills");
+    let posted = numbers(&webhook);
+    assert!(posted.is_sorted(), "{posted:?}");
+    assert!(posted.len() <= COUNT + KILLS, "{} requests", posted.len());
+    assert!(
+        webhook
+            .requests()
+            .iter()
+            .filter(|request| request.answered.is_some())
+            .count()
+            >= COUNT
+    );
+}
+
+#[tokio::test]
+async fn a_killed_replica_is_replaced_within_ten_seconds() {
+    let nats = NatsServer::with_stream().await;
+    let mut relayed = listen(&nats.url()).await;
+    let webhook = Webhook::script([Answer::Hang]).await;
+    let mut first = Relay::durable(&nats, &webhook, &[]).await;
+    publish(&nats.jetstream().await, 0..10).await;
+    webhook.received(1).await;
+    let _second = Relay::durable(&nats, &webhook, &[]).await;
+    first.kill().await;
+    let killed = Instant::now();
+    assert!(in_order(&read(&mut relayed, 1).await.0));
+    assert!(
+        killed.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        killed.elapsed()
+    );
+    assert_eq!(read(&mut relayed, 9).await, ((1..10).collect(), 0));
+}
+
+#[tokio::test]
+async fn a_server_that_is_killed_and_restarted_loses_nothing() {
+    const COUNT: usize = 300;
+    let mut nats = NatsServer::with_stream().await;
+    let mut relayed = listen(&nats.url()).await;
+    let webhook = Webhook::start(|_, _| Answer::ok_after(Duration::from_millis(2))).await;
+    let relay = Relay::durable(&nats, &webhook, &[]).await;
+    publish(&nats.jetstream().await, 0..COUNT).await;
+    for enough in [50, 150] {
+        until("some more were POSTed", || webhook.count() >= enough).await;
+        nats.kill();
+        relay.logged("lost the connection").await;
+        nats.restart();
+    }
+    // What is published while the listener reconnects is lost to it, but not to the webhook. A
+    // killed server may have forgotten the latest acks, and then hands out those messages again.
+    until("all were POSTed", || {
+        numbers(&webhook).last() == Some(&(COUNT - 1))
+    })
+    .await;
+    let mut first = Vec::new();
+    for number in numbers(&webhook) {
+        if !first.contains(&number) {
+            first.push(number);
+        }
+    }
+    assert!(in_order(&first) && first.len() == COUNT, "{first:?}");
+    while next(&mut relayed).await.payload != (COUNT - 1).to_string() {}
+}
+
+#[tokio::test]
+async fn a_cluster_that_loses_the_consumer_s_leader_goes_on_within_fifteen_seconds() {
+    const COUNT: usize = 200;
+    let routes: Vec<_> = {
+        let listeners: Vec<_> = (0..3)
+            .map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap())
+            .collect();
+        listeners
+            .iter()
+            .map(|listener| listener.local_addr().unwrap())
+            .collect()
+    };
+    let mut servers = Vec::new();
+    for (n, route) in routes.iter().enumerate() {
+        let others = routes
+            .iter()
+            .map(|route| format!("nats://{route}"))
+            .collect::<Vec<_>>();
+        servers.push(
+            NatsServer::with_config(&format!(
+                "server_name: n{n}
+                 jetstream {{ store_dir: \"$DIR/jetstream\" }}
+                 cluster {{ name: c, listen: \"{route}\", routes: [{}] }}",
+                others.join(", ")
+            ))
+            .await,
+        );
+    }
+    servers[0].create_stream("CMS", "cms.cache.>", 3).await;
+    let webhook = Webhook::start(|_, _| Answer::ok_after(Duration::from_millis(5))).await;
+    let urls = servers
+        .iter()
+        .map(NatsServer::url)
+        .collect::<Vec<_>>()
+        .join(",");
+    let relay = Relay::durable(&servers[0], &webhook, &[("NATS_HOST", &urls)]).await;
+    let jetstream = servers[0].jetstream().await;
+    let info = jetstream
+        .get_stream("CMS")
+        .await
+        .unwrap()
+        .consumer_info("relay")
+        .await
+        .unwrap();
+    let leader = info.cluster.unwrap().leader.unwrap();
+    let leader: usize = leader.trim_start_matches('n').parse().unwrap();
+    let survivor = (leader + 1) % 3;
+    let mut relayed = listen(&servers[survivor].url()).await;
+    publish(&servers[survivor].jetstream().await, 0..COUNT).await;
+    until("some were POSTed", || webhook.count() >= 20).await;
+    let before = webhook.count();
+    servers[leader].kill();
+    let killed = Instant::now();
+    until("it goes on", || webhook.count() > before + 5).await;
+    assert!(
+        killed.elapsed() < Duration::from_secs(15),
+        "{:?}: {:#?}",
+        killed.elapsed(),
+        relay.log()
+    );
+    let (first, _) = read(&mut relayed, COUNT).await;
+    assert!(in_order(&first), "{first:?}");
+    let posted = numbers(&webhook);
+    assert!(posted.is_sorted(), "{posted:?}");
+}
+
+#[tokio::test]
+async fn a_webhook_that_takes_longer_than_the_ack_wait_gets_one_request() {
+    let nats = NatsServer::with_stream().await;
+    let mut relayed = listen(&nats.url()).await;
+    let webhook = Webhook::script([Answer::ok_after(Duration::from_secs(8))]).await;
+    let _relay = Relay::durable(&nats, &webhook, &[]).await;
+    let _idle = Relay::durable(&nats, &webhook, &[]).await;
+    publish(&nats.jetstream().await, 0..2).await;
+    assert_eq!(read(&mut relayed, 2).await, (vec![0, 1], 0));
+    assert_eq!(numbers(&webhook), [0, 1]);
+}
+
+#[tokio::test]
+async fn an_outage_of_a_minute_holds_the_messages_and_their_order() {
+    const OUTAGE: Duration = Duration::from_secs(60);
+    let nats = NatsServer::with_stream().await;
+    let mut relayed = listen(&nats.url()).await;
+    let start = Instant::now();
+    let webhook = Webhook::start(move |_, _| match start.elapsed() < OUTAGE {
+        true => Answer::status(503),
+        false => Answer::OK,
+    })
+    .await;
+    // Two replicas, so that a message under way with one must not come to the other as well.
+    let _first = Relay::durable(&nats, &webhook, &[]).await;
+    let _second = Relay::durable(&nats, &webhook, &[]).await;
+    publish(&nats.jetstream().await, 0..20).await;
+    until("the outage is being retried", || webhook.count() >= 5).await;
+    tokio::time::sleep(OUTAGE.saturating_sub(start.elapsed())).await;
+    assert_eq!(read(&mut relayed, 20).await, ((0..20).collect(), 0));
+    let requests = webhook.requests();
+    let good: Vec<_> = requests
+        .iter()
+        .filter(|r| r.status == 200)
+        .map(Received::text)
+        .collect();
+    assert_eq!(good, (0..20).map(|n| n.to_string()).collect::<Vec<_>>());
+    let bad: Vec<_> = requests.iter().filter(|r| r.status == 503).collect();
+    assert!(
+        bad.iter().all(|request| request.text() == "0"),
+        "only the first one is tried"
+    );
+    // 250 ms doubling to 30 s, with jitter, by one replica: about 8 to 10 attempts in a minute.
+    assert!((6..=12).contains(&bad.len()), "{} attempts", bad.len());
+}
