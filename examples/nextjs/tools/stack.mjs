@@ -114,7 +114,7 @@ export class Stack {
   /** @param {Variables} changes */
   async relay(changes = {}) {
     const part = this.#start("relay", RELAY, [], { ...this.settings, ...changes });
-    await part.says("listening on|consuming");
+    await part.says("listening on");
   }
 
   /** @param {string} name */
