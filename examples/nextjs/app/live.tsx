@@ -3,7 +3,7 @@
 // Keeps an open page fresh. What arrives here has passed the relay, so the server's cache is already
 // dropped and a refresh gets the new page.
 
-import { type NatsConnection, wsconnect } from "@nats-io/nats-core";
+import { type NatsConnection, type Subscription, wsconnect } from "@nats-io/nats-core";
 import { useRouter } from "next/navigation";
 import { useCallback, useEffect, useRef, useState, useTransition } from "react";
 
@@ -21,15 +21,6 @@ export function Live() {
     let connection: NatsConnection | undefined;
     let unmounted = false;
 
-    // Whenever the subscription begins to hold, something may have been missed before.
-    async function catchUp() {
-      await connection?.flush();
-      setState("live");
-      // A refresh that fails would put the browser's error page in place of this one.
-      while (!(await serverAnswers())) await new Promise((done) => setTimeout(done, 2_000));
-      if (!unmounted) refresh();
-    }
-
     async function listen() {
       connection = await wsconnect({
         servers: process.env.NEXT_PUBLIC_NATS_URL,
@@ -43,15 +34,26 @@ export function Live() {
         pingInterval: 20_000,
       });
       if (unmounted) return connection.close();
-      connection.subscribe(process.env.NEXT_PUBLIC_NATS_SUBJECT!, {
+      const subscription = connection.subscribe(process.env.NEXT_PUBLIC_NATS_SUBJECT!, {
         callback: (error) => (error ? console.error(error) : refresh()),
       });
+
       // If catching up fails, the connection is lost again, and there will be a reconnect.
-      catchUp().catch(() => {});
+      catchUp(connection, subscription).catch(() => {});
       for await (const status of connection.status()) {
         if (status.type === "disconnect") setState("offline");
-        if (status.type === "reconnect") catchUp().catch(() => {});
+        if (status.type === "reconnect") catchUp(connection, subscription).catch(() => {});
       }
+    }
+
+    // Whenever the subscription begins to hold, something may have been missed before.
+    async function catchUp(connection: NatsConnection, subscription: Subscription) {
+      await connection.flush();
+      if (subscription.isClosed()) return setState("offline"); // No permission.
+      setState("live");
+      // A refresh that fails would put the browser's error page in place of this one.
+      while (!(await serverAnswers())) await new Promise((done) => setTimeout(done, 2_000));
+      if (!unmounted) refresh();
     }
 
     listen()

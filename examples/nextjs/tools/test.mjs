@@ -222,7 +222,7 @@ async function look(row, page, version, timeout) {
 async function screenshot() {
   const page = await open(DOCUMENTS[0].at);
   const cms = await page.context().newPage();
-  for (const each of [page, cms]) await each.setViewportSize({ width: 640, height: 384 });
+  for (const each of [page, cms]) await each.setViewportSize({ width: 640, height: 378 });
   await cms.goto(stack.settings.CMS_URL);
   const form = cms.getByRole("form", { name: "Today’s loaf" });
   await form.getByLabel("Title").fill("Walnut and honey");
@@ -232,7 +232,7 @@ async function screenshot() {
   await page.waitForSelector("[data-took]");
   await cms.evaluate(() => scrollTo(0, 0));
   const [left, right] = await Promise.all([cms, page].map(async (each) => (await each.screenshot()).toString("base64")));
-  await cms.setViewportSize({ width: 1376, height: 480 });
+  await cms.setViewportSize({ width: 1376, height: 470 });
   await cms.setContent(`<!doctype html>
     <style>
       body { display: flex; gap: 32px; margin: 0; padding: 32px; background: #d8dee6; font: 600 15px system-ui, "Liberation Sans", sans-serif; color: #1f2328 }
