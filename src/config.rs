@@ -1,13 +1,18 @@
 //! The environment → a validated [`Config`], with every problem in one report.
 
-use std::{fmt, time::Duration};
+use std::{collections::BTreeSet, fmt, fs, path::PathBuf, time::Duration};
 
-use async_nats::ServerAddr;
-use reqwest::Url;
-use secrecy::SecretString;
+use async_nats::{ConnectOptions, ServerAddr};
+use reqwest::{
+    Url,
+    header::{HeaderMap, HeaderName, HeaderValue},
+};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+use secrecy::{ExposeSecret, SecretString};
 
 use crate::{
     environment::{Environment, FILE_SUFFIX},
+    signing::SigningSecret,
     subject::Prefix,
 };
 
@@ -42,6 +47,8 @@ pub enum Kind {
     Plain,
     /// A value that must not be shown.
     Secret,
+    /// The path of a file, which is why there is no `X_FILE`.
+    File,
 }
 
 impl fmt::Display for Kind {
@@ -49,6 +56,7 @@ impl fmt::Display for Kind {
         f.write_str(match self {
             Self::Plain => "plain",
             Self::Secret => "secret",
+            Self::File => "file",
         })
     }
 }
@@ -60,20 +68,32 @@ const PREFIX: &str = "NATS_SUBJECT_PREFIX";
 const RELAYED_PREFIX: &str = "NATS_RELAYED_SUBJECT_PREFIX";
 const USER: &str = "NATS_USER";
 const PASS: &str = "NATS_PASS";
+const TOKEN: &str = "NATS_TOKEN";
+const NKEY: &str = "NATS_NKEY";
+const CREDS: &str = "NATS_CREDS";
+const CA: &str = "NATS_CA";
+const CERT: &str = "NATS_CERT";
+const KEY: &str = "NATS_KEY";
 const QUEUE_GROUP: &str = "NATS_QUEUE_GROUP";
 const STREAM: &str = "NATS_STREAM";
 const CONSUMER: &str = "NATS_CONSUMER";
 const FAILED_PREFIX: &str = "NATS_FAILED_SUBJECT_PREFIX";
 const TIMEOUT: &str = "WEBHOOK_TIMEOUT";
 const MAX_ATTEMPTS: &str = "WEBHOOK_MAX_ATTEMPTS";
+const SECRET: &str = "WEBHOOK_SECRET";
+const HEADER: &str = "WEBHOOK_HEADER_<NAME>";
+const REPUBLISH_DELAY: &str = "REPUBLISH_DELAY";
 const SHUTDOWN_TIMEOUT: &str = "SHUTDOWN_TIMEOUT";
 const LOG: &str = "RUST_LOG";
+
+/// What all variables of the family [`HEADER`] begin with.
+const HEADER_PREFIX: &str = "WEBHOOK_HEADER_";
 
 /// Every variable. `--help`, the README and `.env.example` are tested against this table.
 pub const VARIABLES: &[Variable] = &[
     Variable {
         name: DESTINATION,
-        meaning: "http(s) URL that each message is POSTed to",
+        meaning: "http(s) URL that each message is POSTed to; several, separated by white space: all must succeed",
         default: Default::Required,
         kind: Kind::Plain,
     },
@@ -114,6 +134,42 @@ pub const VARIABLES: &[Variable] = &[
         kind: Kind::Secret,
     },
     Variable {
+        name: TOKEN,
+        meaning: "NATS token",
+        default: Default::Off,
+        kind: Kind::Secret,
+    },
+    Variable {
+        name: NKEY,
+        meaning: "file with the seed of an nkey",
+        default: Default::Off,
+        kind: Kind::File,
+    },
+    Variable {
+        name: CREDS,
+        meaning: "file with the JWT and the seed of a NATS user",
+        default: Default::Off,
+        kind: Kind::File,
+    },
+    Variable {
+        name: CA,
+        meaning: "PEM file with the CAs to trust for TLS to NATS, instead of the system's",
+        default: Default::Off,
+        kind: Kind::File,
+    },
+    Variable {
+        name: CERT,
+        meaning: "PEM file with a client certificate for NATS, together with NATS_KEY",
+        default: Default::Off,
+        kind: Kind::File,
+    },
+    Variable {
+        name: KEY,
+        meaning: "PEM file with the key of the client certificate",
+        default: Default::Off,
+        kind: Kind::File,
+    },
+    Variable {
         name: QUEUE_GROUP,
         meaning: "core mode: replicas in a group share the messages, without order across them",
         default: Default::Off,
@@ -150,6 +206,24 @@ pub const VARIABLES: &[Variable] = &[
         kind: Kind::Plain,
     },
     Variable {
+        name: SECRET,
+        meaning: "Standard Webhooks secrets whsec_..., separated by white space; signs every request",
+        default: Default::Off,
+        kind: Kind::Secret,
+    },
+    Variable {
+        name: HEADER,
+        meaning: "adds a request header: WEBHOOK_HEADER_X_KEY=... sends x-key",
+        default: Default::Off,
+        kind: Kind::Secret,
+    },
+    Variable {
+        name: REPUBLISH_DELAY,
+        meaning: "wait between the webhook's success and the republishing",
+        default: Default::Value("0s"),
+        kind: Kind::Plain,
+    },
+    Variable {
         name: SHUTDOWN_TIMEOUT,
         meaning: "how long a stop waits for the message in hand",
         default: Default::Value("20s"),
@@ -178,6 +252,8 @@ pub struct Config {
     pub mode: Mode,
     /// Where and how to POST.
     pub webhook: Webhook,
+    /// Wait between the webhook's success and the republishing.
+    pub republish_delay: Duration,
     /// How long a stop waits for the message in hand.
     pub shutdown_timeout: Duration,
 }
@@ -206,6 +282,10 @@ pub struct Nats {
     pub servers: Vec<ServerAddr>,
     /// How to log in.
     pub login: Login,
+    /// PEM file with the CAs to trust, instead of the system's.
+    pub ca: Option<PathBuf>,
+    /// PEM files with a client certificate and its key.
+    pub certificate: Option<(PathBuf, PathBuf)>,
 }
 
 /// How to log in to NATS.
@@ -220,13 +300,37 @@ pub enum Login {
         /// Its password.
         password: SecretString,
     },
+    /// With `NATS_TOKEN`.
+    Token(SecretString),
+    /// With the seed that `NATS_NKEY` holds.
+    Nkey(SecretString),
+    /// With the JWT and the seed that `NATS_CREDS` holds.
+    Credentials(SecretString),
+}
+
+impl Login {
+    /// What to look at where the server refuses it.
+    #[must_use]
+    pub fn remedy(&self) -> &'static str {
+        match self {
+            Self::Anonymous => "set NATS_USER and NATS_PASS, NATS_TOKEN, NATS_NKEY or NATS_CREDS",
+            Self::Password { .. } => "check NATS_USER and NATS_PASS",
+            Self::Token(_) => "check NATS_TOKEN",
+            Self::Nkey(_) => "check NATS_NKEY",
+            Self::Credentials(_) => "check NATS_CREDS",
+        }
+    }
 }
 
 /// Where and how to POST.
 #[derive(Debug)]
 pub struct Webhook {
-    /// The URL.
-    pub destination: Destination,
+    /// The URLs; at least one. All must succeed.
+    pub destinations: Vec<Destination>,
+    /// Added to every request.
+    pub headers: HeaderMap,
+    /// Every request is signed with each of them.
+    pub secrets: Vec<SigningSecret>,
     /// Longest time for one attempt, connecting included.
     pub timeout: Duration,
     /// Attempts per message; without end if none.
@@ -297,17 +401,23 @@ impl Config {
     /// Every problem found, each a sentence that names the variable, the fault and the remedy.
     pub fn from_environment(environment: &Environment) -> Result<Self, Vec<String>> {
         let mut reader = Reader::new(environment);
-        let destination = reader.parsed(DESTINATION, parse_destination);
+        let destinations = reader.parsed(DESTINATION, parse_destinations);
         let servers = servers(&mut reader);
         let prefix = reader.parsed(PREFIX, parse_prefix);
         let relayed_prefix = reader.parsed(RELAYED_PREFIX, parse_prefix);
         let login = login(&mut reader);
+        let (ca, certificate) = tls_files(&mut reader);
         let timeout = reader.parsed(TIMEOUT, parse_timeout);
         let mode = mode(&mut reader);
         let max_attempts = match reader.set(MAX_ATTEMPTS) {
             Some(_) => reader.parsed(MAX_ATTEMPTS, parse_max_attempts),
             None => Some(mode.as_ref().and_then(Mode::default_max_attempts)),
         };
+        let headers = headers(&mut reader);
+        let secrets = reader
+            .optional(SECRET, parse_secrets)
+            .map(Option::unwrap_or_default);
+        let republish_delay = reader.parsed(REPUBLISH_DELAY, parse_duration);
         let shutdown_timeout = reader.parsed(SHUTDOWN_TIMEOUT, parse_duration);
         let failed_prefix = reader.optional(FAILED_PREFIX, parse_prefix);
         let prefixes = [
@@ -324,16 +434,21 @@ impl Config {
                 nats: Nats {
                     servers: servers?,
                     login: login?,
+                    ca: ca?,
+                    certificate: certificate?,
                 },
                 prefix: prefix?,
                 relayed_prefix: relayed_prefix?,
                 failed_prefix: failed_prefix?,
                 mode: mode?,
                 webhook: Webhook {
-                    destination: destination?,
+                    destinations: destinations?,
+                    headers: headers?,
+                    secrets: secrets?,
                     timeout: timeout?,
                     max_attempts: max_attempts?,
                 },
+                republish_delay: republish_delay?,
                 shutdown_timeout: shutdown_timeout?,
             })
         })();
@@ -360,14 +475,23 @@ impl<'a> Reader<'a> {
         self.problems.push(format!("{name} {problem}"));
     }
 
+    /// What the environment has for a variable.
+    fn look_up(&self, name: &str) -> Result<Option<String>, String> {
+        let names_a_file =
+            |variable: &Variable| variable.name == name && variable.kind == Kind::File;
+        if VARIABLES.iter().any(names_a_file) {
+            self.environment.text(name)
+        } else {
+            self.environment.text_or_file(name)
+        }
+    }
+
     /// The value of a variable, if it is set.
     fn set(&mut self, name: &str) -> Option<String> {
-        self.environment
-            .text_or_file(name)
-            .unwrap_or_else(|problem| {
-                self.problem(name, &problem);
-                None
-            })
+        self.look_up(name).unwrap_or_else(|problem| {
+            self.problem(name, &problem);
+            None
+        })
     }
 
     /// The value of a variable, or its default.
@@ -409,7 +533,7 @@ impl<'a> Reader<'a> {
         name: &str,
         parse: impl FnOnce(&str) -> Result<T, String>,
     ) -> Option<Option<T>> {
-        match self.environment.text_or_file(name) {
+        match self.look_up(name) {
             Ok(None) => Some(None),
             _ => self.parsed(name, parse).map(Some),
         }
@@ -505,8 +629,30 @@ fn refuse_overlaps(reader: &mut Reader<'_>, prefixes: &[(&str, Option<&Prefix>)]
 
 /// The one way to log in that is set.
 fn login(reader: &mut Reader<'_>) -> Option<Login> {
+    let set: Vec<_> = [USER, TOKEN, NKEY, CREDS]
+        .into_iter()
+        .filter(|name| !matches!(reader.look_up(name), Ok(None)))
+        .collect();
+    if let [first, others @ ..] = &set[..]
+        && !others.is_empty()
+    {
+        let others = others.join(", ");
+        reader.problem(
+            first,
+            &format!("and {others} are both set; keep one way to log in"),
+        );
+        return None;
+    }
+    let token = reader.optional(TOKEN, |text| Ok(Login::Token(text.into())));
+    let nkey = reader.optional(NKEY, |path| read_nkey(path).map(Login::Nkey));
+    let credentials = reader.optional(CREDS, |path| read_credentials(path).map(Login::Credentials));
     match (reader.set(USER), reader.set(PASS)) {
-        (None, None) => Some(Login::Anonymous),
+        (None, None) => Some(
+            token?
+                .or(nkey?)
+                .or(credentials?)
+                .unwrap_or(Login::Anonymous),
+        ),
         (Some(user), Some(password)) => Some(Login::Password {
             user,
             password: password.into(),
@@ -526,6 +672,150 @@ fn login(reader: &mut Reader<'_>) -> Option<Login> {
             None
         }
     }
+}
+
+/// A client certificate and its key.
+type Certificate = (PathBuf, PathBuf);
+
+/// The CA file, and the files of the client certificate.
+fn tls_files(reader: &mut Reader<'_>) -> (Option<Option<PathBuf>>, Option<Option<Certificate>>) {
+    let ca = reader.optional(CA, read_certificates);
+    let certificate = reader.optional(CERT, read_certificates);
+    let key = reader.optional(KEY, read_key);
+    let certificate = match (certificate, key) {
+        (Some(Some(certificate)), Some(Some(key))) => Some(Some((certificate, key))),
+        (Some(None), Some(None)) => Some(None),
+        (Some(Some(_)), Some(None)) => {
+            reader.problem(
+                KEY,
+                &format!("is not set, but {CERT} is; set both or neither"),
+            );
+            None
+        }
+        (Some(None), Some(Some(_))) => {
+            reader.problem(
+                CERT,
+                &format!("is not set, but {KEY} is; set both or neither"),
+            );
+            None
+        }
+        (None, _) | (_, None) => None,
+    };
+    (ca, certificate)
+}
+
+/// The headers of all `WEBHOOK_HEADER_<NAME>`.
+fn headers(reader: &mut Reader<'_>) -> Option<HeaderMap> {
+    let names: BTreeSet<String> = reader
+        .environment
+        .names()
+        .filter(|name| name.starts_with(HEADER_PREFIX))
+        .map(|name| name.strip_suffix(FILE_SUFFIX).unwrap_or(name).to_owned())
+        .collect();
+    let mut headers = HeaderMap::new();
+    let mut good = true;
+    for variable in names {
+        match reader.parsed(&variable, |value| parse_header(&variable, value)) {
+            Some((name, value)) => drop(headers.insert(name, value)),
+            None => good = false,
+        }
+    }
+    good.then_some(headers)
+}
+
+/// Headers that the relay sets itself, or that would break the request (RFC 9110, 7.6.1).
+const RESERVED_HEADERS: [&str; 18] = [
+    "connection",
+    "content-encoding",
+    "content-length",
+    "content-type",
+    "expect",
+    "host",
+    "keep-alive",
+    "te",
+    "traceparent",
+    "tracestate",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+    "user-agent",
+    "webhook-id",
+    "webhook-signature",
+    "webhook-timestamp",
+    "x-nats-subject",
+];
+
+/// `WEBHOOK_HEADER_X_KEY` is the header `x-key`.
+fn parse_header(variable: &str, value: &str) -> Result<(HeaderName, HeaderValue), String> {
+    let name = variable
+        .trim_start_matches(HEADER_PREFIX)
+        .to_lowercase()
+        .replace('_', "-");
+    if RESERVED_HEADERS.contains(&name.as_str()) {
+        return Err(format!(
+            "would set {name}, which is the relay's own matter; unset it"
+        ));
+    }
+    let name: HeaderName = name
+        .parse()
+        .map_err(|_| "does not end in the name of a header")?;
+    let mut value = HeaderValue::from_str(value)
+        .map_err(|_| "has a line break or another control character, which no header may have")?;
+    value.set_sensitive(true);
+    Ok((name, value))
+}
+
+fn parse_secrets(text: &str) -> Result<Vec<SigningSecret>, String> {
+    text.split_whitespace().map(SigningSecret::parse).collect()
+}
+
+/// The content of a file that holds a secret.
+fn read_file(path: &str) -> Result<SecretString, String> {
+    fs::read_to_string(path)
+        .map(SecretString::from)
+        .map_err(|error| format!("names {path:?}, which cannot be read: {error}"))
+}
+
+fn read_nkey(path: &str) -> Result<SecretString, String> {
+    let text = read_file(path)?;
+    let seed = text.expose_secret().trim();
+    match nkeys::KeyPair::from_seed(seed) {
+        Ok(_) => Ok(seed.into()),
+        Err(_) => Err(format!(
+            "names {path:?}, which holds no seed of an nkey (SU...)"
+        )),
+    }
+}
+
+fn read_credentials(path: &str) -> Result<SecretString, String> {
+    let text = read_file(path)?;
+    match ConnectOptions::with_credentials(text.expose_secret()) {
+        Ok(_) => Ok(text),
+        Err(_) => Err(format!(
+            "names {path:?}, which holds no credentials (a JWT and a seed)"
+        )),
+    }
+}
+
+fn read_certificates(path: &str) -> Result<PathBuf, String> {
+    let certificates = CertificateDer::pem_file_iter(path).map(Iterator::collect::<Vec<_>>);
+    match certificates {
+        Err(error) => Err(format!("names {path:?}, which cannot be read: {error}")),
+        Ok(found) if found.is_empty() || found.iter().any(Result::is_err) => Err(format!(
+            "names {path:?}, which holds no certificate in PEM form"
+        )),
+        Ok(_) => Ok(path.into()),
+    }
+}
+
+fn read_key(path: &str) -> Result<PathBuf, String> {
+    PrivateKeyDer::from_pem_file(path)
+        .map(|_| path.into())
+        .map_err(|error| format!("names {path:?}, which holds no private key in PEM form: {error}"))
+}
+
+fn parse_destinations(text: &str) -> Result<Vec<Destination>, String> {
+    text.split_whitespace().map(parse_destination).collect()
 }
 
 fn parse_destination(text: &str) -> Result<Destination, String> {
@@ -567,7 +857,7 @@ fn parse_server(text: &str) -> Result<ServerAddr, String> {
     }
     if address.has_user_pass() {
         return Err(format!(
-            "contains credentials; set {USER} and {PASS} instead"
+            "contains a login; set {USER} and {PASS}, or {TOKEN} instead"
         ));
     }
     Ok(address)
@@ -626,7 +916,9 @@ fn parse_max_attempts(text: &str) -> Result<Option<u32>, String> {
 /// Others are none of our business: Kubernetes, for one, sets `NATS_PORT` by itself.
 #[must_use]
 pub fn misspellings(environment: &Environment) -> Vec<(&str, &'static str)> {
-    let known = |name: &str| VARIABLES.iter().any(|variable| variable.name == name);
+    let known = |name: &str| {
+        name.starts_with(HEADER_PREFIX) || VARIABLES.iter().any(|variable| variable.name == name)
+    };
     environment
         .names()
         .filter(|name| !known(name.strip_suffix(FILE_SUFFIX).unwrap_or(name)))
@@ -676,7 +968,6 @@ pub fn help() -> String {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use secrecy::ExposeSecret;
 
     const GOOD: [(&str, &str); 4] = [
         (DESTINATION, "http://localhost:3000/hook"),
@@ -746,6 +1037,44 @@ mod tests {
     }
 
     #[test]
+    fn there_is_one_way_to_log_in() {
+        assert!(matches!(
+            with(&[(TOKEN, "t")]).unwrap().nats.login,
+            Login::Token(_)
+        ));
+        let problems = problems(&[(TOKEN, "t"), (USER, "u"), (PASS, "p")]);
+        assert_eq!(
+            problems,
+            ["NATS_USER and NATS_TOKEN are both set; keep one way to log in"]
+        );
+    }
+
+    #[test]
+    fn headers_and_several_destinations_are_taken() {
+        let config = with(&[
+            (DESTINATION, " http://a/\n\thttps://b/ "),
+            ("WEBHOOK_HEADER_X_REVALIDATE_SECRET", "hunter2"),
+            ("WEBHOOK_HEADER_AUTHORIZATION", "Bearer hunter2"),
+            (
+                SECRET,
+                "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
+            ),
+            (REPUBLISH_DELAY, "100ms"),
+        ])
+        .unwrap();
+        assert_eq!(config.webhook.destinations.len(), 2);
+        assert_eq!(config.webhook.headers["x-revalidate-secret"], "hunter2");
+        assert_eq!(config.webhook.headers["authorization"], "Bearer hunter2");
+        assert_eq!(config.webhook.secrets.len(), 2);
+        assert_eq!(config.republish_delay, Duration::from_millis(100));
+        let shown = format!("{config:?}");
+        assert!(
+            !shown.contains("hunter2") && !shown.contains("MfKQ9"),
+            "{shown}"
+        );
+    }
+
+    #[test]
     fn the_host_has_another_name() {
         assert_eq!(problems(&[(HOST, ""), (ADDRESS, "nats://a")]), [""; 0]);
         assert_eq!(
@@ -770,7 +1099,7 @@ mod tests {
             (HOST, "nats://a,,nats://b", "has an empty entry"),
             (HOST, "nats://", "has an entry"),
             (HOST, "nats://host:99999", "is no URL"),
-            (HOST, "nats://u:p@host", "contains credentials"),
+            (HOST, "nats://u:p@host", "contains a login"),
             (PREFIX, "", "not set"),
             (PREFIX, "cms.cache.", "empty token"),
             (PREFIX, "cms.>", "wildcard"),
@@ -783,6 +1112,27 @@ mod tests {
             (RELAYED_PREFIX, "cms", "overlaps"),
             (USER, "u", "NATS_PASS is not set"),
             (PASS, "p", "NATS_USER is not set"),
+            (DESTINATION, "http://a b", "is no URL"),
+            ("WEBHOOK_HEADER_HOST", "x", "would set host"),
+            (
+                "WEBHOOK_HEADER_WEBHOOK_SIGNATURE",
+                "x",
+                "would set webhook-signature",
+            ),
+            ("WEBHOOK_HEADER_", "x", "does not end in the name"),
+            ("WEBHOOK_HEADER_X-Ä", "x", "does not end in the name"),
+            ("WEBHOOK_HEADER_X_KEY", "a\r\nb: c", "line break"),
+            (SECRET, "secret", "whsec_"),
+            (SECRET, "whsec_ä", "base64"),
+            (SECRET, "whsec_c2hvcnQ=", "24 to 64 bytes"),
+            (NKEY, "/nowhere", "cannot be read"),
+            (NKEY, "Cargo.toml", "no seed"),
+            (CREDS, "/nowhere", "cannot be read"),
+            (CREDS, "Cargo.toml", "no credentials"),
+            (CA, "/nowhere", "cannot be read"),
+            (CA, "Cargo.toml", "no certificate"),
+            (CERT, "Cargo.toml", "no certificate"),
+            (KEY, "Cargo.toml", "no private key"),
             (FAILED_PREFIX, "cms.cache.failed", "overlaps"),
             (FAILED_PREFIX, "relayed.cache", "overlaps"),
             (FAILED_PREFIX, "failed.", "empty token"),
@@ -829,7 +1179,10 @@ mod tests {
         ])
         .unwrap();
         assert!(!format!("{config:?}").contains("hunter2"), "{config:?}");
-        assert_eq!(config.webhook.destination.to_string(), "http://host/path");
+        assert_eq!(
+            config.webhook.destinations[0].to_string(),
+            "http://host/path"
+        );
         for (name, value) in [
             (DESTINATION, "htp://user:hunter2@host"),
             (DESTINATION, "http://user:hunter2@host:x"),

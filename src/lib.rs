@@ -5,8 +5,9 @@
 //!            config                                  status, systemd, log
 //!              │                                                ▲
 //! NATS ──► source ──► relay ──► webhook ──► destination         │
-//! cms.cache.>           │  ▲ retry           POST, in order ────┤
-//!                       └──┴──► republish ──► NATS relayed.cache.…
+//! cms.cache.>  │        │  ▲ retry           POST, in order ────┤
+//!              │        └──┴──► republish ──► NATS relayed.cache.…
+//!              └── ack (durable mode only) ◄──┘
 //! ```
 //!
 //! Everything goes one way: [`relay`] knows [`source`], [`webhook`] and [`subject`]; none of them
@@ -16,10 +17,12 @@
 //! What it promises:
 //!
 //! 1. A message is republished only after its webhook succeeded.
-//! 2. One message at a time, in the order in which NATS delivered them, through retries.
+//! 2. One message at a time, in the order in which NATS delivered them, through retries; in durable
+//!    mode also through crashes, restarts, a lost NATS leader, and any number of replicas.
 //! 3. The same message: payload byte for byte, headers kept, the subject rewritten in its leading
 //!    prefix only. The reply subject is not carried over.
-//! 4. No silent loss: whatever is not relayed is logged, with its subject and the reason.
+//! 4. No silent loss: whatever is not relayed is logged with its subject and the reason, counted, and
+//!    published on the failed prefix where one is set. In durable mode nothing is lost at all.
 //! 5. Only its operator stops it.
 //! 6. No secret reaches a log, an error or `Debug`.
 
@@ -30,6 +33,7 @@ pub mod logging;
 pub mod nats;
 pub mod relay;
 pub mod republish;
+pub mod signing;
 pub mod source;
 pub mod status;
 pub mod subject;

@@ -50,19 +50,23 @@ pub async fn connect(
     let (sender, receiver) = mpsc::unbounded_channel();
     let observer = Arc::new(Observer {
         subject: prefix.wildcard(),
+        remedy: config.login.remedy(),
         progress: Mutex::default(),
         status: Arc::clone(status),
         faults: sender,
     });
     let chooser = Arc::clone(&observer);
-    let options = match &config.login {
-        Login::Anonymous => ConnectOptions::new(),
-        Login::Password { user, password } => ConnectOptions::with_user_and_password(
-            user.clone(),
-            password.expose_secret().to_owned(),
-        ),
+    let login = ConnectOptions::new();
+    let login = match &config.login {
+        Login::Anonymous => login,
+        Login::Password { user, password } => {
+            login.user_and_password(user.clone(), password.expose_secret().to_owned())
+        }
+        Login::Token(token) => login.token(token.expose_secret().to_owned()),
+        Login::Nkey(seed) => login.nkey(seed.expose_secret().to_owned()),
+        Login::Credentials(text) => login.credentials(text.expose_secret())?,
     };
-    let client = options
+    let client = with_tls(login, config)
         .name(CONNECTION_NAME)
         .subscription_capacity(SUBSCRIPTION_CAPACITY)
         .retry_on_initial_connect()
@@ -77,6 +81,19 @@ pub async fn connect(
         .connect(config.servers.as_slice())
         .await?;
     Ok((client, Faults(receiver)))
+}
+
+/// Whoever names a CA or a certificate wants no connection without TLS.
+fn with_tls(mut options: ConnectOptions, config: &config::Nats) -> ConnectOptions {
+    if let Some(ca) = &config.ca {
+        options = options.add_root_certificates(ca.clone()).require_tls(true);
+    }
+    if let Some((certificate, key)) = &config.certificate {
+        options = options
+            .add_client_certificate(certificate.clone(), key.clone())
+            .require_tls(true);
+    }
+    options
 }
 
 /// What the connection reports that its user must act on.
@@ -149,6 +166,8 @@ impl Faults {
 struct Observer {
     /// What the relay subscribes to.
     subject: String,
+    /// What to look at where the server refuses the login.
+    remedy: &'static str,
     progress: Mutex<Progress>,
     status: Arc<Status>,
     faults: mpsc::UnboundedSender<Notice>,
@@ -221,8 +240,9 @@ impl Observer {
             {
                 let progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
                 self.fatal(anyhow!(
-                    "NATS at {} refused the login ({kind}); check NATS_USER and NATS_PASS",
-                    self.server(&progress)
+                    "NATS at {} refused the login ({kind}); {}",
+                    self.server(&progress),
+                    self.remedy
                 ));
             }
             // A failed attempt to connect: the next choice of a server logs it, with the reason.

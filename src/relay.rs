@@ -1,15 +1,16 @@
 //! The heart: take a message, POST it until that succeeded, republish it; then the next one.
 
 use std::{
+    fmt::Write,
     pin::pin,
     sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
 use async_nats::{Client, HeaderMap, connection::State};
-use futures::{Stream, StreamExt};
+use futures::{Stream, StreamExt, future::join_all};
 use log::{error, info, warn};
-use reqwest::StatusCode;
+use reqwest::{StatusCode, header::HeaderValue};
 use tokio::time::sleep;
 
 use crate::{
@@ -19,7 +20,7 @@ use crate::{
     source::{Delivery, Origin, Source, Verdict, settle},
     status::Status,
     systemd::Systemd,
-    webhook::{Failure, Webhook, message_id},
+    webhook::{Failure, Target, Webhook, message_id},
 };
 
 /// Growing waits between attempts to POST one message.
@@ -49,7 +50,7 @@ enum Then {
     Stop,
 }
 
-/// The webhook has succeeded.
+/// A destination has succeeded.
 struct Posted {
     status: StatusCode,
     attempts: u32,
@@ -99,6 +100,7 @@ impl Relay {
             biased;
             _ = stop.next() => return Ok(()),
             opened = self.source.open() => opened?,
+            never = self.systemd.beat(&self.worker.status) => match never {},
         }
         let Worker {
             webhook,
@@ -106,10 +108,15 @@ impl Relay {
             status,
             ..
         } = &self.worker;
+        let destinations: Vec<_> = webhook
+            .targets()
+            .iter()
+            .map(|target| target.destination.to_string())
+            .collect();
         info!(
             "listening on {}.>; POST to {}, then republish on {}.>",
             config.prefix,
-            webhook.destination(),
+            destinations.join(" and "),
             config.relayed_prefix
         );
         self.systemd.ready(status);
@@ -202,52 +209,82 @@ impl Worker {
                 )
                 .await;
         };
-        let Posted { status, attempts } = match self.post(delivery).await {
+        let posted = match self.post(delivery).await {
             Ok(posted) => posted,
             Err(given_up) => return self.give_up(delivery, given_up).await,
         };
+        let attempts = posted
+            .iter()
+            .map(|posted| posted.attempts)
+            .max()
+            .unwrap_or_default();
+        if !self.config.republish_delay.is_zero() {
+            sleep(self.config.republish_delay).await;
+        }
         let headers = relayed_headers(delivery, self.client.max_payload());
         if let Err(error) = self
             .conclude(delivery, Some((&target, headers)), Verdict::Ack)
             .await
         {
             let reason = format!("it cannot be published on {target}: {error:#}");
-            let status = Some(status.as_u16());
             return self
                 .give_up(
                     delivery,
                     GivenUp {
                         reason,
-                        status,
+                        status: None,
                         attempts,
                     },
                 )
                 .await;
         }
         self.status.add_relayed();
-        let attempts = if attempts > 1 {
-            format!(", {attempts} attempts")
-        } else {
-            String::new()
-        };
-        let (status, elapsed) = (status.as_u16(), start.elapsed());
-        info!(
-            "{} -> {target} ({status}, {elapsed:.1?}{attempts})",
-            delivery.subject
-        );
+        let mut how = String::new();
+        for Posted { status, .. } in &posted {
+            let _ = write!(how, "{}, ", status.as_u16());
+        }
+        let _ = write!(how, "{:.1?}", start.elapsed());
+        if attempts > 1 {
+            let _ = write!(how, ", {attempts} attempts");
+        }
+        info!("{} -> {target} ({how})", delivery.subject);
     }
 
-    /// POSTs until it succeeds, or until it is to be given up.
-    async fn post(&self, delivery: &Delivery) -> Result<Posted, GivenUp> {
+    /// POSTs to all destinations at the same time, until each has succeeded or is to be given up.
+    async fn post(&self, delivery: &Delivery) -> Result<Vec<Posted>, GivenUp> {
         let id = message_id(delivery);
+        let targets = self.webhook.targets().iter();
+        let ends = join_all(targets.map(|target| self.post_to(target, delivery, &id))).await;
+        let (mut posted, mut given_up) = (Vec::new(), Vec::new());
+        for end in ends {
+            match end {
+                Ok(success) => posted.push(success),
+                Err(failure) => given_up.push(failure),
+            }
+        }
+        GivenUp::all(given_up).map_or(Ok(posted), Err)
+    }
+
+    /// POSTs to one destination until it succeeds, or is to be given up.
+    async fn post_to(
+        &self,
+        target: &Target,
+        delivery: &Delivery,
+        id: &HeaderValue,
+    ) -> Result<Posted, GivenUp> {
+        let name = |reason: String| match self.webhook.targets() {
+            [_] => reason,
+            _ => format!("{}: {reason}", target.destination),
+        };
         let max_attempts = self.config.webhook.max_attempts;
         let mut attempts = 0;
         loop {
             attempts += 1;
-            let (reason, status, retry_after) = match self.webhook.post(delivery, &id).await {
+            let (reason, status, retry_after) = match self.webhook.post(target, delivery, id).await
+            {
                 Ok(status) => return Ok(Posted { status, attempts }),
                 Err(Failure::Permanent { reason, status }) => {
-                    let status = Some(status.as_u16());
+                    let (reason, status) = (name(reason), Some(status.as_u16()));
                     return Err(GivenUp {
                         reason,
                         status,
@@ -258,7 +295,7 @@ impl Worker {
                     reason,
                     status,
                     retry_after,
-                }) => (reason, status, retry_after.unwrap_or_default()),
+                }) => (name(reason), status, retry_after.unwrap_or_default()),
             };
             if Some(attempts) == max_attempts {
                 let status = status.map(|status| status.as_u16());

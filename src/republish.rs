@@ -15,6 +15,18 @@ pub struct GivenUp {
     pub attempts: u32,
 }
 
+impl GivenUp {
+    /// One for all destinations that did not succeed; none if there is none.
+    #[must_use]
+    pub fn all(failures: Vec<Self>) -> Option<Self> {
+        failures.into_iter().reduce(|all, next| Self {
+            reason: format!("{}; {}", all.reason, next.reason),
+            status: all.status.or(next.status),
+            attempts: all.attempts.max(next.attempts),
+        })
+    }
+}
+
 /// The headers of the relayed message: its own. In durable mode without those that tell a stream
 /// what to do, and with an id by which a stream behind the relayed prefix recognises a duplicate.
 #[must_use]

@@ -10,7 +10,7 @@ use tokio::time::{Instant, Sleep, sleep};
 use crate::status::Status;
 
 /// The status line is renewed at least this often, where it has changed.
-const STATUS_EVERY: Duration = Duration::from_secs(5);
+const STATUS_EVERY: Duration = Duration::from_secs(1);
 
 /// The service manager that waits for our word.
 pub struct Systemd {

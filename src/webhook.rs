@@ -16,12 +16,14 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::{
     config::{self, Destination},
+    signing::SigningSecret,
     source::{Delivery, Origin},
 };
 
 const USER_AGENT: &str = concat!("nats-webhook-relay/", env!("CARGO_PKG_VERSION"));
 const WEBHOOK_ID: HeaderName = HeaderName::from_static("webhook-id");
 const WEBHOOK_TIMESTAMP: HeaderName = HeaderName::from_static("webhook-timestamp");
+const WEBHOOK_SIGNATURE: HeaderName = HeaderName::from_static("webhook-signature");
 const NATS_SUBJECT: HeaderName = HeaderName::from_static("x-nats-subject");
 
 /// The message headers that are passed on as they are. No other is: a publisher must not be able
@@ -48,10 +50,17 @@ const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(60);
 /// Where and how to POST.
 pub struct Webhook {
     client: Client,
-    destination: Destination,
-    /// What all requests have in common.
-    template: Request,
+    targets: Vec<Target>,
     timeout: Duration,
+    secrets: Vec<SigningSecret>,
+}
+
+/// One destination.
+pub struct Target {
+    /// Its URL, as it may be shown.
+    pub destination: Destination,
+    /// What all requests to it have in common.
+    template: Request,
 }
 
 /// Why an attempt did not succeed.
@@ -76,7 +85,7 @@ pub enum Failure {
 }
 
 impl Webhook {
-    /// Prepares requests to the configured destination; sends nothing.
+    /// Prepares requests to the configured destinations; sends nothing.
     ///
     /// # Errors
     /// If TLS can't be set up.
@@ -86,47 +95,71 @@ impl Webhook {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let mut builder = Client::builder()
             .user_agent(USER_AGENT)
+            .default_headers(config.headers.clone())
             .redirect(redirect::Policy::none())
             .pool_max_idle_per_host(1)
             .pool_idle_timeout(IDLE_TIMEOUT)
             .tcp_nodelay(true);
-        if config.destination.expose_url().scheme() == "http" {
+        if config
+            .destinations
+            .iter()
+            .all(|destination| destination.expose_url().scheme() == "http")
+        {
             // Without TLS there is no need to read the system's trust store into memory.
             builder = builder.tls_certs_only([]);
         }
         let client = builder.build().context("cannot set up the HTTP client")?;
-        let template = client
-            .post(config.destination.expose_url().clone())
-            .header(CONTENT_TYPE, "application/json")
-            .build()
-            .map_err(reqwest::Error::without_url)
-            .context("WEBHOOK_DESTINATION cannot be used")?;
+        let targets = config
+            .destinations
+            .iter()
+            .map(|destination| {
+                let template = client
+                    .post(destination.expose_url().clone())
+                    .header(CONTENT_TYPE, "application/json")
+                    .build()
+                    .map_err(reqwest::Error::without_url)
+                    .with_context(|| format!("cannot POST to {destination}"))?;
+                Ok(Target {
+                    destination: destination.clone(),
+                    template,
+                })
+            })
+            .collect::<anyhow::Result<_>>()?;
         Ok(Self {
             client,
-            destination: config.destination.clone(),
-            template,
+            targets,
             timeout: config.timeout,
+            secrets: config.secrets.clone(),
         })
     }
 
     /// Where messages are POSTed to.
     #[must_use]
-    pub fn destination(&self) -> &Destination {
-        &self.destination
+    pub fn targets(&self) -> &[Target] {
+        &self.targets
     }
 
     /// One attempt to POST a message.
     ///
     /// # Errors
     /// If the destination did not answer with success in time.
-    pub async fn post(&self, delivery: &Delivery, id: &HeaderValue) -> Result<StatusCode, Failure> {
+    pub async fn post(
+        &self,
+        target: &Target,
+        delivery: &Delivery,
+        id: &HeaderValue,
+    ) -> Result<StatusCode, Failure> {
         let deadline = Instant::now() + self.timeout;
-        let response =
-            match timeout_at(deadline, self.client.execute(self.request(delivery, id))).await {
-                Ok(Ok(response)) => response,
-                Ok(Err(error)) => return Err(temporary(describe(error))),
-                Err(_) => return Err(temporary(format!("no answer within {:?}", self.timeout))),
-            };
+        let response = match timeout_at(
+            deadline,
+            self.client.execute(self.request(target, delivery, id)),
+        )
+        .await
+        {
+            Ok(Ok(response)) => response,
+            Ok(Err(error)) => return Err(temporary(describe(error))),
+            Err(_) => return Err(temporary(format!("no answer within {:?}", self.timeout))),
+        };
         let status = response.status();
         match status.as_u16() {
             200..=299 => {
@@ -135,7 +168,7 @@ impl Webhook {
                 Ok(status)
             }
             300..=399 => Err(Failure::Permanent {
-                reason: self.redirect_reason(&response),
+                reason: target.redirect_reason(&response),
                 status,
             }),
             408 | 425 | 429 | 500..=599 => Err(Failure::Temporary {
@@ -157,10 +190,11 @@ impl Webhook {
         }
     }
 
-    fn request(&self, delivery: &Delivery, id: &HeaderValue) -> Request {
-        let mut request = Request::new(self.template.method().clone(), self.template.url().clone());
+    fn request(&self, target: &Target, delivery: &Delivery, id: &HeaderValue) -> Request {
+        let Target { template, .. } = target;
+        let mut request = Request::new(template.method().clone(), template.url().clone());
         let headers = request.headers_mut();
-        headers.clone_from(self.template.headers());
+        headers.clone_from(template.headers());
         for name in PASSED_ON {
             if let Some(value) = header(&delivery.headers, name.as_str())
                 && let Ok(value) = HeaderValue::from_str(value)
@@ -178,13 +212,25 @@ impl Webhook {
             .unwrap_or_default()
             .as_secs();
         headers.insert(WEBHOOK_TIMESTAMP, now.into());
+        let signatures: Vec<_> = self
+            .secrets
+            .iter()
+            .map(|secret| secret.sign(id.as_bytes(), now, &delivery.payload))
+            .collect();
+        if !signatures.is_empty()
+            && let Ok(signatures) = HeaderValue::from_str(&signatures.join(" "))
+        {
+            headers.insert(WEBHOOK_SIGNATURE, signatures);
+        }
         // The HTTP client leaves it out where there is no body, and some servers insist on it
         // (RFC 9110, 8.6).
         headers.insert(CONTENT_LENGTH, delivery.payload.len().into());
         *request.body_mut() = Some(delivery.payload.clone().into());
         request
     }
+}
 
+impl Target {
     fn redirect_reason(&self, response: &Response) -> String {
         let target = response
             .headers()

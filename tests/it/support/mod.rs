@@ -3,6 +3,7 @@
 
 #![allow(
     dead_code,
+    unused_imports,
     missing_docs,
     clippy::unwrap_used,
     clippy::expect_used,
@@ -11,12 +12,14 @@
 
 mod nats;
 mod relay;
+mod tls;
 mod webhook;
 
 use std::time::Duration;
 
 pub use nats::{NatsServer, next};
 pub use relay::Relay;
+pub use tls::Authority;
 pub use webhook::{Answer, Received, Webhook};
 
 /// Far longer than anything awaited takes; reaching it is a failure.

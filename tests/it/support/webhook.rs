@@ -6,10 +6,12 @@ use std::{
 };
 
 use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
-    net::{TcpListener, TcpStream},
+    io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader},
+    net::TcpListener,
     task::JoinHandle,
 };
+
+use tokio_rustls::TlsAcceptor;
 
 use super::until;
 
@@ -97,8 +99,22 @@ impl Webhook {
         Self::on(TcpListener::bind("127.0.0.1:0").await.unwrap(), answer)
     }
 
+    /// Behind TLS.
+    pub async fn https(acceptor: TlsAcceptor) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::serve(listener, Some(acceptor), |_, _| Answer::OK)
+    }
+
     pub fn on(
         listener: TcpListener,
+        answer: impl Fn(usize, &Received) -> Answer + Send + Sync + 'static,
+    ) -> Self {
+        Self::serve(listener, None, answer)
+    }
+
+    fn serve(
+        listener: TcpListener,
+        acceptor: Option<TlsAcceptor>,
         answer: impl Fn(usize, &Received) -> Answer + Send + Sync + 'static,
     ) -> Self {
         let address = listener.local_addr().unwrap();
@@ -113,7 +129,18 @@ impl Webhook {
                     return;
                 };
                 let endpoint = Arc::clone(&endpoint);
-                tokio::spawn(async move { endpoint.serve(stream, connection).await });
+                let acceptor = acceptor.clone();
+                tokio::spawn(async move {
+                    stream.set_nodelay(true).ok()?;
+                    match acceptor {
+                        Some(acceptor) => {
+                            endpoint
+                                .serve(acceptor.accept(stream).await.ok()?, connection)
+                                .await
+                        }
+                        None => endpoint.serve(stream, connection).await,
+                    }
+                });
             }
         });
         Self {
@@ -162,8 +189,10 @@ struct Endpoint<F> {
 
 impl<F: Fn(usize, &Received) -> Answer> Endpoint<F> {
     /// Serves a connection until either side has enough of it.
-    async fn serve(&self, stream: TcpStream, connection: usize) -> Option<()> {
-        stream.set_nodelay(true).ok()?;
+    async fn serve<S>(&self, stream: S, connection: usize) -> Option<()>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
         let mut stream = BufReader::new(stream);
         loop {
             let request = read_request(&mut stream, connection).await?;
@@ -195,7 +224,10 @@ impl<F: Fn(usize, &Received) -> Answer> Endpoint<F> {
     }
 }
 
-async fn read_request(stream: &mut BufReader<TcpStream>, connection: usize) -> Option<Received> {
+async fn read_request<S: AsyncRead + Unpin>(
+    stream: &mut BufReader<S>,
+    connection: usize,
+) -> Option<Received> {
     let mut line = String::new();
     stream
         .read_line(&mut line)

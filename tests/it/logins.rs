@@ -1,0 +1,174 @@
+//! Every way to log in to NATS, and each refused when it is wrong.
+
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use nkeys::KeyPair;
+use serde_json::{Value, json};
+
+use crate::support::{Authority, NatsServer, Relay, Webhook};
+
+async fn accepted(nats: &NatsServer, variables: &[(&str, &str)]) {
+    let webhook = Webhook::ok().await;
+    Relay::listening(nats, &webhook, variables).await;
+}
+
+async fn refused(nats: &NatsServer, variables: &[(&str, &str)], remedy: &str) {
+    let (code, log) = Relay::between(nats, "http://127.0.0.1:1/", variables)
+        .ended()
+        .await;
+    assert_eq!(code, Some(1), "{log:#?}");
+    let last = log.last().unwrap();
+    assert!(
+        last.contains("refused the login") && last.contains(remedy),
+        "{log:#?}"
+    );
+}
+
+/// A file with this content, and its path.
+fn file(content: &str) -> (tempfile::NamedTempFile, String) {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), content).unwrap();
+    let path = file.path().to_str().unwrap().to_owned();
+    (file, path)
+}
+
+#[tokio::test]
+async fn a_token() {
+    let nats = NatsServer::with_config("authorization { token: good }").await;
+    accepted(&nats, &[("NATS_TOKEN", "good")]).await;
+    refused(&nats, &[("NATS_TOKEN", "bad")], "check NATS_TOKEN").await;
+    refused(&nats, &[], "set NATS_USER and NATS_PASS, NATS_TOKEN").await;
+}
+
+#[tokio::test]
+async fn an_nkey() {
+    let (user, other) = (KeyPair::new_user(), KeyPair::new_user());
+    let config = format!(
+        "authorization {{ users = [{{ nkey: {} }}] }}",
+        user.public_key()
+    );
+    let nats = NatsServer::with_config(&config).await;
+    let (_good, path) = file(&format!("{}\n", user.seed().unwrap()));
+    accepted(&nats, &[("NATS_NKEY", &path)]).await;
+    let (_bad, path) = file(&other.seed().unwrap());
+    refused(&nats, &[("NATS_NKEY", &path)], "check NATS_NKEY").await;
+}
+
+/// A JWT as NATS has them (ADR-14).
+fn jwt(issuer: &KeyPair, subject: &KeyPair, nats: &Value) -> String {
+    let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
+    let signed = format!(
+        "{}.{}",
+        part(&json!({ "typ": "JWT", "alg": "ed25519-nkey" })),
+        part(&json!({
+            "jti": "test",
+            "iat": 1_700_000_000,
+            "iss": issuer.public_key(),
+            "sub": subject.public_key(),
+            "name": "test",
+            "nats": nats,
+        }))
+    );
+    let signature = URL_SAFE_NO_PAD.encode(issuer.sign(signed.as_bytes()).unwrap());
+    format!("{signed}.{signature}")
+}
+
+#[tokio::test]
+async fn credentials_of_operator_mode() {
+    let (operator, account) = (KeyPair::new_operator(), KeyPair::new_account());
+    let limits = json!({
+        "subs": -1, "data": -1, "payload": -1, "imports": -1, "exports": -1, "wildcards": true,
+        "conn": -1, "leaf": -1
+    });
+    let config = format!(
+        "operator: {}\nresolver: MEMORY\nresolver_preload: {{ {}: {} }}",
+        jwt(
+            &operator,
+            &operator,
+            &json!({ "type": "operator", "version": 2 })
+        ),
+        account.public_key(),
+        jwt(
+            &operator,
+            &account,
+            &json!({ "type": "account", "version": 2, "limits": limits })
+        ),
+    );
+    let nats = NatsServer::with_config(&config).await;
+    let credentials = |account: &KeyPair| {
+        let user = KeyPair::new_user();
+        let claims = json!({
+            "type": "user", "version": 2, "pub": {}, "sub": {}, "subs": -1, "data": -1, "payload": -1
+        });
+        format!(
+            "-----BEGIN NATS USER JWT-----\n{}\n------END NATS USER JWT------\n\n\
+             -----BEGIN USER NKEY SEED-----\n{}\n------END USER NKEY SEED------\n",
+            jwt(account, &user, &claims),
+            user.seed().unwrap()
+        )
+    };
+    let (_good, path) = file(&credentials(&account));
+    accepted(&nats, &[("NATS_CREDS", &path)]).await;
+    let (_bad, path) = file(&credentials(&KeyPair::new_account()));
+    refused(&nats, &[("NATS_CREDS", &path)], "check NATS_CREDS").await;
+}
+
+#[tokio::test]
+async fn tls_with_a_ca_of_one_s_own() {
+    let (authority, other) = (Authority::new(), Authority::new());
+    let (certificate, key) = authority.issue("server");
+    let config = format!("tls {{ cert_file: \"{certificate}\", key_file: \"{key}\" }}");
+    let nats = NatsServer::with_config(&config).await;
+    accepted(&nats, &[("NATS_CA", &authority.ca())]).await;
+    for variables in [&[("NATS_CA", &other.ca()[..])][..], &[]] {
+        let relay = Relay::between(&nats, "http://127.0.0.1:1/", variables);
+        let line = relay.logged("cannot connect to NATS").await;
+        assert!(line.contains("certificate"), "{line}");
+    }
+}
+
+#[tokio::test]
+async fn whoever_names_a_ca_gets_no_connection_without_tls() {
+    let nats = NatsServer::start().await;
+    let authority = Authority::new();
+    let relay = Relay::between(
+        &nats,
+        "http://127.0.0.1:1/",
+        &[("NATS_CA", &authority.ca())],
+    );
+    relay.logged("cannot connect to NATS").await;
+    assert_eq!(relay.lines("connected to NATS at"), [""; 0]);
+}
+
+#[tokio::test]
+async fn tls_with_a_client_certificate() {
+    let (authority, other) = (Authority::new(), Authority::new());
+    let (certificate, key) = authority.issue("server");
+    let ca = authority.ca();
+    let config = format!(
+        "tls {{ cert_file: \"{certificate}\", key_file: \"{key}\", ca_file: \"{ca}\", verify: true }}"
+    );
+    let nats = NatsServer::with_config(&config).await;
+    let (certificate, key) = authority.issue("relay");
+    accepted(
+        &nats,
+        &[
+            ("NATS_CA", &ca),
+            ("NATS_CERT", &certificate),
+            ("NATS_KEY", &key),
+        ],
+    )
+    .await;
+    let (certificate, key) = other.issue("relay");
+    for variables in [
+        &[
+            ("NATS_CA", &ca[..]),
+            ("NATS_CERT", &certificate),
+            ("NATS_KEY", &key),
+        ][..],
+        &[("NATS_CA", &ca)],
+    ] {
+        let relay = Relay::between(&nats, "http://127.0.0.1:1/", variables);
+        relay.logged_times("cannot connect to NATS", 2).await;
+        assert_eq!(relay.lines("connected to NATS at"), [""; 0]);
+    }
+}
