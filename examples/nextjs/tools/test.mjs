@@ -1,7 +1,9 @@
 // Drives the example with a real browser and counts stale pages: through the relay, and for
 // comparison with browsers that listen to the CMS directly. Prints the table, writes screenshot.png.
 
+import { execFileSync } from "node:child_process";
 import { createServer, request as httpRequest } from "node:http";
+import { createRequire } from "node:module";
 import { connect, createServer as createTcpServer } from "node:net";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -344,7 +346,9 @@ function report() {
     console.log(`| ${what} | ${edits} | ${stale} | ${times.join(" | ")} |`);
   }
   const stale = rows.filter((row) => row.relayed).reduce((sum, row) => sum + row.stale, 0);
-  console.log(`\nChromium ${browser?.version()}, Node.js ${process.versions.node}`);
+  const next = createRequire(import.meta.url)("next/package.json").version;
+  const nats = execFileSync("nats-server", ["--version"], { encoding: "utf8" }).trim().replace(": v", " ");
+  console.log(`\nNext.js ${next}, Node.js ${process.versions.node}, Chromium ${browser?.version()}, ${nats}.`);
   if (!complete) console.log("\nNot complete.");
   else console.log(stale === 0 ? "\nThrough the relay: no stale page." : `\nThrough the relay: ${stale} stale pages.`);
   return stale === 0;
