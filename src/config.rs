@@ -1,6 +1,6 @@
 //! The environment → a validated [`Config`], with every problem in one report.
 
-use std::{collections::BTreeSet, fmt, fs, path::PathBuf, time::Duration};
+use std::{collections::BTreeSet, fmt, fs, net::SocketAddr, path::PathBuf, time::Duration};
 
 use async_nats::{ConnectOptions, ServerAddr};
 use reqwest::{
@@ -84,6 +84,7 @@ const SECRET: &str = "WEBHOOK_SECRET";
 const HEADER: &str = "WEBHOOK_HEADER_<NAME>";
 const REPUBLISH_DELAY: &str = "REPUBLISH_DELAY";
 const SHUTDOWN_TIMEOUT: &str = "SHUTDOWN_TIMEOUT";
+const STATUS_LISTEN: &str = "STATUS_LISTEN";
 const LOG: &str = "RUST_LOG";
 
 /// What all variables of the family [`HEADER`] begin with.
@@ -230,6 +231,12 @@ pub const VARIABLES: &[Variable] = &[
         kind: Kind::Plain,
     },
     Variable {
+        name: STATUS_LISTEN,
+        meaning: "address:port for /livez, /readyz and /metrics, such as 127.0.0.1:9642",
+        default: Default::Off,
+        kind: Kind::Plain,
+    },
+    Variable {
         name: LOG,
         meaning: "what is logged: error, warn, info, debug, trace, or an env_logger filter",
         default: Default::Value("info"),
@@ -256,7 +263,23 @@ pub struct Config {
     pub republish_delay: Duration,
     /// How long a stop waits for the message in hand.
     pub shutdown_timeout: Duration,
+    /// Where the status endpoints listen.
+    pub status_listen: Option<SocketAddr>,
+    /// What is logged, in the form that env_logger knows.
+    pub log_filter: String,
 }
+
+/// A configuration that turned out to be bad after it was read; restarting does not help.
+#[derive(Debug)]
+pub struct BadConfiguration(pub String);
+
+impl fmt::Display for BadConfiguration {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for BadConfiguration {}
 
 /// Where messages come from, and so what is lost when.
 #[derive(Clone, Debug)]
@@ -376,24 +399,6 @@ pub fn without_secrets(url: &Url) -> String {
     )
 }
 
-/// The filter for the log: `RUST_LOG`, or its default. Read apart from the rest, since problems of
-/// the rest are logged.
-///
-/// # Errors
-/// A sentence that names the variable, the fault and the remedy.
-pub fn log_filter(environment: &Environment) -> Result<String, String> {
-    let mut reader = Reader::new(environment);
-    let filter = reader.parsed(LOG, |text| {
-        match env_filter::Builder::new().try_parse(text) {
-            Ok(_) => Ok(text.to_owned()),
-            Err(_) => Err(format!(
-                "{text:?} is no filter; write a level such as info or debug"
-            )),
-        }
-    });
-    reader.finish(filter).map_err(|problems| problems.concat())
-}
-
 impl Config {
     /// Reads and validates all settings.
     ///
@@ -429,6 +434,8 @@ impl Config {
             ),
         ];
         refuse_overlaps(&mut reader, &prefixes);
+        let status_listen = reader.optional(STATUS_LISTEN, parse_address);
+        let log_filter = reader.parsed(LOG, parse_log_filter);
         let config = (|| {
             Some(Self {
                 nats: Nats {
@@ -450,6 +457,8 @@ impl Config {
                 },
                 republish_delay: republish_delay?,
                 shutdown_timeout: shutdown_timeout?,
+                status_listen: status_listen?,
+                log_filter: log_filter?,
             })
         })();
         reader.finish(config)
@@ -893,6 +902,20 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
         .map_err(|_| format!("{text:?} is no duration; write it like 500ms, 15s or 2m"))
 }
 
+fn parse_log_filter(text: &str) -> Result<String, String> {
+    match env_filter::Builder::new().try_parse(text) {
+        Ok(_) => Ok(text.to_owned()),
+        Err(_) => Err(format!(
+            "{text:?} is no filter; write a level such as info or debug"
+        )),
+    }
+}
+
+fn parse_address(text: &str) -> Result<SocketAddr, String> {
+    text.parse()
+        .map_err(|_| format!("{text:?} is no address and port; write it like 127.0.0.1:9642"))
+}
+
 fn parse_timeout(text: &str) -> Result<Duration, String> {
     match parse_duration(text)? {
         Duration::ZERO => {
@@ -1146,6 +1169,9 @@ mod tests {
             (MAX_ATTEMPTS, "many", "is no count"),
             (MAX_ATTEMPTS, "-1", "is no count"),
             (SHUTDOWN_TIMEOUT, "soon", "is no duration"),
+            (LOG, "nats_webhook_relay=loud", "is no filter"),
+            (STATUS_LISTEN, "9642", "is no address and port"),
+            (STATUS_LISTEN, "localhost:9642", "is no address and port"),
         ] {
             let problems = problems(&[(name, value)]);
             assert_eq!(problems.len(), 1, "{name}={value}: {problems:?}");
@@ -1197,21 +1223,6 @@ mod tests {
                 "{problems}"
             );
         }
-    }
-
-    #[test]
-    fn the_log_filter_is_checked() {
-        let filter = |text: &str| log_filter(&[(LOG, text)].into_iter().collect());
-        assert_eq!(filter("").as_deref(), Ok("info"));
-        assert_eq!(
-            filter("warn,nats_webhook_relay=trace").as_deref(),
-            Ok("warn,nats_webhook_relay=trace")
-        );
-        assert!(
-            filter("nats_webhook_relay=loud")
-                .unwrap_err()
-                .contains("RUST_LOG")
-        );
     }
 
     #[test]

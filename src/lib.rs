@@ -2,7 +2,7 @@
 //! one message at a time, in order.
 //!
 //! ```text
-//!            config                                  status, systemd, log
+//!            config                                  status, endpoints, log
 //!              │                                                ▲
 //! NATS ──► source ──► relay ──► webhook ──► destination         │
 //! cms.cache.>  │        │  ▲ retry           POST, in order ────┤
@@ -27,8 +27,11 @@
 //! 6. No secret reaches a log, an error or `Debug`.
 
 pub mod backoff;
+pub mod check;
 pub mod config;
+pub mod endpoints;
 pub mod environment;
+pub mod heartbeat;
 pub mod logging;
 pub mod nats;
 pub mod relay;
@@ -37,7 +40,6 @@ pub mod signing;
 pub mod source;
 pub mod status;
 pub mod subject;
-pub mod systemd;
 pub mod webhook;
 
 use std::sync::Arc;
@@ -55,9 +57,13 @@ use webhook::Webhook;
 /// [`Config::shutdown_timeout`]; the second ends at once.
 ///
 /// # Errors
-/// When it cannot go on: credentials refused, no permission to subscribe, subscription ended.
+/// When it cannot go on: login refused, permission, stream or consumer missing, subscription ended;
+/// [`config::BadConfiguration`] where only its operator can mend it.
 pub async fn run(config: Config, stop: impl Stream<Item = ()> + Unpin) -> anyhow::Result<()> {
-    let status = Arc::new(Status::default());
+    let status = Arc::new(Status::new()?);
+    if let Some(address) = config.status_listen {
+        endpoints::start(address, Arc::clone(&status)).await?;
+    }
     let webhook = Webhook::new(&config.webhook)?;
     let (client, faults) = nats::connect(&config.nats, &config.prefix, &status).await?;
     let source = Source::new(

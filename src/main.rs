@@ -10,7 +10,8 @@ use std::{
 use futures::{Stream, stream::poll_fn};
 use log::{error, info, warn};
 use nats_webhook_relay::{
-    config::{self, Config},
+    check,
+    config::{self, BadConfiguration, Config},
     environment::Environment,
     logging, run,
 };
@@ -29,6 +30,7 @@ async fn main() -> ExitCode {
     {
         [] => relay().await,
         [Some("--help" | "-h")] => print(&help()),
+        [Some("--check")] => check().await,
         [Some("--version" | "-V")] => print(&format!("{}\n", version())),
         _ => {
             let _ = write!(io::stderr(), "Not understood: {arguments:?}\n\n{}", help());
@@ -57,7 +59,39 @@ async fn relay() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(reason) => {
+            if reason.is::<BadConfiguration>() {
+                error!("bad configuration: {reason}");
+                return EX_CONFIG.into();
+            }
             error!("cannot go on: {reason:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Says what of the configuration holds.
+async fn check() -> ExitCode {
+    let (_, config) = read();
+    let config = match config {
+        Ok(config) => config,
+        Err(problems) => {
+            for problem in problems {
+                print(&format!("FAILED  configuration: {problem}\n"));
+            }
+            return EX_CONFIG.into();
+        }
+    };
+    match check::check(&config).await {
+        Ok(report) => {
+            print(&report.text);
+            if report.good {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            }
+        }
+        Err(reason) => {
+            print(&format!("FAILED  {reason:#}\n"));
             ExitCode::FAILURE
         }
     }
@@ -65,25 +99,23 @@ async fn relay() -> ExitCode {
 
 /// Reads the settings, and starts logging as they say.
 fn configure() -> Result<Config, Vec<String>> {
-    let loaded = Environment::load(Path::new("."));
-    let filter = match &loaded {
-        Ok(environment) => config::log_filter(environment),
-        Err(_) => Ok("info".to_owned()),
-    };
-    logging::start(filter.as_deref().unwrap_or("info"));
+    let (environment, config) = read();
+    logging::start(config.as_ref().map_or("info", |config| &config.log_filter));
     info!("{}", version());
-    let environment = loaded?;
     for (name, known) in config::misspellings(&environment) {
         warn!("{name} is set but not known; is {known} meant?");
     }
-    match (filter, Config::from_environment(&environment)) {
-        (Ok(_), config) => config,
-        (Err(problem), config) => Err(config
-            .err()
-            .unwrap_or_default()
-            .into_iter()
-            .chain([problem])
-            .collect()),
+    config
+}
+
+/// Reads the environment and the settings in it, or all problems with either.
+fn read() -> (Environment, Result<Config, Vec<String>>) {
+    match Environment::load(Path::new(".")) {
+        Ok(environment) => {
+            let config = Config::from_environment(&environment);
+            (environment, config)
+        }
+        Err(problems) => (Environment::default(), Err(problems)),
     }
 }
 
@@ -108,7 +140,9 @@ fn help() -> String {
         "Relays NATS messages to a webhook, and republishes each one only after its webhook
 succeeded: one message at a time, in order.
 
-Usage: nats-webhook-relay [--help | --version]
+Usage: nats-webhook-relay [--check | --help | --version]
+
+--check says what of the configuration holds: it connects, and sends and changes nothing.
 
 All settings are environment variables; .env.local, then .env in the working directory fill
 what the environment leaves unset. X_FILE may name a file that holds the value of X.

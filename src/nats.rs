@@ -13,7 +13,7 @@ use async_nats::{
     Client, ClientError, ConnectErrorKind, ConnectOptions, Event, ReconnectToServer, Server,
     ServerAddr, ServerError,
 };
-use log::{error, info, warn};
+use log::{debug, error, info, warn};
 use secrecy::ExposeSecret;
 use tokio::sync::mpsc;
 
@@ -47,15 +47,39 @@ pub async fn connect(
     prefix: &Prefix,
     status: &Arc<Status>,
 ) -> anyhow::Result<(Client, Faults)> {
-    let (sender, receiver) = mpsc::unbounded_channel();
-    let observer = Arc::new(Observer {
-        subject: prefix.wildcard(),
-        remedy: config.login.remedy(),
-        progress: Mutex::default(),
-        status: Arc::clone(status),
-        faults: sender,
-    });
+    let (observer, faults) = Observer::new(config, prefix, status);
     let chooser = Arc::clone(&observer);
+    let client = options(config, observer)?
+        .retry_on_initial_connect()
+        .reconnect_to_server_callback(move |servers, _| {
+            let choice = chooser.choose(&servers);
+            async move { choice }
+        })
+        .connect(config.servers.as_slice())
+        .await?;
+    Ok((client, faults))
+}
+
+/// Connects to one server, or fails.
+///
+/// # Errors
+/// If it can't be reached or refuses the login.
+pub async fn connect_once(
+    config: &config::Nats,
+    server: &ServerAddr,
+    prefix: &Prefix,
+    status: &Arc<Status>,
+) -> anyhow::Result<(Client, Faults)> {
+    let (observer, faults) = Observer::new(config, prefix, status);
+    let client = options(config, observer)?
+        .ignore_discovered_servers()
+        .connect(server)
+        .await?;
+    Ok((client, faults))
+}
+
+/// Login, TLS, and what every connection has in common.
+fn options(config: &config::Nats, observer: Arc<Observer>) -> anyhow::Result<ConnectOptions> {
     let login = ConnectOptions::new();
     let login = match &config.login {
         Login::Anonymous => login,
@@ -66,21 +90,13 @@ pub async fn connect(
         Login::Nkey(seed) => login.nkey(seed.expose_secret().to_owned()),
         Login::Credentials(text) => login.credentials(text.expose_secret())?,
     };
-    let client = with_tls(login, config)
+    Ok(with_tls(login, config)
         .name(CONNECTION_NAME)
         .subscription_capacity(SUBSCRIPTION_CAPACITY)
-        .retry_on_initial_connect()
-        .reconnect_to_server_callback(move |servers, _| {
-            let choice = chooser.choose(&servers);
-            async move { choice }
-        })
         .event_callback(move |event| {
             observer.observe(event);
             async {}
-        })
-        .connect(config.servers.as_slice())
-        .await?;
-    Ok((client, Faults(receiver)))
+        }))
 }
 
 /// Whoever names a CA or a certificate wants no connection without TLS.
@@ -183,6 +199,18 @@ struct Progress {
 }
 
 impl Observer {
+    fn new(config: &config::Nats, prefix: &Prefix, status: &Arc<Status>) -> (Arc<Self>, Faults) {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let observer = Self {
+            subject: prefix.wildcard(),
+            remedy: config.login.remedy(),
+            progress: Mutex::default(),
+            status: Arc::clone(status),
+            faults: sender,
+        };
+        (Arc::new(observer), Faults(receiver))
+    }
+
     /// One server after the other; at once in the first round, then with growing waits.
     fn choose(&self, servers: &[Server]) -> Option<ReconnectToServer> {
         let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
@@ -224,11 +252,11 @@ impl Observer {
                 progress.attempts = 0;
                 let server = self.server(&progress);
                 info!("connected to NATS at {server}");
-                self.status.set_server(Some(server));
+                self.status.set_connected(server);
                 self.tell(Notice::Connected);
             }
             Event::Disconnected => {
-                self.status.set_server(None);
+                self.status.set_disconnected();
                 warn!("lost the connection to NATS; reconnecting");
             }
             Event::LameDuckMode => warn!("the NATS server is about to shut down (lame duck mode)"),
@@ -273,12 +301,17 @@ impl Observer {
             if refused.starts_with("_INBOX.") {
                 return self.tell(Notice::InboxRefused);
             }
+            if refused.starts_with("$JS.API.STREAM.MSG.GET.") {
+                // Only wanted to recognise a message that the client cannot read.
+                return debug!("no permission to publish on {refused}");
+            }
             if refused.starts_with("$JS.") {
                 return self.fatal(anyhow!(
                     "no permission to publish on {refused}, which durable mode needs; allow it \
                      for this NATS user"
                 ));
             }
+            self.status.add_publish_refused();
             return error!(
                 "no permission to publish on {refused}, so this message was not republished; \
                  allow it for this NATS user"
@@ -313,7 +346,8 @@ fn refused_subject<'a>(text: &'a str, what: &str) -> Option<&'a str> {
 }
 
 /// The address of a server, without a login that a cluster may have advertised with it.
-fn show(server: &ServerAddr) -> String {
+#[must_use]
+pub fn show(server: &ServerAddr) -> String {
     format!("{}://{}:{}", server.scheme(), server.host(), server.port())
 }
 

@@ -16,10 +16,10 @@ use tokio::time::sleep;
 use crate::{
     backoff::Backoff,
     config::Config,
+    heartbeat::Heartbeat,
     republish::{GivenUp, failed_headers, relayed_headers},
     source::{Delivery, Origin, Source, Verdict, settle},
-    status::Status,
-    systemd::Systemd,
+    status::{Cause, DestinationMetrics, Outcome, Status},
     webhook::{Failure, Target, Webhook, message_id},
 };
 
@@ -32,7 +32,7 @@ const BACKOFF: Backoff = Backoff {
 /// Everything it takes to relay messages.
 pub struct Relay {
     source: Source,
-    systemd: Systemd,
+    heartbeat: Heartbeat,
     worker: Worker,
 }
 
@@ -42,6 +42,8 @@ struct Worker {
     webhook: Webhook,
     config: Config,
     status: Arc<Status>,
+    /// In the order of the webhook's targets.
+    destinations: Vec<DestinationMetrics>,
 }
 
 /// Whether there is a next message to take.
@@ -67,8 +69,10 @@ impl Relay {
         config: Config,
         status: Arc<Status>,
     ) -> Self {
-        let systemd = Systemd::from_environment();
+        let heartbeat = Heartbeat::new(config.status_listen.is_some());
+        let destinations = (0..webhook.targets().len()).map(|place| status.destination(place));
         let worker = Worker {
+            destinations: destinations.collect(),
             client,
             webhook,
             config,
@@ -76,7 +80,7 @@ impl Relay {
         };
         Self {
             source,
-            systemd,
+            heartbeat,
             worker,
         }
     }
@@ -87,7 +91,8 @@ impl Relay {
     /// When it cannot go on.
     pub async fn run(mut self, mut stop: impl Stream<Item = ()> + Unpin) -> anyhow::Result<()> {
         let ended = self.relay_all(&mut stop).await;
-        self.systemd.stopping(&self.worker.status);
+        self.worker.status.set_subscribed(false);
+        self.heartbeat.stopping(&self.worker.status);
         self.source.close().await;
         ended
     }
@@ -100,7 +105,7 @@ impl Relay {
             biased;
             _ = stop.next() => return Ok(()),
             opened = self.source.open() => opened?,
-            never = self.systemd.beat(&self.worker.status) => match never {},
+            never = self.heartbeat.beat(&self.worker.status) => match never {},
         }
         let Worker {
             webhook,
@@ -119,13 +124,14 @@ impl Relay {
             destinations.join(" and "),
             config.relayed_prefix
         );
-        self.systemd.ready(status);
+        status.set_subscribed(true);
+        self.heartbeat.ready(status);
         loop {
             let delivery = tokio::select! {
                 biased;
                 _ = stop.next() => return Ok(()),
                 delivery = self.source.next() => delivery?,
-                never = self.systemd.beat(&self.worker.status) => match never {},
+                never = self.heartbeat.beat(&self.worker.status) => match never {},
             };
             match self.relay(&delivery, stop).await? {
                 Then::Continue => self.source.done(),
@@ -142,14 +148,14 @@ impl Relay {
     ) -> anyhow::Result<Then> {
         let Self {
             source,
-            systemd,
+            heartbeat,
             worker,
         } = self;
         let mut work = pin!(worker.work(delivery));
         tokio::select! {
             biased;
             () = &mut work => return Ok(Then::Continue),
-            reason = meanwhile(source, systemd, &worker.status) => {
+            reason = meanwhile(source, heartbeat, &worker.status) => {
                 worker.leave(delivery, "the relay cannot go on");
                 return Err(reason);
             }
@@ -160,12 +166,12 @@ impl Relay {
             "stopping; {} is in hand and has {patience:?} to finish",
             delivery.subject
         );
-        systemd.stopping(&worker.status);
+        heartbeat.stopping(&worker.status);
         source.retire().await;
         tokio::select! {
             biased;
             () = work => source.done(),
-            reason = meanwhile(source, systemd, &worker.status) => {
+            reason = meanwhile(source, heartbeat, &worker.status) => {
                 worker.leave(delivery, "the relay cannot go on");
                 return Err(reason);
             }
@@ -178,12 +184,25 @@ impl Relay {
     }
 }
 
+/// How an attempt counts.
+fn outcome(answer: &Result<StatusCode, Failure>) -> Outcome {
+    match answer {
+        Ok(_) => Outcome::Success,
+        Err(Failure::Temporary { .. }) => Outcome::Temporary,
+        Err(Failure::Permanent { .. }) => Outcome::Permanent,
+    }
+}
+
 /// What goes on while a message is worked on. Resolves only when the relay cannot go on.
-async fn meanwhile(source: &mut Source, systemd: &mut Systemd, status: &Status) -> anyhow::Error {
+async fn meanwhile(
+    source: &mut Source,
+    heartbeat: &mut Heartbeat,
+    status: &Status,
+) -> anyhow::Error {
     tokio::select! {
         biased;
         reason = source.attend() => reason,
-        never = systemd.beat(status) => match never {},
+        never = heartbeat.beat(status) => match never {},
     }
 }
 
@@ -191,6 +210,7 @@ impl Worker {
     /// Brings one message to its end: relayed, or given up.
     async fn work(&self, delivery: &Delivery) {
         let start = Instant::now();
+        self.status.add_received();
         let Config {
             prefix,
             relayed_prefix,
@@ -205,10 +225,25 @@ impl Worker {
                         reason,
                         status: None,
                         attempts: 0,
+                        cause: Cause::NotPublished,
                     },
                 )
                 .await;
         };
+        if let Some(fault) = delivery.fault {
+            let reason = fault.to_owned();
+            return self
+                .give_up(
+                    delivery,
+                    GivenUp {
+                        reason,
+                        status: None,
+                        attempts: 0,
+                        cause: Cause::NotPublished,
+                    },
+                )
+                .await;
+        }
         let posted = match self.post(delivery).await {
             Ok(posted) => posted,
             Err(given_up) => return self.give_up(delivery, given_up).await,
@@ -234,11 +269,12 @@ impl Worker {
                         reason,
                         status: None,
                         attempts,
+                        cause: Cause::NotPublished,
                     },
                 )
                 .await;
         }
-        self.status.add_relayed();
+        self.status.add_relayed(start.elapsed());
         let mut how = String::new();
         for Posted { status, .. } in &posted {
             let _ = write!(how, "{}, ", status.as_u16());
@@ -253,7 +289,7 @@ impl Worker {
     /// POSTs to all destinations at the same time, until each has succeeded or is to be given up.
     async fn post(&self, delivery: &Delivery) -> Result<Vec<Posted>, GivenUp> {
         let id = message_id(delivery);
-        let targets = self.webhook.targets().iter();
+        let targets = self.webhook.targets().iter().zip(&self.destinations);
         let ends = join_all(targets.map(|target| self.post_to(target, delivery, &id))).await;
         let (mut posted, mut given_up) = (Vec::new(), Vec::new());
         for end in ends {
@@ -268,7 +304,7 @@ impl Worker {
     /// POSTs to one destination until it succeeds, or is to be given up.
     async fn post_to(
         &self,
-        target: &Target,
+        (target, metrics): (&Target, &DestinationMetrics),
         delivery: &Delivery,
         id: &HeaderValue,
     ) -> Result<Posted, GivenUp> {
@@ -280,8 +316,10 @@ impl Worker {
         let mut attempts = 0;
         loop {
             attempts += 1;
-            let (reason, status, retry_after) = match self.webhook.post(target, delivery, id).await
-            {
+            let start = Instant::now();
+            let answer = self.webhook.post(target, delivery, id).await;
+            metrics.add_attempt(outcome(&answer), start.elapsed());
+            let (reason, status, retry_after) = match answer {
                 Ok(status) => return Ok(Posted { status, attempts }),
                 Err(Failure::Permanent { reason, status }) => {
                     let (reason, status) = (name(reason), Some(status.as_u16()));
@@ -289,24 +327,29 @@ impl Worker {
                         reason,
                         status,
                         attempts,
+                        cause: Cause::Refused,
                     });
                 }
                 Err(Failure::Temporary {
                     reason,
                     status,
                     retry_after,
-                }) => (name(reason), status, retry_after.unwrap_or_default()),
+                }) => (
+                    name(reason),
+                    status.map(|status| status.as_u16()),
+                    retry_after,
+                ),
             };
             if Some(attempts) == max_attempts {
-                let status = status.map(|status| status.as_u16());
                 let reason = format!("given up after {attempts} attempts: {reason}");
                 return Err(GivenUp {
                     reason,
                     status,
                     attempts,
+                    cause: Cause::AttemptsUsed,
                 });
             }
-            let wait = BACKOFF.wait(attempts).max(retry_after);
+            let wait = BACKOFF.wait(attempts).max(retry_after.unwrap_or_default());
             let failure = format!("{}, attempt {attempts}: {reason}", delivery.subject);
             warn!("{failure}; next attempt in {wait:.1?}");
             self.status.set_last_failure(failure);
@@ -318,7 +361,7 @@ impl Worker {
     async fn give_up(&self, delivery: &Delivery, given_up: GivenUp) {
         let line = format!("{} is not relayed: {}", delivery.subject, given_up.reason);
         error!("{line}");
-        self.status.add_given_up(line);
+        self.status.add_given_up(given_up.cause, line);
         let Config {
             prefix,
             failed_prefix,
@@ -346,7 +389,7 @@ impl Worker {
             Origin::Core => {
                 let line = format!("{subject} is not relayed: {reason}");
                 error!("{line}");
-                self.status.add_given_up(line);
+                self.status.add_given_up(Cause::Stopped, line);
             }
             Origin::Stream { id, .. } => {
                 warn!("{subject} is not finished: {reason}; {id} stays in the stream")

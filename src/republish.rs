@@ -2,7 +2,10 @@
 
 use async_nats::{HeaderMap, header::NATS_MESSAGE_ID};
 
-use crate::source::{Delivery, Origin};
+use crate::{
+    source::{Delivery, Origin},
+    status::Cause,
+};
 
 /// Why a message is given up.
 #[derive(Debug)]
@@ -13,6 +16,8 @@ pub struct GivenUp {
     pub status: Option<u16>,
     /// How often it was tried.
     pub attempts: u32,
+    /// For the metrics.
+    pub cause: Cause,
 }
 
 impl GivenUp {
@@ -23,6 +28,7 @@ impl GivenUp {
             reason: format!("{}; {}", all.reason, next.reason),
             status: all.status.or(next.status),
             attempts: all.attempts.max(next.attempts),
+            cause: all.cause,
         })
     }
 }
@@ -56,6 +62,7 @@ pub fn failed_headers(delivery: &Delivery, given_up: &GivenUp, max_payload: usiz
         reason,
         status,
         attempts,
+        ..
     } = given_up;
     let own = carried_over(delivery);
     let reason: String = reason

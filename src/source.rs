@@ -6,6 +6,7 @@
 mod consumer;
 mod core;
 mod durable;
+mod unreadable;
 
 use std::sync::Arc;
 
@@ -14,6 +15,7 @@ use bytes::Bytes;
 
 use crate::{config::Mode, nats::Faults, status::Status, subject::Prefix};
 
+pub(crate) use self::consumer::{Consumer, Trouble};
 pub use self::{
     core::Core,
     durable::{Durable, Receipt, Verdict, settle},
@@ -30,6 +32,8 @@ pub struct Delivery {
     pub payload: Bytes,
     /// Where it comes from.
     pub origin: Origin,
+    /// Why it cannot be relayed at all, if it cannot.
+    pub fault: Option<&'static str>,
 }
 
 /// Where a message comes from.

@@ -1,78 +1,355 @@
-//! What the relay is doing, for whoever watches it.
+//! What the relay is doing, for whoever watches it: counters and states. Written where things
+//! happen, read by the endpoints and by systemd.
 
 use std::{
     fmt::Write,
     sync::{
         Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicBool, Ordering::Relaxed},
     },
+    time::{Duration, Instant},
 };
 
-/// Counters and states. Written where things happen, read by whoever shows them.
-#[derive(Debug, Default)]
+use prometheus::{
+    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
+    TextEncoder,
+};
+
+/// What all names of metrics begin with.
+const NAMESPACE: &str = "nats_webhook_relay";
+
+/// Upper bounds of the histograms, in seconds.
+const BUCKETS: [f64; 13] = [
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 15.0, 30.0,
+];
+
+/// The main loop turns at least this often; a multiple of its heartbeat.
+const LONGEST_TURN: Duration = Duration::from_secs(10);
+
+/// Counters and states.
 pub struct Status {
+    registry: Registry,
+    received: IntCounter,
+    relayed: IntCounter,
+    given_up: IntCounterVec,
+    dropped: IntCounter,
+    publish_refused: IntCounter,
+    attempts: IntCounterVec,
+    attempt_duration: HistogramVec,
+    message_duration: Histogram,
+    waiting_messages: IntGauge,
+    waiting_bytes: IntGauge,
+    connected: IntGauge,
+    reconnects: IntCounter,
     server: Mutex<Option<String>>,
-    relayed: AtomicU64,
-    given_up: AtomicU64,
-    dropped: AtomicU64,
-    waiting: AtomicUsize,
+    was_connected: AtomicBool,
+    subscribed: AtomicBool,
+    last_turn: Mutex<Instant>,
     last_failure: Mutex<Option<String>>,
 }
 
+/// Why a message is given up.
+#[derive(Clone, Copy, Debug)]
+pub enum Cause {
+    /// A destination refused it.
+    Refused,
+    /// All attempts were used.
+    AttemptsUsed,
+    /// It could not be published.
+    NotPublished,
+    /// The relay ended first.
+    Stopped,
+}
+
+impl Cause {
+    const ALL: [Self; 4] = [
+        Self::Refused,
+        Self::AttemptsUsed,
+        Self::NotPublished,
+        Self::Stopped,
+    ];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Refused => "refused",
+            Self::AttemptsUsed => "attempts_used",
+            Self::NotPublished => "not_published",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
+/// How an attempt to POST ended.
+#[derive(Clone, Copy, Debug)]
+pub enum Outcome {
+    /// With success.
+    Success,
+    /// With a failure after which another attempt may succeed.
+    Temporary,
+    /// With a refusal.
+    Permanent,
+}
+
+impl Outcome {
+    fn label(self) -> &'static str {
+        match self {
+            Self::Success => "success",
+            Self::Temporary => "temporary_failure",
+            Self::Permanent => "permanent_failure",
+        }
+    }
+}
+
+/// The metrics of one destination.
+pub struct DestinationMetrics {
+    success: IntCounter,
+    temporary: IntCounter,
+    permanent: IntCounter,
+    duration: Histogram,
+}
+
+impl DestinationMetrics {
+    /// An attempt to POST has ended.
+    pub fn add_attempt(&self, outcome: Outcome, took: Duration) {
+        match outcome {
+            Outcome::Success => self.success.inc(),
+            Outcome::Temporary => self.temporary.inc(),
+            Outcome::Permanent => self.permanent.inc(),
+        }
+        self.duration.observe(took.as_secs_f64());
+    }
+}
+
 impl Status {
-    /// Connected to a server, or to none.
-    pub fn set_server(&self, server: Option<String>) {
-        *lock(&self.server) = server;
+    /// All zero, not connected.
+    ///
+    /// # Errors
+    /// If two metrics have the same name.
+    pub fn new() -> prometheus::Result<Self> {
+        let registry = Registry::new_custom(Some(NAMESPACE.to_owned()), None)?;
+        let counter = |name, help| {
+            let counter = IntCounter::new(name, help)?;
+            registry.register(Box::new(counter.clone()))?;
+            prometheus::Result::Ok(counter)
+        };
+        let gauge = |name, help| {
+            let gauge = IntGauge::new(name, help)?;
+            registry.register(Box::new(gauge.clone()))?;
+            prometheus::Result::Ok(gauge)
+        };
+        let counters = |name, help, labels: &[&str]| {
+            let counters = IntCounterVec::new(Opts::new(name, help), labels)?;
+            registry.register(Box::new(counters.clone()))?;
+            prometheus::Result::Ok(counters)
+        };
+        let buckets = |name, help| HistogramOpts::new(name, help).buckets(BUCKETS.to_vec());
+        let attempt_duration = HistogramVec::new(
+            buckets(
+                "webhook_duration_seconds",
+                "How long an attempt to POST a message took.",
+            ),
+            &["destination"],
+        )?;
+        registry.register(Box::new(attempt_duration.clone()))?;
+        let message_duration = Histogram::with_opts(buckets(
+            "message_duration_seconds",
+            "How long it took from taking a message to having republished it.",
+        ))?;
+        registry.register(Box::new(message_duration.clone()))?;
+        let build = Opts::new("build_info", "The version that runs.")
+            .const_label("version", env!("CARGO_PKG_VERSION"));
+        let build = IntGauge::with_opts(build)?;
+        build.set(1);
+        registry.register(Box::new(build))?;
+        let status = Self {
+            received: counter("messages_received_total", "Messages taken from NATS.")?,
+            relayed: counter("messages_relayed_total", "Messages republished.")?,
+            given_up: counters(
+                "messages_given_up_total",
+                "Messages taken and not relayed.",
+                &["reason"],
+            )?,
+            dropped: counter(
+                "messages_dropped_total",
+                "Messages that did not fit into the buffer of core mode.",
+            )?,
+            publish_refused: counter(
+                "publish_refused_total",
+                "Messages that NATS did not permit to publish.",
+            )?,
+            attempts: counters(
+                "webhook_attempts_total",
+                "Attempts to POST a message, by the place of the destination in WEBHOOK_DESTINATION.",
+                &["destination", "outcome"],
+            )?,
+            waiting_messages: gauge(
+                "waiting_messages",
+                "Messages that wait: in the buffer of core mode, or in the stream.",
+            )?,
+            waiting_bytes: gauge(
+                "waiting_bytes",
+                "What the buffer of core mode holds; 0 in durable mode.",
+            )?,
+            connected: gauge("connected", "Whether there is a connection to NATS.")?,
+            reconnects: counter(
+                "reconnects_total",
+                "Connections to NATS after the first one.",
+            )?,
+            attempt_duration,
+            message_duration,
+            registry,
+            server: Mutex::default(),
+            was_connected: AtomicBool::default(),
+            subscribed: AtomicBool::default(),
+            last_turn: Mutex::new(Instant::now()),
+            last_failure: Mutex::default(),
+        };
+        // A counter that is not there before its first event can't be alerted on.
+        for cause in Cause::ALL {
+            status.given_up.with_label_values(&[cause.label()]);
+        }
+        Ok(status)
     }
 
-    /// One more message was relayed.
-    pub fn add_relayed(&self) {
-        self.relayed.fetch_add(1, Relaxed);
+    /// Connected to a server.
+    pub fn set_connected(&self, server: String) {
+        if self.was_connected.swap(true, Relaxed) {
+            self.reconnects.inc();
+        }
+        *lock(&self.server) = Some(server);
+        self.connected.set(1);
     }
 
-    /// One more message was not relayed.
-    pub fn add_given_up(&self, failure: String) {
-        self.given_up.fetch_add(1, Relaxed);
+    /// Connected to none.
+    pub fn set_disconnected(&self) {
+        *lock(&self.server) = None;
+        self.connected.set(0);
+    }
+
+    /// Whether messages are taken.
+    pub fn set_subscribed(&self, subscribed: bool) {
+        self.subscribed.store(subscribed, Relaxed);
+    }
+
+    /// The main loop has come around.
+    pub fn add_turn(&self) {
+        *lock(&self.last_turn) = Instant::now();
+    }
+
+    /// A message was taken.
+    pub fn add_received(&self) {
+        self.received.inc();
+    }
+
+    /// The metrics of the destination at this place in `WEBHOOK_DESTINATION`.
+    #[must_use]
+    pub fn destination(&self, place: usize) -> DestinationMetrics {
+        let place = place.to_string();
+        let counter = |outcome: Outcome| {
+            self.attempts
+                .with_label_values(&[&place[..], outcome.label()])
+        };
+        DestinationMetrics {
+            success: counter(Outcome::Success),
+            temporary: counter(Outcome::Temporary),
+            permanent: counter(Outcome::Permanent),
+            duration: self.attempt_duration.with_label_values(&[&place[..]]),
+        }
+    }
+
+    /// An attempt failed, or a message.
+    pub fn set_last_failure(&self, failure: String) {
         *lock(&self.last_failure) = Some(failure);
     }
 
-    /// One more message did not fit into the buffer.
+    /// A message was relayed.
+    pub fn add_relayed(&self, took: Duration) {
+        self.relayed.inc();
+        self.message_duration.observe(took.as_secs_f64());
+    }
+
+    /// A message was taken and is not relayed.
+    pub fn add_given_up(&self, cause: Cause, failure: String) {
+        self.given_up.with_label_values(&[cause.label()]).inc();
+        self.set_last_failure(failure);
+    }
+
+    /// A message did not fit into the buffer.
     pub fn add_dropped(&self) {
-        self.dropped.fetch_add(1, Relaxed);
+        self.dropped.inc();
     }
 
     /// How many messages were dropped.
     #[must_use]
     pub fn dropped(&self) -> u64 {
-        self.dropped.load(Relaxed)
+        self.dropped.get()
     }
 
-    /// An attempt failed.
-    pub fn set_last_failure(&self, failure: String) {
-        *lock(&self.last_failure) = Some(failure);
+    /// NATS did not permit to publish a message.
+    pub fn add_publish_refused(&self) {
+        self.publish_refused.inc();
     }
 
-    /// How many messages wait in the buffer.
-    pub fn set_waiting(&self, messages: usize) {
-        self.waiting.store(messages, Relaxed);
+    /// What waits.
+    pub fn set_waiting(&self, messages: u64, bytes: usize) {
+        self.waiting_messages
+            .set(i64::try_from(messages).unwrap_or(i64::MAX));
+        self.waiting_bytes
+            .set(i64::try_from(bytes).unwrap_or(i64::MAX));
     }
 
-    /// All of it in one line, without secrets.
+    /// Why the main loop is thought to hang, if it is.
+    ///
+    /// # Errors
+    /// With the reason.
+    pub fn alive(&self) -> Result<(), String> {
+        let since = lock(&self.last_turn).elapsed();
+        if since > LONGEST_TURN {
+            return Err(format!("the main loop has not come around for {since:.0?}"));
+        }
+        Ok(())
+    }
+
+    /// Why messages are not being taken, if they are not.
+    ///
+    /// # Errors
+    /// With the reason.
+    pub fn ready(&self) -> Result<(), String> {
+        if lock(&self.server).is_none() {
+            return Err("not connected to NATS".to_owned());
+        }
+        if !self.subscribed.load(Relaxed) {
+            return Err("not subscribed".to_owned());
+        }
+        Ok(())
+    }
+
+    /// All metrics in the Prometheus text format, version 0.0.4.
+    ///
+    /// # Errors
+    /// If they can't be put into it.
+    pub fn metrics(&self) -> prometheus::Result<String> {
+        TextEncoder::new().encode_to_string(&self.registry.gather())
+    }
+
+    /// The essence in one line, without secrets.
     #[must_use]
     pub fn line(&self) -> String {
         let mut line = match &*lock(&self.server) {
             Some(server) => format!("connected to {server}"),
             None => "not connected to NATS".to_owned(),
         };
-        let counts = [
-            ("relayed", self.relayed.load(Relaxed)),
-            ("given up", self.given_up.load(Relaxed)),
-            ("dropped", self.dropped.load(Relaxed)),
-            ("waiting", self.waiting.load(Relaxed) as u64),
-        ];
-        for (what, count) in counts {
-            let _ = write!(line, ", {count} {what}");
-        }
+        let given_up: u64 = Cause::ALL
+            .iter()
+            .map(|cause| self.given_up.with_label_values(&[cause.label()]).get())
+            .sum();
+        let _ = write!(
+            line,
+            ", {} relayed, {given_up} given up, {} dropped, {} waiting",
+            self.relayed.get(),
+            self.dropped.get(),
+            self.waiting_messages.get()
+        );
         if let Some(failure) = &*lock(&self.last_failure) {
             let _ = write!(line, "; last failure: {failure}");
         }

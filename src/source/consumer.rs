@@ -6,10 +6,10 @@ use anyhow::{anyhow, bail};
 use async_nats::{
     Client,
     jetstream::{
-        ErrorCode,
+        Context, ErrorCode,
         consumer::{self, AckPolicy, pull},
         context::ConsumerInfoErrorKind,
-        stream::ConsumerErrorKind,
+        stream::{ConsumerErrorKind, Stream},
     },
 };
 use log::info;
@@ -22,7 +22,9 @@ const ACK_WAIT: Duration = Duration::from_secs(5);
 const API_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Why a consumer cannot be used.
-pub(super) enum Trouble {
+pub(crate) enum Trouble {
+    /// It does not exist.
+    Missing,
     /// It never can.
     Fatal(anyhow::Error),
     /// Later it may.
@@ -30,47 +32,39 @@ pub(super) enum Trouble {
 }
 
 /// The consumer that a relay needs.
-pub(super) struct Consumer {
+pub(crate) struct Consumer {
     /// By which it asks.
-    pub(super) client: Client,
+    pub(crate) client: Client,
     /// The stream that it consumes.
-    pub(super) stream: String,
+    pub(crate) stream: String,
     /// Its name.
-    pub(super) name: String,
+    pub(crate) name: String,
     /// The subject that it consumes.
-    pub(super) filter: String,
+    pub(crate) filter: String,
 }
 
 impl Consumer {
-    /// Verifies that the consumer is there and as it must be; creates it if it may.
-    pub(super) async fn ensure(&self, create: bool) -> Result<(), Trouble> {
+    /// Verifies that the consumer is there and as it must be; creates it if it is missing.
+    pub(crate) async fn ensure(&self) -> Result<(), Trouble> {
+        match self.verify().await {
+            Err(Trouble::Missing) => self.create().await,
+            verified => verified.map(drop),
+        }
+    }
+
+    /// Verifies that the consumer is there and as it must be; how many messages it has yet to hand
+    /// out.
+    pub(crate) async fn verify(&self) -> Result<u64, Trouble> {
         let Self { stream, name, .. } = self;
-        let mut context = async_nats::jetstream::new(self.client.clone());
-        context.set_timeout(API_TIMEOUT);
-        let handle = context
-            .get_stream_no_info(stream)
-            .await
-            .map_err(fatal_trouble)?;
-        let error = match handle.consumer_info(name).await {
-            Ok(info) => return self.compare(&info.config).map_err(Trouble::Fatal),
+        let error = match self.handle().await?.consumer_info(name).await {
+            Ok(info) => {
+                self.compare(&info.config).map_err(Trouble::Fatal)?;
+                return Ok(info.num_pending);
+            }
             Err(error) => error,
         };
         Err(match error.kind() {
-            ConsumerInfoErrorKind::NotFound if create => {
-                return match handle.create_consumer(self.config()).await {
-                    Ok(_) => {
-                        info!("created the consumer {name} on the stream {stream}");
-                        Ok(())
-                    }
-                    Err(error) => Err(match error.kind() {
-                        ConsumerErrorKind::JetStream(error) => self.judge(&error),
-                        _ => Trouble::Temporary(error.to_string()),
-                    }),
-                };
-            }
-            ConsumerInfoErrorKind::NotFound => {
-                Trouble::Fatal(anyhow!("the consumer {name} was deleted"))
-            }
+            ConsumerInfoErrorKind::NotFound => Trouble::Missing,
             ConsumerInfoErrorKind::StreamNotFound => Trouble::Fatal(anyhow!(
                 "there is no stream {stream}; create it, or set NATS_STREAM to one that exists"
             )),
@@ -85,6 +79,32 @@ impl Consumer {
             | ConsumerInfoErrorKind::Request
             | ConsumerInfoErrorKind::TimedOut => Trouble::Temporary(error.to_string()),
         })
+    }
+
+    async fn create(&self) -> Result<(), Trouble> {
+        let Self { stream, name, .. } = self;
+        match self.handle().await?.create_consumer(self.config()).await {
+            Ok(_) => {
+                info!("created the consumer {name} on the stream {stream}");
+                Ok(())
+            }
+            Err(error) => Err(match error.kind() {
+                ConsumerErrorKind::JetStream(error) => self.judge(&error),
+                _ => Trouble::Temporary(error.to_string()),
+            }),
+        }
+    }
+
+    async fn handle(&self) -> Result<Stream<()>, Trouble> {
+        let handle = self.context().get_stream_no_info(&self.stream).await;
+        handle.map_err(|error| Trouble::Fatal(error.into()))
+    }
+
+    /// The JetStream API, with a bound on how long a request takes.
+    pub(crate) fn context(&self) -> Context {
+        let mut context = async_nats::jetstream::new(self.client.clone());
+        context.set_timeout(API_TIMEOUT);
+        context
     }
 
     fn config(&self) -> pull::Config {
@@ -151,8 +171,4 @@ impl Consumer {
             )),
         }
     }
-}
-
-fn fatal_trouble(error: impl Into<anyhow::Error>) -> Trouble {
-    Trouble::Fatal(error.into())
 }

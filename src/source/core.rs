@@ -79,7 +79,7 @@ impl Core {
         loop {
             if let Some(delivery) = self.waiting.pop_front() {
                 self.waiting_bytes -= cost(&delivery);
-                self.status.set_waiting(self.waiting.len());
+                self.show_waiting();
                 return Ok(delivery);
             }
             self.step().await?;
@@ -110,6 +110,11 @@ impl Core {
         Ok(())
     }
 
+    fn show_waiting(&self) {
+        self.status
+            .set_waiting(self.waiting.len() as u64, self.waiting_bytes);
+    }
+
     fn take(&mut self, message: Message) {
         let delivery = Delivery {
             subject: message.subject,
@@ -117,6 +122,7 @@ impl Core {
             // A payload is a part of a larger read buffer, which would be kept along with it.
             payload: Bytes::copy_from_slice(&message.payload),
             origin: Origin::Core,
+            fault: None,
         };
         let bytes = cost(&delivery);
         if self.waiting_bytes + bytes > BUFFER_BYTES && !self.waiting.is_empty() {
@@ -125,7 +131,7 @@ impl Core {
         }
         self.waiting_bytes += bytes;
         self.waiting.push_back(delivery);
-        self.status.set_waiting(self.waiting.len());
+        self.show_waiting();
     }
 
     pub(super) fn close(mut self) {

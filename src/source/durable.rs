@@ -20,6 +20,7 @@ use tokio::time::{Instant, Sleep, sleep, timeout};
 use super::{
     Delivery, Origin,
     consumer::{Consumer, Trouble},
+    unreadable,
 };
 use crate::{
     backoff::Backoff,
@@ -39,6 +40,9 @@ const SILENCE: Duration = Duration::from_millis(3500);
 
 /// Signs of life about the message in hand, and a look at whether the server is silent.
 const TICK: Duration = Duration::from_secs(1);
+
+/// While a message is in hand, how many wait behind it is looked up so often.
+const VERIFY_EVERY: Duration = Duration::from_secs(5);
 
 /// Growing waits for a JetStream that does not answer, as without a leader.
 const BACKOFF: Backoff = Backoff {
@@ -64,6 +68,8 @@ pub struct Durable {
     pull: Pull,
     /// When the server last said anything.
     heard: Instant,
+    /// When the consumer was last verified.
+    verified: Instant,
     tick: Pin<Box<Sleep>>,
     arrived: VecDeque<(Delivery, Receipt)>,
     /// What is worked on.
@@ -87,9 +93,9 @@ enum Pull {
 #[derive(Clone, Debug)]
 pub struct Receipt {
     /// Where to say what becomes of it.
-    ack: Subject,
+    pub(super) ack: Subject,
     /// Its sequence in the stream.
-    sequence: u64,
+    pub(super) sequence: u64,
 }
 
 /// What has become of a message (ADR-15).
@@ -124,6 +130,7 @@ impl Durable {
             subscriber: None,
             pull: Pull::Ended(0),
             heard: Instant::now(),
+            verified: Instant::now(),
             tick: Box::pin(sleep(TICK)),
             arrived: VecDeque::new(),
             in_hand: None,
@@ -139,9 +146,14 @@ impl Durable {
             let reason = tokio::select! {
                 biased;
                 reason = fatal(&mut self.faults) => return Err(reason),
-                ready = self.consumer.ensure(true) => match ready {
-                    Ok(()) => return Ok(()),
+                ready = self.consumer.ensure() => match ready {
+                    Ok(()) => {
+                        self.arrived.extend(unreadable::find(&self.consumer).await);
+                        return Ok(());
+                    }
                     Err(Trouble::Fatal(reason)) => return Err(reason),
+                    // Deleted as soon as it was created; once more, then.
+                    Err(Trouble::Missing) => "the consumer is missing".to_owned(),
                     Err(Trouble::Temporary(reason)) => reason,
                 },
             };
@@ -247,8 +259,13 @@ impl Durable {
             notice = self.faults.notice() => match notice {
                 Notice::Fatal(reason) => return Err(reason),
                 Notice::InboxRefused => return Err(inbox_refused()),
-                // The server has forgotten the request along with the old connection.
-                Notice::Connected => self.end_pull(),
+                Notice::Connected => {
+                    if self.in_hand.is_none() {
+                        self.arrived.extend(unreadable::find(&self.consumer).await);
+                    }
+                    // The server has forgotten the request along with the old connection.
+                    self.end_pull();
+                }
             },
             message = next_of(&mut self.subscriber) => {
                 self.hear(message.context("the subscription ended by itself")?)?;
@@ -270,10 +287,17 @@ impl Durable {
     /// Takes a message, or what the server says about a pull request.
     fn hear(&mut self, message: Message) -> anyhow::Result<()> {
         self.heard = Instant::now();
-        let Some(status) = message.status else {
+        // A publisher can put a status into headers, but not an ack subject into a reply.
+        let is_delivery = |reply: &Subject| {
+            reply.starts_with("$JS.ACK.") && !message.subject.starts_with(&self.inbox)
+        };
+        if message.reply.as_ref().is_some_and(is_delivery) {
             // It comes on its own subject, and so without a word about which request it answers.
             self.end_pull();
             return self.take(message);
+        }
+        let Some(status) = message.status else {
+            return Ok(());
         };
         let description = message.description.as_deref().unwrap_or_default();
         let number = message
@@ -313,8 +337,7 @@ impl Durable {
             .context("a message came without an ack subject")?;
         let (sequence, pending) = parse_ack_subject(&ack)
             .with_context(|| format!("an ack subject of unknown form: {ack}"))?;
-        self.status
-            .set_waiting(usize::try_from(pending).unwrap_or(usize::MAX));
+        self.status.set_waiting(pending, 0);
         let receipt = Receipt { ack, sequence };
         let delivery = Delivery {
             subject: message.subject,
@@ -324,6 +347,7 @@ impl Durable {
                 id: format!("{}-{sequence}", self.consumer.stream),
                 receipt: receipt.clone(),
             },
+            fault: None,
         };
         self.arrived.push_back((delivery, receipt));
         Ok(())
@@ -331,18 +355,28 @@ impl Durable {
 
     /// What is due at every tick.
     async fn look_around(&mut self) -> anyhow::Result<()> {
-        if let Some(receipt) = &self.in_hand {
+        let connected = self.client.connection_state() == State::Connected;
+        if let Some(receipt) = self.in_hand.as_ref().filter(|_| connected) {
             self.client
                 .publish(receipt.ack.clone(), "+WPI".into())
                 .await?;
         }
-        let connected = self.client.connection_state() == State::Connected;
         let failed = matches!(self.pull, Pull::Failed(_));
-        if connected && (failed || self.heard.elapsed() > SILENCE) {
-            self.heard = Instant::now();
-            match self.consumer.ensure(false).await {
-                Ok(()) => self.end_pull(),
+        let suspicious = failed || self.heard.elapsed() > SILENCE;
+        // While a message is in hand, nothing else tells how many wait behind it.
+        let curious = self.in_hand.is_some() && self.verified.elapsed() > VERIFY_EVERY;
+        if connected && (suspicious || curious) {
+            self.verified = Instant::now();
+            match self.consumer.verify().await {
+                Ok(pending) => {
+                    self.status.set_waiting(pending, 0);
+                    if suspicious {
+                        self.heard = Instant::now();
+                        self.end_pull();
+                    }
+                }
                 Err(Trouble::Fatal(reason)) => return Err(reason),
+                Err(Trouble::Missing) => bail!("the consumer {} was deleted", self.consumer.name),
                 Err(Trouble::Temporary(reason)) => warn!("JetStream is not ready: {reason}"),
             }
         }

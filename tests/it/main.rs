@@ -9,6 +9,7 @@ mod configuration;
 mod durable;
 mod logins;
 mod nats_faults;
+mod operating;
 mod outcomes;
 mod receivers;
 mod relaying;

@@ -6,6 +6,10 @@ use std::{
 use async_nats::{Client, ConnectOptions, Subscriber, jetstream};
 use futures::StreamExt;
 use tempfile::TempDir;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 
 use super::{PATIENCE, until};
 
@@ -104,6 +108,22 @@ impl NatsServer {
         let client = self.client().await;
         client.publish(subject, payload.into()).await.unwrap();
         client.flush().await.unwrap();
+    }
+
+    /// Publishes a message with these bytes as its headers, as no client would.
+    pub async fn publish_raw(&self, subject: &str, headers: &[u8], payload: &[u8]) {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).await.unwrap();
+        let (head, total) = (headers.len(), headers.len() + payload.len());
+        let start = format!("CONNECT {{\"headers\":true}}\r\nHPUB {subject} {head} {total}\r\n");
+        let bytes = [start.as_bytes(), headers, payload, b"\r\nPING\r\n"].concat();
+        stream.write_all(&bytes).await.unwrap();
+        let mut answer = String::new();
+        while !answer.contains("PONG") {
+            let mut buffer = [0; 1024];
+            let length = stream.read(&mut buffer).await.unwrap();
+            answer.push_str(&String::from_utf8_lossy(&buffer[..length]));
+        }
+        assert!(!answer.contains("-ERR"), "{answer}");
     }
 
     /// As a power cut would.

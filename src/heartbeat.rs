@@ -1,5 +1,5 @@
-//! Telling systemd how we are: readiness, a status line, the watchdog (sd_notify(3)).
-//! Where no `NOTIFY_SOCKET` is set, all of this does nothing.
+//! Signs of life of the main loop: for the status endpoints, and for systemd along with readiness and
+//! a status line (sd_notify(3)). Where neither wants them, all of this does nothing.
 
 use std::{convert::Infallible, future::pending, pin::Pin, time::Duration};
 
@@ -9,28 +9,32 @@ use tokio::time::{Instant, Sleep, sleep};
 
 use crate::status::Status;
 
-/// The status line is renewed at least this often, where it has changed.
-const STATUS_EVERY: Duration = Duration::from_secs(1);
+/// A sign of life is given at least this often.
+const LONGEST_BEAT: Duration = Duration::from_secs(1);
 
-/// The service manager that waits for our word.
-pub struct Systemd {
+/// The heartbeat of the main loop.
+pub struct Heartbeat {
     /// The next sign of life, and the time between two of them.
     beat: Option<(Pin<Box<Sleep>>, Duration)>,
-    /// Whether it wants signs of life.
+    /// Whether systemd waits for our word.
+    systemd: bool,
+    /// Whether systemd wants signs of life.
     watchdog: bool,
-    /// The status line that it knows.
+    /// The status line that systemd knows.
     known: String,
 }
 
-impl Systemd {
-    /// As the environment says. Must be called within a tokio runtime.
+impl Heartbeat {
+    /// As the environment says; `shown` where the status is shown elsewhere as well. Must be called
+    /// within a tokio runtime.
     #[must_use]
-    pub fn from_environment() -> Self {
+    pub fn new(shown: bool) -> Self {
         let watchdog = sd_notify::watchdog_enabled();
-        let every = watchdog.map_or(STATUS_EVERY, |limit| STATUS_EVERY.min(limit / 2));
-        let listens = std::env::var_os("NOTIFY_SOCKET").is_some();
+        let every = watchdog.map_or(LONGEST_BEAT, |limit| LONGEST_BEAT.min(limit / 2));
+        let systemd = std::env::var_os("NOTIFY_SOCKET").is_some();
         Self {
-            beat: listens.then(|| (Box::pin(sleep(every)), every)),
+            beat: (systemd || shown).then(|| (Box::pin(sleep(every)), every)),
+            systemd,
             watchdog: watchdog.is_some(),
             known: String::new(),
         }
@@ -54,6 +58,7 @@ impl Systemd {
             };
             due.as_mut().await;
             due.as_mut().reset(Instant::now() + *every);
+            status.add_turn();
             let alive: &[_] = if self.watchdog {
                 &[NotifyState::Watchdog]
             } else {
@@ -65,7 +70,7 @@ impl Systemd {
 
     /// Sends `states`, and the status line if it has changed.
     fn tell(&mut self, states: &[NotifyState<'_>], status: &Status) {
-        if self.beat.is_none() {
+        if !self.systemd {
             return;
         }
         let line = status.line();

@@ -1,0 +1,107 @@
+//! Messages whose headers the NATS client cannot read. NATS lets a publisher send any bytes as
+//! headers; the client drops the connection on such a message, or ends. The server would then hand it
+//! out again, for ever, and hold up all that follow. So, with a new connection, the message that is out
+//! and not acked is looked at before the next one is asked for, in the form in which it is stored.
+
+use async_nats::jetstream::stream::RawMessage;
+use base64::{Engine, engine::general_purpose::STANDARD};
+use serde_json::{Value, json};
+
+use super::{Consumer, Delivery, Origin, Receipt};
+
+/// The message that is out and not acked, if its headers cannot be read.
+pub(super) async fn find(consumer: &Consumer) -> Option<(Delivery, Receipt)> {
+    let context = consumer.context();
+    let stream = context.get_stream_no_info(&consumer.stream).await.ok()?;
+    let info = stream.consumer_info(&consumer.name).await.ok()?;
+    if info.num_ack_pending == 0 {
+        return None;
+    }
+    let sequence = info.delivered.stream_sequence;
+    let subject = format!("STREAM.MSG.GET.{}", consumer.stream);
+    let mut answer: Value = context
+        .request(subject, &json!({ "seq": sequence }))
+        .await
+        .ok()?;
+    // An error instead, where it is not there any more.
+    let message: RawMessage = serde_json::from_value(answer.get_mut("message")?.take()).ok()?;
+    let headers = STANDARD.decode(message.headers?).ok()?;
+    if is_readable(&headers) {
+        return None;
+    }
+    let receipt = Receipt {
+        ack: format!(
+            "$JS.ACK.{}.{}.1.{sequence}.{}.0.0",
+            consumer.stream, consumer.name, info.delivered.consumer_sequence
+        )
+        .into(),
+        sequence,
+    };
+    let delivery = Delivery {
+        subject: message.subject.into(),
+        headers: Default::default(),
+        payload: STANDARD.decode(message.payload).ok()?.into(),
+        origin: Origin::Stream {
+            id: format!("{}-{sequence}", consumer.stream),
+            receipt: receipt.clone(),
+        },
+        fault: Some("its headers cannot be read"),
+    };
+    Some((delivery, receipt))
+}
+
+/// Whether the NATS client can read headers: `NATS/1.0`, maybe a status, then a `Name: value` on each
+/// line (ADR-4), all of it UTF-8, and no carriage return on its own.
+fn is_readable(headers: &[u8]) -> bool {
+    let Ok(text) = std::str::from_utf8(headers) else {
+        return false;
+    };
+    let mut lines = text.lines();
+    let Some(status) = lines.next().and_then(|line| line.strip_prefix("NATS/1.0")) else {
+        return false;
+    };
+    let code = status.split_whitespace().next();
+    let is_code = |code: &str| code.len() == 3 && code.bytes().all(|b| b.is_ascii_digit());
+    if !code.is_none_or(is_code) {
+        return false;
+    }
+    let mut is_first = true;
+    lines.filter(|line| !line.is_empty()).all(|line| {
+        let continues = !is_first && line.starts_with(char::is_whitespace);
+        is_first = false;
+        let name_is_good = line
+            .split_once(':')
+            .is_some_and(|(name, _)| name.bytes().all(|b| b.is_ascii_graphic()));
+        (continues || name_is_good) && !line.contains('\r')
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_client_cannot_read_is_recognised() {
+        for (headers, readable) in [
+            (&b"NATS/1.0\r\n\r\n"[..], true),
+            (b"NATS/1.0\r\nA: b\r\nC:d\r\n\r\n", true),
+            (b"NATS/1.0\r\nA: b\r\n  c\r\n\r\n", true),
+            (b"NATS/1.0 503\r\n\r\n", true),
+            (b"NATS/1.0 404 No Messages\r\nA: b\r\n\r\n", true),
+            (b"NATS/1.0 what\r\n\r\n", false),
+            (b"HTTP/1.1\r\n\r\n", false),
+            (b"", false),
+            (b"NATS/1.0\r\nno colon\r\n\r\n", false),
+            (b"NATS/1.0\r\na name: x\r\n\r\n", false),
+            (b"NATS/1.0\r\nA: \xff\r\n\r\n", false),
+            (b"NATS/1.0\r\nA: b\rc\r\n\r\n", false),
+        ] {
+            assert_eq!(
+                is_readable(headers),
+                readable,
+                "{}",
+                String::from_utf8_lossy(headers)
+            );
+        }
+    }
+}

@@ -1,0 +1,381 @@
+//! What its operators see: the endpoints against real states, and `--check`.
+
+use std::{collections::HashMap, process::Stdio, time::Duration};
+
+use prometheus_parse::{Scrape, Value};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+
+use crate::support::{Answer, NatsServer, PATIENCE, Relay, Webhook, next};
+
+const STATUS: (&str, &str) = ("STATUS_LISTEN", "127.0.0.1:0");
+
+/// The address that the relay says it listens on.
+async fn address(relay: &Relay) -> String {
+    let line = relay.logged("status on http://").await;
+    let (_, rest) = line.split_once("http://").unwrap();
+    rest.split('/').next().unwrap().to_owned()
+}
+
+/// Status and body of an answer.
+async fn get(address: &str, path: &str) -> (u16, String) {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head[9..12].parse().unwrap(), body.to_owned())
+}
+
+/// All metrics, by name and labels; of a histogram its count.
+async fn metrics(address: &str) -> HashMap<String, f64> {
+    let (status, body) = get(address, "/metrics").await;
+    assert_eq!(status, 200);
+    let scrape = Scrape::parse(body.lines().map(|line| Ok(line.to_owned()))).unwrap();
+    let mut found = HashMap::new();
+    for sample in scrape.samples {
+        let mut labels: Vec<_> = sample
+            .labels
+            .iter()
+            .map(|(k, v)| format!("{k}={v}"))
+            .collect();
+        labels.sort();
+        let name = sample.metric.trim_start_matches("nats_webhook_relay_");
+        let value = match sample.value {
+            Value::Counter(value) | Value::Gauge(value) | Value::Untyped(value) => value,
+            Value::Histogram(buckets) => buckets.last().unwrap().count,
+            Value::Summary(_) => unreachable!("there are no summaries"),
+        };
+        found.insert([vec![name.to_owned()], labels].concat().join(" "), value);
+    }
+    found
+}
+
+/// Waits until an endpoint answers with this status and text.
+async fn until_answer(address: &str, path: &str, status: u16, text: &str) {
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    loop {
+        let answer = get(address, path).await;
+        if answer.0 == status && answer.1.contains(text) {
+            return;
+        }
+        assert!(tokio::time::Instant::now() < deadline, "{path}: {answer:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn readiness_follows_the_connection() {
+    let mut nats = NatsServer::start().await;
+    nats.kill();
+    let webhook = Webhook::ok().await;
+    let relay = Relay::between(&nats, &webhook.url(), &[STATUS]);
+    let address = address(&relay).await;
+    assert_eq!(
+        get(&address, "/readyz").await,
+        (503, "not connected to NATS\n".to_owned())
+    );
+    assert_eq!(get(&address, "/livez").await, (200, "ok\n".to_owned()));
+    nats.restart();
+    until_answer(&address, "/readyz", 200, "ok").await;
+    let before = metrics(&address).await;
+    assert_eq!(
+        (before["connected"], before["reconnects_total"]),
+        (1.0, 0.0)
+    );
+    nats.kill();
+    until_answer(&address, "/readyz", 503, "not connected to NATS").await;
+    assert_eq!(metrics(&address).await["connected"], 0.0);
+    nats.restart();
+    until_answer(&address, "/readyz", 200, "ok").await;
+    let after = metrics(&address).await;
+    assert_eq!((after["connected"], after["reconnects_total"]), (1.0, 1.0));
+    assert_eq!(get(&address, "/other").await.0, 404);
+}
+
+#[tokio::test]
+async fn metrics_count_exactly_what_happened() {
+    let nats = NatsServer::start().await;
+    let client = nats.client().await;
+    let mut relayed = client.subscribe("relayed.>").await.unwrap();
+    let webhook = Webhook::start(|n, request| match (n, request.text().as_str()) {
+        (1, _) | (_, "used up") => Answer::status(503),
+        (_, "refused") => Answer::status(404),
+        (_, "hangs") => Answer::Hang,
+        _ => Answer::OK,
+    })
+    .await;
+    let other = Webhook::ok().await;
+    let urls = format!("{} {}", webhook.url(), other.url());
+    let relay = Relay::between(&nats, &urls, &[STATUS, ("WEBHOOK_MAX_ATTEMPTS", "2")]);
+    relay.logged("listening on").await;
+    let address = address(&relay).await;
+    for payload in [
+        "one",
+        "two",
+        "refused",
+        "used up",
+        "three",
+        "hangs",
+        "waits",
+        "waits too",
+    ] {
+        client.publish("cms.cache.x", payload.into()).await.unwrap();
+    }
+    for _ in 0..3 {
+        next(&mut relayed).await;
+    }
+    // one, two twice, refused, used up twice, three, hangs
+    webhook.received(8).await;
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    while metrics(&address).await["waiting_messages"] < 2.0 {
+        assert!(tokio::time::Instant::now() < deadline);
+    }
+    let found = metrics(&address).await;
+    for (name, expected) in [
+        ("messages_received_total", 6.0),
+        ("messages_relayed_total", 3.0),
+        ("messages_given_up_total reason=refused", 1.0),
+        ("messages_given_up_total reason=attempts_used", 1.0),
+        ("messages_given_up_total reason=not_published", 0.0),
+        ("messages_given_up_total reason=stopped", 0.0),
+        ("messages_dropped_total", 0.0),
+        ("publish_refused_total", 0.0),
+        ("webhook_attempts_total destination=0 outcome=success", 3.0),
+        (
+            "webhook_attempts_total destination=0 outcome=temporary_failure",
+            3.0,
+        ),
+        (
+            "webhook_attempts_total destination=0 outcome=permanent_failure",
+            1.0,
+        ),
+        ("webhook_attempts_total destination=1 outcome=success", 6.0),
+        ("webhook_duration_seconds destination=0", 7.0),
+        ("message_duration_seconds", 3.0),
+        ("waiting_messages", 2.0),
+        ("connected", 1.0),
+        (
+            concat!("build_info version=", env!("CARGO_PKG_VERSION")),
+            1.0,
+        ),
+    ] {
+        assert_eq!(found.get(name), Some(&expected), "{name}: {found:#?}");
+    }
+    let bytes = found["waiting_bytes"];
+    assert!((30.0..2000.0).contains(&bytes), "{bytes}");
+}
+
+#[tokio::test]
+async fn durable_mode_shows_what_waits_in_the_stream() {
+    let nats = NatsServer::with_stream().await;
+    let webhook = Webhook::script([Answer::Hang]).await;
+    let relay = Relay::durable(&nats, &webhook, &[STATUS]).await;
+    let address = address(&relay).await;
+    nats.publish("cms.cache.x", "in hand").await;
+    webhook.received(1).await;
+    assert_eq!(metrics(&address).await["waiting_messages"], 0.0);
+    for _ in 0..3 {
+        nats.publish("cms.cache.x", "waits").await;
+    }
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    while metrics(&address).await["waiting_messages"] != 3.0 {
+        assert!(tokio::time::Instant::now() < deadline);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test]
+async fn hostile_clients_of_the_port_hold_nothing_up() {
+    let nats = NatsServer::start().await;
+    let client = nats.client().await;
+    let mut relayed = client.subscribe("relayed.>").await.unwrap();
+    let webhook = Webhook::ok().await;
+    let relay = Relay::listening(&nats, &webhook, &[STATUS]).await;
+    let address = address(&relay).await;
+    let mut silent = Vec::new();
+    for _ in 0..100 {
+        let mut stream = TcpStream::connect(&address).await.unwrap();
+        stream
+            .write_all(b"GET /metrics HTTP/1.1\r\nx: ")
+            .await
+            .unwrap();
+        silent.push(stream);
+    }
+    let mut endless = TcpStream::connect(&address).await.unwrap();
+    let writing =
+        tokio::spawn(async move { while endless.write_all(&[b'x'; 1 << 16]).await.is_ok() {} });
+    client.publish("cms.cache.x", "x".into()).await.unwrap();
+    assert_eq!(next(&mut relayed).await.payload, "x");
+    drop(silent);
+    until_answer(&address, "/livez", 200, "ok").await;
+    writing.abort();
+}
+
+#[tokio::test]
+async fn an_address_in_use_is_a_bad_configuration() {
+    let nats = NatsServer::start().await;
+    let taken = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let relay = Relay::between(&nats, "http://127.0.0.1:1/", &[("STATUS_LISTEN", &address)]);
+    let (code, log) = relay.ended().await;
+    assert_eq!(code, Some(78), "{log:#?}");
+    let expected = format!("bad configuration: STATUS_LISTEN {address} cannot be listened on");
+    assert!(log.last().unwrap().contains(&expected), "{log:#?}");
+}
+
+/// What `--check` prints, line by line, and its exit code.
+async fn check(variables: &[(&str, &str)]) -> (Option<i32>, Vec<String>) {
+    let output = tokio::process::Command::new(Relay::program())
+        .arg("--check")
+        .env_clear()
+        .envs(variables.iter().copied())
+        .current_dir(std::env::temp_dir())
+        .stdin(Stdio::null())
+        .output()
+        .await
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        output.stderr.is_empty(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    (
+        output.status.code(),
+        text.lines().map(str::to_owned).collect(),
+    )
+}
+
+#[tokio::test]
+async fn check_says_what_holds_and_what_does_not() {
+    const USERS: &str = "jetstream { store_dir: \"$DIR/jetstream\" }
+        authorization { users = [
+            { user: relay, password: good },
+            { user: deaf, password: good, permissions: { subscribe: \"_INBOX.>\" } }
+        ] }
+        no_auth_user: relay";
+    let nats = NatsServer::with_config(USERS).await;
+    nats.create_stream("CMS", "cms.cache.>", 1).await;
+    let webhook = Webhook::ok().await;
+    let (url, destination) = (nats.url(), webhook.url());
+    let good = [
+        ("WEBHOOK_DESTINATION", &destination[..]),
+        ("NATS_HOST", &url),
+        ("NATS_SUBJECT_PREFIX", "cms.cache"),
+        ("NATS_RELAYED_SUBJECT_PREFIX", "relayed.cache"),
+        ("NATS_USER", "relay"),
+        ("NATS_PASS", "good"),
+    ];
+    let with = |changes: &[(&'static str, &'static str)]| [&good[..], changes].concat();
+
+    let (code, lines) = check(&good).await;
+    assert_eq!(code, Some(0), "{lines:#?}");
+    assert_eq!(
+        lines,
+        [
+            "ok      configuration: valid".to_owned(),
+            format!("ok      NATS {url}: connected, the login is accepted"),
+            "ok      subscription to cms.cache.>: permitted".to_owned(),
+            format!("ok      destination {destination}: can be connected to"),
+        ]
+    );
+    assert_eq!(webhook.count(), 0, "no request is sent");
+
+    let durable = [("NATS_STREAM", "CMS"), ("NATS_CONSUMER", "relay")];
+    let (code, lines) = check(&with(&durable)).await;
+    assert_eq!(code, Some(0), "{lines:#?}");
+    assert!(
+        lines[2].contains("consumer relay of the stream CMS: is missing, and created"),
+        "{lines:#?}"
+    );
+    let stream = nats.jetstream().await.get_stream("CMS").await.unwrap();
+    assert!(
+        stream.consumer_info("relay").await.is_err(),
+        "nothing is created"
+    );
+    Relay::durable(&nats, &webhook, &[]).await;
+    let (code, lines) = check(&with(&durable)).await;
+    assert_eq!(code, Some(0), "{lines:#?}");
+    assert!(
+        lines[2].contains("is there and as it must be; 0 messages wait"),
+        "{lines:#?}"
+    );
+
+    for (changes, failures) in [
+        (
+            &[("NATS_PASS", "bad")][..],
+            &["authorization violation"][..],
+        ),
+        (
+            &[("NATS_USER", "deaf")],
+            &["no permission to subscribe to cms.cache.>"],
+        ),
+        (
+            &[("NATS_STREAM", "OTHER"), ("NATS_CONSUMER", "x")],
+            &["there is no stream OTHER"],
+        ),
+        (
+            &[("NATS_HOST", "nats://127.0.0.1:1,nats://x.invalid")],
+            &["Connection refused", "DNS error"],
+        ),
+        (
+            &[(
+                "WEBHOOK_DESTINATION",
+                "http://127.0.0.1:1/?hunter2 http://x.invalid/",
+            )],
+            &[
+                "127.0.0.1:1/: cannot connect: Connection refused",
+                "x.invalid/: its name does not resolve",
+            ],
+        ),
+    ] {
+        let (code, lines) = check(&with(changes)).await;
+        assert_eq!(code, Some(1), "{lines:#?}");
+        let failed: Vec<_> = lines
+            .iter()
+            .filter(|line| line.starts_with("FAILED"))
+            .collect();
+        assert_eq!(failed.len(), failures.len(), "{lines:#?}");
+        for (line, failure) in failed.iter().zip(failures) {
+            assert!(
+                line.contains(failure) && !line.contains("hunter2"),
+                "{lines:#?}"
+            );
+        }
+    }
+
+    let (code, lines) = check(&with(&[("WEBHOOK_TIMEOUT", "15"), ("RUST_LOG", "a=b=c")])).await;
+    assert_eq!(code, Some(78), "{lines:#?}");
+    assert_eq!(lines.len(), 2, "{lines:#?}");
+}
+
+#[tokio::test]
+async fn check_looks_at_certificates() {
+    let nats = NatsServer::start().await;
+    let authority = crate::support::Authority::new();
+    let webhook = Webhook::https(authority.acceptor()).await;
+    let (url, destination) = (nats.url(), webhook.url().replace("http:", "https:"));
+    let ca = authority.ca();
+    let variables = [
+        ("WEBHOOK_DESTINATION", &destination[..]),
+        ("NATS_HOST", &url),
+        ("NATS_SUBJECT_PREFIX", "cms.cache"),
+        ("NATS_RELAYED_SUBJECT_PREFIX", "relayed.cache"),
+        ("SSL_CERT_FILE", &ca),
+    ];
+    let (code, lines) = check(&variables).await;
+    assert_eq!(code, Some(0), "{lines:#?}");
+    let (code, lines) = check(&variables[..4]).await;
+    assert_eq!(code, Some(1), "{lines:#?}");
+    assert!(
+        lines
+            .last()
+            .unwrap()
+            .contains("TLS failed: invalid peer certificate"),
+        "{lines:#?}"
+    );
+}
