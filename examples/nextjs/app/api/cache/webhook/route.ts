@@ -1,0 +1,28 @@
+// What the relay calls: drops the cached responses that carry the message's tags. The answer is what
+// lets the relay tell the browsers, so it comes only when the cache is dropped.
+
+import { revalidateTag } from "next/cache";
+import { Webhook, WebhookVerificationError } from "standardwebhooks";
+
+export async function POST(request: Request) {
+  // 500 makes the relay try again: no edit is lost to a forgotten setting.
+  const secret = process.env.WEBHOOK_SECRET;
+  if (!secret) return new Response("WEBHOOK_SECRET is not set", { status: 500 });
+
+  let message: unknown;
+  try {
+    message = new Webhook(secret).verify(await request.text(), Object.fromEntries(request.headers));
+  } catch (error) {
+    if (error instanceof WebhookVerificationError) return new Response(error.message, { status: 401 });
+    return new Response("the payload is not JSON", { status: 400 });
+  }
+
+  const tags = (message as { tags?: unknown } | null)?.tags;
+  if (!Array.isArray(tags) || !tags.every((tag) => typeof tag === "string")) {
+    return new Response('expected {"tags": ["…"]}', { status: 400 });
+  }
+
+  // With the profile "max" the next visitor would get the stale page once more.
+  for (const tag of tags) revalidateTag(tag, { expire: 0 });
+  return new Response(null, { status: 204 });
+}

@@ -1,0 +1,98 @@
+"use client";
+
+// Keeps an open page fresh. What arrives here has passed the relay, so the server's cache is already
+// dropped and a refresh gets the new page.
+
+import { type NatsConnection, type Subscription, wsconnect } from "@nats-io/nats-core";
+import { useRouter } from "next/navigation";
+import { useCallback, useEffect, useRef, useState, useTransition } from "react";
+
+const LABELS = {
+  connecting: "Connecting",
+  live: "Live",
+  offline: "Offline, reconnecting",
+};
+
+export function Live() {
+  const [state, setState] = useState<keyof typeof LABELS>("connecting");
+  const refresh = useRefresh();
+
+  useEffect(() => {
+    let connection: NatsConnection | undefined;
+    let unmounted = false;
+
+    async function listen() {
+      connection = await wsconnect({
+        servers: process.env.NEXT_PUBLIC_NATS_URL,
+        user: process.env.NEXT_PUBLIC_NATS_USER,
+        pass: process.env.NEXT_PUBLIC_NATS_PASS,
+        waitOnFirstConnect: true,
+        maxReconnectAttempts: -1,
+        reconnectTimeWait: 1_000,
+        reconnectJitter: 1_000,
+        // Notices within a minute that a laptop was asleep or has changed its network.
+        pingInterval: 20_000,
+      });
+      if (unmounted) return connection.close();
+      const subscription = connection.subscribe(process.env.NEXT_PUBLIC_NATS_SUBJECT!, {
+        callback: (error) => (error ? console.error(error) : refresh()),
+      });
+
+      // If catching up fails, the connection is lost again, and there will be a reconnect.
+      catchUp(connection, subscription).catch(() => {});
+      for await (const status of connection.status()) {
+        if (status.type === "disconnect") setState("offline");
+        if (status.type === "reconnect") catchUp(connection, subscription).catch(() => {});
+      }
+    }
+
+    // Whenever the subscription begins to hold, something may have been missed before.
+    async function catchUp(connection: NatsConnection, subscription: Subscription) {
+      await connection.flush();
+      if (subscription.isClosed()) return setState("offline"); // No permission.
+      setState("live");
+      // A refresh that fails would put the browser's error page in place of this one.
+      while (!(await serverAnswers())) await new Promise((done) => setTimeout(done, 2_000));
+      if (!unmounted) refresh();
+    }
+
+    listen()
+      .catch(console.error)
+      .finally(() => setState("offline"));
+    return () => {
+      unmounted = true;
+      connection?.close();
+    };
+  }, [refresh]);
+
+  return (
+    <p className="live" role="status" data-state={state}>
+      {LABELS[state]}
+    </p>
+  );
+}
+
+async function serverAnswers() {
+  try {
+    const response = await fetch(location.href, { method: "HEAD", cache: "no-store" });
+    return response.status < 500;
+  } catch {
+    return false;
+  }
+}
+
+/** A function that refreshes the page. Calls during a refresh share one that follows it. */
+function useRefresh() {
+  const router = useRouter();
+  const [wanted, setWanted] = useState(0);
+  const [refreshing, startTransition] = useTransition();
+  const done = useRef(0);
+
+  useEffect(() => {
+    if (refreshing || done.current === wanted) return;
+    done.current = wanted;
+    startTransition(() => router.refresh());
+  }, [wanted, refreshing, router]);
+
+  return useCallback(() => setWanted((count) => count + 1), []);
+}

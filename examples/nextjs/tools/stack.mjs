@@ -1,0 +1,265 @@
+// The parts of the example as processes: nats-server, CMS, Next.js and relay. `start` and `test`
+// share them.
+
+import { spawn } from "node:child_process";
+import { createHash } from "node:crypto";
+import { cpSync, existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { createServer } from "node:net";
+import { tmpdir } from "node:os";
+import { join, resolve } from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
+import { parseEnv } from "node:util";
+
+const HERE = resolve(import.meta.dirname, "..");
+const TARGET = process.env.CARGO_TARGET_DIR ?? resolve(HERE, "../../target");
+const RELAY = join(TARGET, "release/nats-webhook-relay");
+const NEXT = join(HERE, "node_modules/next/dist/bin/next");
+/** Longer than any part takes to start on a slow machine. */
+const PATIENCE = 120_000;
+
+/** @typedef {Record<string, string>} Variables */
+/** @typedef {{ site: number, cms: number, nats: number, websocket: number }} Ports */
+
+/**
+ * The ports, each from the environment or the default.
+ * @param {Ports} defaults
+ * @returns {Ports}
+ */
+export function ports(defaults) {
+  const { SITE_PORT, CMS_PORT, NATS_CLIENT_PORT, NATS_WEBSOCKET_PORT } = process.env;
+  return {
+    site: Number(SITE_PORT ?? defaults.site),
+    cms: Number(CMS_PORT ?? defaults.cms),
+    nats: Number(NATS_CLIENT_PORT ?? defaults.nats),
+    websocket: Number(NATS_WEBSOCKET_PORT ?? defaults.websocket),
+  };
+}
+
+/** @param {number[]} wanted */
+export async function demandFreePorts(wanted) {
+  for (const port of wanted) {
+    const server = createServer();
+    await new Promise((done, fail) => {
+      server.once("error", () => fail(new Error(`port ${port} is taken; see README.md for how to choose others`)));
+      server.listen(port, "127.0.0.1", () => server.close(done));
+    });
+  }
+}
+
+/** Everything that was started; `stop` ends all of it. */
+export class Stack {
+  /** @type {Map<string, Part>} */
+  parts = new Map();
+  directory = mkdtempSync(join(tmpdir(), "nextjs-example-"));
+  /** @type {string[]} */
+  copies = [];
+  /** @type {Promise<void> | undefined} */
+  stopping;
+
+  /**
+   * @param {Ports} ports
+   * @param {(name: string, line: string) => void} onLine
+   */
+  constructor(ports, onLine = () => {}) {
+    this.ports = ports;
+    this.onLine = onLine;
+    // The example's own settings, with the ports put in.
+    this.settings = /** @type {Variables} */ (parseEnv(this.#withPorts(readFileSync(join(HERE, ".env.example"), "utf8"))));
+    // Whatever happens: no process survives this one.
+    process.once("exit", () => this.#kill());
+  }
+
+  /**
+   * @param {(config: string) => string} change
+   */
+  async nats(change = (config) => config) {
+    const config = join(this.directory, "nats.conf");
+    writeFileSync(config, change(this.#withPorts(readFileSync(join(HERE, "nats.conf"), "utf8"))));
+    const part = this.#start("nats", "nats-server", ["-c", config], this.settings);
+    await part.says("Server is ready");
+  }
+
+  async cms() {
+    const part = this.#start("cms", process.execPath, [join(HERE, "cms/server.mjs")], this.settings);
+    await part.says("CMS at");
+  }
+
+  /** `next build`, unless the last one was made of the same files and settings. */
+  async build() {
+    const stamp = join(HERE, ".next/made-of");
+    const hash = this.#buildHash();
+    if (existsSync(stamp) && readFileSync(stamp, "utf8") === hash) return;
+    rmSync(stamp, { force: true });
+    const part = this.#start("build", process.execPath, [NEXT, "build"], this.settings, { mayEnd: true });
+    if ((await part.ended) !== 0) throw new Error(`next build failed:\n${part.output}`);
+    writeFileSync(stamp, hash);
+  }
+
+  /**
+   * Next.js, on a copy of the build.
+   * @param {number} port
+   * @param {string} name
+   */
+  async site(port = this.ports.site, name = "site") {
+    const copy = `.next-${name}-${process.pid}`;
+    if (!this.copies.includes(copy)) {
+      this.copies.push(copy);
+      cpSync(join(HERE, ".next"), join(HERE, copy), { recursive: true, filter: (path) => !path.endsWith(".next/cache/turbopack") });
+    }
+    const args = [NEXT, "start", "--port", String(port), "--hostname", "127.0.0.1"];
+    const part = this.#start(name, process.execPath, args, { ...this.settings, DIST_DIR: copy });
+    await part.says("Ready in");
+  }
+
+  /** @param {Variables} changes */
+  async relay(changes = {}) {
+    const part = this.#start("relay", RELAY, [], { ...this.settings, ...changes });
+    await part.says("listening on");
+  }
+
+  /** @param {string} name */
+  async end(name) {
+    const part = this.parts.get(name);
+    this.parts.delete(name);
+    await part?.end();
+  }
+
+  /** What the part has printed so far. @param {string} name */
+  output(name) {
+    return this.parts.get(name)?.output ?? "";
+  }
+
+  /** Ends everything, those who use a part before the part. */
+  stop() {
+    this.stopping ??= (async () => {
+      for (const name of [...this.parts.keys()].reverse()) await this.end(name);
+      this.#removeFiles();
+    })();
+    return this.stopping;
+  }
+
+  #kill() {
+    for (const part of this.parts.values()) part.kill();
+    this.#removeFiles();
+  }
+
+  #removeFiles() {
+    for (const copy of this.copies) rmSync(join(HERE, copy), { recursive: true, force: true });
+    rmSync(this.directory, { recursive: true, force: true });
+  }
+
+  /**
+   * @param {string} name
+   * @param {string} program
+   * @param {string[]} args
+   * @param {Variables} variables
+   */
+  #start(name, program, args, variables, { mayEnd = false } = {}) {
+    if (this.stopping) throw new Error("stopping");
+    // The relay and nats-server find no .env and leave no data where the example is.
+    const cwd = args[0] === NEXT ? HERE : this.directory;
+    const part = new Part(name, program, args, { cwd, env: { ...process.env, NEXT_TELEMETRY_DISABLED: "1", ...variables } }, this.onLine);
+    this.parts.set(name, part);
+    part.ended.then((code) => {
+      const expected = mayEnd || this.parts.get(name) !== part || this.stopping;
+      if (mayEnd) this.parts.delete(name);
+      if (!expected) this.onBroken(new Error(`${name} ended by itself (${code}):\n${part.output.slice(-2_000)}`));
+    });
+    return part;
+  }
+
+  /** Called when a part ends that should not. @param {Error} error */
+  onBroken(error) {
+    console.error(error.message);
+    process.exitCode = 1;
+    this.stop().then(() => process.exit());
+  }
+
+  /** @param {string} text */
+  #withPorts(text) {
+    const { site, cms, nats, websocket } = this.ports;
+    /** @type {Record<string, number>} */
+    const ports = { 3000: site, 3001: cms, 4222: nats, 4223: websocket };
+    return text.replaceAll(/(?<=:)(3000|3001|4222|4223)\b/g, (port) => String(ports[port]));
+  }
+
+  #buildHash() {
+    const files = readdirSync(join(HERE, "app"), { recursive: true, withFileTypes: true })
+      .filter((entry) => entry.isFile())
+      .map((entry) => join(entry.parentPath, entry.name));
+    const hash = createHash("sha256");
+    for (const file of [...files, join(HERE, "next.config.ts"), join(HERE, "package-lock.json")].sort()) {
+      hash.update(file).update(readFileSync(file));
+    }
+    for (const [name, value] of Object.entries(this.settings)) {
+      if (name.startsWith("NEXT_PUBLIC_") || name === "CMS_URL") hash.update(`${name}=${value}\n`);
+    }
+    return hash.digest("hex");
+  }
+}
+
+/** One process, with what it printed. */
+class Part {
+  output = "";
+
+  /**
+   * @param {string} name
+   * @param {string} program
+   * @param {string[]} args
+   * @param {{ cwd: string, env: NodeJS.ProcessEnv }} options
+   * @param {(name: string, line: string) => void} onLine
+   */
+  constructor(name, program, args, options, onLine) {
+    this.name = name;
+    // A process group of its own: Ctrl-C reaches only this program, which then ends the parts in order.
+    this.process = spawn(program, args, { ...options, detached: true, stdio: ["ignore", "pipe", "pipe"] });
+    for (const stream of [this.process.stdout, this.process.stderr]) {
+      let rest = "";
+      stream.setEncoding("utf8").on("data", (text) => {
+        this.output = (this.output + text).slice(-1_000_000);
+        const lines = (rest + text).split("\n");
+        rest = lines.pop() ?? "";
+        for (const line of lines) onLine(name, line);
+      });
+    }
+    this.ended = /** @type {Promise<number | string | null>} */ (
+      new Promise((done) => {
+        this.process.once("error", (error) => done(error.message));
+        this.process.once("close", (code, signal) => done(code ?? signal));
+      })
+    );
+  }
+
+  /** Waits until the output matches. @param {string} pattern */
+  async says(pattern) {
+    const deadline = Date.now() + PATIENCE;
+    let ended = false;
+    this.ended.then(() => (ended = true));
+    while (!new RegExp(pattern).test(this.output)) {
+      if (ended || Date.now() > deadline) throw new Error(`${this.name} did not start:\n${this.output}`);
+      await sleep(10);
+    }
+  }
+
+  async end() {
+    this.#signal("SIGTERM");
+    const late = setTimeout(() => this.kill(), 25_000);
+    await this.ended;
+    clearTimeout(late);
+    // What it may have started itself.
+    this.kill();
+  }
+
+  kill() {
+    this.#signal("SIGKILL");
+  }
+
+  /** @param {NodeJS.Signals} signal */
+  #signal(signal) {
+    try {
+      if (this.process.pid) process.kill(-this.process.pid, signal);
+    } catch {
+      // It has ended already.
+    }
+  }
+}
