@@ -3,7 +3,7 @@
 use std::{collections::VecDeque, future::pending, sync::Arc, time::Duration};
 
 use anyhow::Context;
-use async_nats::{Client, Message, Subscriber};
+use async_nats::{Client, HeaderMap, Message, Subject, Subscriber};
 use bytes::Bytes;
 use futures::{FutureExt, StreamExt};
 use log::error;
@@ -15,8 +15,12 @@ use crate::{nats::Faults, status::Status};
 /// How much may wait: subjects, headers and payloads, and what it costs to keep them.
 const BUFFER_BYTES: usize = 64 * 1024 * 1024;
 
-/// What keeping a message costs beside its own bytes. It bounds the number of empty ones.
-const MESSAGE_OVERHEAD: usize = size_of::<Delivery>();
+/// What keeping a message costs beside its own bytes, in a buffer that doubles whenever it is full.
+/// It bounds the number of empty ones.
+const MESSAGE_OVERHEAD: usize = 2 * size_of::<Waiting>();
+
+/// For how many messages the buffer stays prepared once it is empty.
+const KEPT_CAPACITY: usize = 64;
 
 /// What keeping a header costs beside its own bytes.
 const HEADER_OVERHEAD: usize = 128;
@@ -31,10 +35,17 @@ pub struct Core {
     subject: String,
     queue_group: Option<String>,
     subscriber: Option<Subscriber>,
-    waiting: VecDeque<Delivery>,
+    waiting: VecDeque<Waiting>,
     waiting_bytes: usize,
     drops: Drops,
     status: Arc<Status>,
+}
+
+/// A message in the buffer. It is smaller than a [`Delivery`], for there may be many.
+struct Waiting {
+    subject: Subject,
+    headers: Option<Box<HeaderMap>>,
+    payload: Bytes,
 }
 
 /// Messages that did not fit into the buffer.
@@ -77,10 +88,13 @@ impl Core {
 
     pub(super) async fn next(&mut self) -> anyhow::Result<Delivery> {
         loop {
-            if let Some(delivery) = self.waiting.pop_front() {
-                self.waiting_bytes -= cost(&delivery);
+            if let Some(message) = self.waiting.pop_front() {
+                self.waiting_bytes -= message.cost();
+                if self.waiting.is_empty() {
+                    self.waiting.shrink_to(KEPT_CAPACITY);
+                }
                 self.show_waiting();
-                return Ok(delivery);
+                return Ok(message.into());
             }
             self.step().await?;
         }
@@ -116,21 +130,19 @@ impl Core {
     }
 
     fn take(&mut self, message: Message) {
-        let delivery = Delivery {
+        let message = Waiting {
             subject: message.subject,
-            headers: message.headers.unwrap_or_default(),
-            // A payload is a part of a larger read buffer, which would be kept along with it.
+            headers: message.headers.map(Box::new),
+            // As it comes it is a part of a larger read buffer, which would be kept along with it.
             payload: Bytes::copy_from_slice(&message.payload),
-            origin: Origin::Core,
-            fault: None,
         };
-        let bytes = cost(&delivery);
+        let bytes = message.cost();
         if self.waiting_bytes + bytes > BUFFER_BYTES && !self.waiting.is_empty() {
             self.status.add_dropped();
             return self.drops.add();
         }
         self.waiting_bytes += bytes;
-        self.waiting.push_back(delivery);
+        self.waiting.push_back(message);
         self.show_waiting();
     }
 
@@ -150,15 +162,30 @@ impl Core {
     }
 }
 
-/// What `delivery` counts in the buffer, in bytes.
-fn cost(delivery: &Delivery) -> usize {
-    let headers = delivery.headers.iter().map(|(name, values)| {
-        let values = values
-            .iter()
-            .map(|value| value.as_str().len() + HEADER_OVERHEAD);
-        AsRef::<[u8]>::as_ref(name).len() + values.sum::<usize>()
-    });
-    delivery.subject.len() + delivery.payload.len() + headers.sum::<usize>() + MESSAGE_OVERHEAD
+impl Waiting {
+    /// What it counts in the buffer, in bytes.
+    fn cost(&self) -> usize {
+        let headers = self.headers.iter().flat_map(|headers| headers.iter());
+        let headers = headers.map(|(name, values)| {
+            let values = values
+                .iter()
+                .map(|value| value.as_str().len() + HEADER_OVERHEAD);
+            AsRef::<[u8]>::as_ref(name).len() + values.sum::<usize>()
+        });
+        self.subject.len() + self.payload.len() + headers.sum::<usize>() + MESSAGE_OVERHEAD
+    }
+}
+
+impl From<Waiting> for Delivery {
+    fn from(message: Waiting) -> Self {
+        Self {
+            subject: message.subject,
+            headers: message.headers.map(|headers| *headers).unwrap_or_default(),
+            payload: message.payload,
+            origin: Origin::Core,
+            fault: None,
+        }
+    }
 }
 
 impl Drops {
