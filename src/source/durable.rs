@@ -53,6 +53,9 @@ const BACKOFF: Backoff = Backoff {
 /// How long the server may take to confirm a word about a message.
 const CONFIRMATION_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// After this long an unconfirmed word is left at that.
+const SETTLE_PATIENCE: Duration = Duration::from_secs(6);
+
 /// When an unconfirmed word is repeated.
 const SETTLE_AGAIN: Duration = Duration::from_millis(250);
 
@@ -361,6 +364,11 @@ impl Durable {
                 .publish(receipt.ack.clone(), "+WPI".into())
                 .await?;
         }
+        if connected && self.subscriber.is_some() {
+            // Also while a message is in hand: a server that was killed may have forgotten that it
+            // had handed the message out, and confirms no ack before it has done so again.
+            self.request_next().await?;
+        }
         let failed = matches!(self.pull, Pull::Failed(_));
         let suspicious = failed || self.heard.elapsed() > SILENCE;
         // While a message is in hand, nothing else tells how many wait behind it.
@@ -408,7 +416,9 @@ fn inbox_refused() -> anyhow::Error {
 }
 
 /// Tells the server what has become of a message, until it has confirmed that. Returns early when
-/// the connection was lost meanwhile, for what was sent before on it may be lost as well.
+/// the connection was lost meanwhile, for what was sent before on it may be lost as well. A server
+/// that was killed may have forgotten that it had handed the message out, and never confirms; it then
+/// hands out the message again.
 pub async fn settle(client: &Client, receipt: &Receipt, verdict: Verdict<'_>) {
     let word = match verdict {
         Verdict::Ack => "+ACK".to_owned(),
@@ -417,7 +427,7 @@ pub async fn settle(client: &Client, receipt: &Receipt, verdict: Verdict<'_>) {
         Verdict::Term(_) => "+TERM".to_owned(),
     };
     let connections = || client.statistics().connects.load(Relaxed);
-    let connection = connections();
+    let (connection, start) = (connections(), Instant::now());
     loop {
         let request = Request::new()
             .payload(word.clone().into())
@@ -425,6 +435,12 @@ pub async fn settle(client: &Client, receipt: &Receipt, verdict: Verdict<'_>) {
         let confirmed = client.send_request(receipt.ack.clone(), request).await;
         if confirmed.is_ok() || connections() != connection {
             return;
+        }
+        if start.elapsed() > SETTLE_PATIENCE {
+            return warn!(
+                "message {} may come again: NATS does not confirm its ack",
+                receipt.sequence
+            );
         }
         // Nobody confirms: the consumer has no leader just now.
         sleep(SETTLE_AGAIN).await;
