@@ -38,6 +38,10 @@ const BACKOFF: Backoff = Backoff {
 /// [`crate::source`]), and this one must not be reached.
 const SUBSCRIPTION_CAPACITY: usize = usize::MAX >> 4;
 
+/// How much the client reads at a time. It reads up to 128 times before anyone else has a turn, and
+/// what it has read by then is beyond the bound of [`crate::source`].
+const READ_BUFFER_BYTES: u16 = 16 * 1024;
+
 /// Starts connecting in the background, and keeps on until a server is reached.
 ///
 /// # Errors
@@ -93,6 +97,7 @@ fn options(config: &config::Nats, observer: Arc<Observer>) -> anyhow::Result<Con
     Ok(with_tls(login, config)
         .name(CONNECTION_NAME)
         .subscription_capacity(SUBSCRIPTION_CAPACITY)
+        .read_buffer_capacity(READ_BUFFER_BYTES)
         .event_callback(move |event| {
             observer.observe(event);
             async {}

@@ -3,6 +3,7 @@
 //! A source hands out one [`Delivery`] at a time. While that one is worked on, the source is
 //! attended to, so that nothing is lost meanwhile; then the source is told that it is done.
 
+mod buffer;
 mod consumer;
 mod core;
 mod durable;

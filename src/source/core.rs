@@ -1,29 +1,21 @@
 //! Core NATS: at most once. What arrives while a webhook is slow waits in a bounded buffer.
 
-use std::{collections::VecDeque, future::pending, sync::Arc, time::Duration};
+use std::{future::pending, sync::Arc, time::Duration};
 
 use anyhow::Context;
-use async_nats::{Client, HeaderMap, Message, Subject, Subscriber};
-use bytes::Bytes;
+use async_nats::{Client, Message, Subscriber};
 use futures::{FutureExt, StreamExt};
 use log::error;
-use tokio::time::{Instant, sleep_until};
+use tokio::{
+    task::coop::unconstrained,
+    time::{Instant, sleep_until},
+};
 
-use super::{Delivery, Origin};
+use super::{
+    Delivery,
+    buffer::{BUFFER_BYTES, Buffer},
+};
 use crate::{nats::Faults, status::Status};
-
-/// How much may wait: subjects, headers and payloads, and what it costs to keep them.
-const BUFFER_BYTES: usize = 64 * 1024 * 1024;
-
-/// What keeping a message costs beside its own bytes, in a buffer that doubles whenever it is full.
-/// It bounds the number of empty ones.
-const MESSAGE_OVERHEAD: usize = 2 * size_of::<Waiting>();
-
-/// For how many messages the buffer stays prepared once it is empty.
-const KEPT_CAPACITY: usize = 64;
-
-/// What keeping a header costs beside its own bytes.
-const HEADER_OVERHEAD: usize = 128;
 
 /// Drops are reported at most this often.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
@@ -35,17 +27,9 @@ pub struct Core {
     subject: String,
     queue_group: Option<String>,
     subscriber: Option<Subscriber>,
-    waiting: VecDeque<Waiting>,
-    waiting_bytes: usize,
+    waiting: Buffer,
     drops: Drops,
     status: Arc<Status>,
-}
-
-/// A message in the buffer. It is smaller than a [`Delivery`], for there may be many.
-struct Waiting {
-    subject: Subject,
-    headers: Option<Box<HeaderMap>>,
-    payload: Bytes,
 }
 
 /// Messages that did not fit into the buffer.
@@ -69,8 +53,7 @@ impl Core {
             subject,
             queue_group,
             subscriber: None,
-            waiting: VecDeque::new(),
-            waiting_bytes: 0,
+            waiting: Buffer::default(),
             drops: Drops::default(),
             status,
         }
@@ -88,13 +71,9 @@ impl Core {
 
     pub(super) async fn next(&mut self) -> anyhow::Result<Delivery> {
         loop {
-            if let Some(message) = self.waiting.pop_front() {
-                self.waiting_bytes -= message.cost();
-                if self.waiting.is_empty() {
-                    self.waiting.shrink_to(KEPT_CAPACITY);
-                }
+            if let Some(delivery) = self.waiting.pop() {
                 self.show_waiting();
-                return Ok(message.into());
+                return Ok(delivery);
             }
             self.step().await?;
         }
@@ -116,7 +95,7 @@ impl Core {
         tokio::select! {
             biased;
             reason = self.faults.fatal() => return Err(reason),
-            message = subscriber.next() => {
+            message = arrived(subscriber) => {
                 self.take(message.context("the subscription ended by itself")?);
             }
             () = self.drops.report_due() => self.drops.report(&self.status),
@@ -126,34 +105,26 @@ impl Core {
 
     fn show_waiting(&self) {
         self.status
-            .set_waiting(self.waiting.len() as u64, self.waiting_bytes);
+            .set_waiting(self.waiting.len() as u64, self.waiting.bytes());
     }
 
     fn take(&mut self, message: Message) {
-        let message = Waiting {
-            subject: message.subject,
-            headers: message.headers.map(Box::new),
-            // As it comes it is a part of a larger read buffer, which would be kept along with it.
-            payload: Bytes::copy_from_slice(&message.payload),
-        };
-        let bytes = message.cost();
-        if self.waiting_bytes + bytes > BUFFER_BYTES && !self.waiting.is_empty() {
+        if self.waiting.push(message) {
+            self.show_waiting();
+        } else {
             self.status.add_dropped();
-            return self.drops.add();
+            self.drops.add();
         }
-        self.waiting_bytes += bytes;
-        self.waiting.push_back(message);
-        self.show_waiting();
     }
 
     pub(super) fn close(mut self) {
         if let Some(mut subscriber) = self.subscriber.take() {
-            while let Some(Some(message)) = subscriber.next().now_or_never() {
+            while let Some(Some(message)) = arrived(&mut subscriber).now_or_never() {
                 self.take(message);
             }
         }
         self.drops.report(&self.status);
-        if !self.waiting.is_empty() {
+        if self.waiting.len() > 0 {
             error!(
                 "{} messages were still waiting and are not relayed",
                 self.waiting.len()
@@ -162,30 +133,11 @@ impl Core {
     }
 }
 
-impl Waiting {
-    /// What it counts in the buffer, in bytes.
-    fn cost(&self) -> usize {
-        let headers = self.headers.iter().flat_map(|headers| headers.iter());
-        let headers = headers.map(|(name, values)| {
-            let values = values
-                .iter()
-                .map(|value| value.as_str().len() + HEADER_OVERHEAD);
-            AsRef::<[u8]>::as_ref(name).len() + values.sum::<usize>()
-        });
-        self.subject.len() + self.payload.len() + headers.sum::<usize>() + MESSAGE_OVERHEAD
-    }
-}
-
-impl From<Waiting> for Delivery {
-    fn from(message: Waiting) -> Self {
-        Self {
-            subject: message.subject,
-            headers: message.headers.map(|headers| *headers).unwrap_or_default(),
-            payload: message.payload,
-            origin: Origin::Core,
-            fault: None,
-        }
-    }
+/// The next message of a subscription. The client puts as many into it as the socket yields, so all
+/// of them are taken at once: a task that yields in between, as tokio has it by default, lets them
+/// pile up where nothing bounds them.
+fn arrived(subscriber: &mut Subscriber) -> impl Future<Output = Option<Message>> {
+    unconstrained(subscriber.next())
 }
 
 impl Drops {

@@ -7,7 +7,10 @@ use std::sync::{
 
 use futures::StreamExt;
 
-use crate::support::{Answer, NatsServer, Relay, Webhook, until};
+use crate::{
+    operating::{STATUS, address, metrics},
+    support::{Answer, NatsServer, PATIENCE, Relay, Webhook, until},
+};
 
 const PAYLOAD: usize = 256 * 1024;
 
@@ -81,4 +84,40 @@ async fn a_hung_webhook_bounds_memory_and_every_drop_is_counted() {
     let (_, log) = relay.ended().await;
     let relayed = log.iter().filter(|line| line.contains(" -> ")).count();
     assert_eq!(relayed, kept, "relayed and dropped make up all");
+}
+
+#[tokio::test]
+async fn a_flood_of_small_messages_bounds_memory_too_and_all_are_counted() {
+    // Twice as many as may wait.
+    const COUNT: usize = 400_000;
+    // The server would cut off whoever takes them slowly.
+    let nats = NatsServer::with_config("max_pending: 512MB\n").await;
+    let client = nats.client().await;
+    let webhook = Webhook::script([Answer::Hang]).await;
+    let changes = [STATUS, ("SHUTDOWN_TIMEOUT", "0s")];
+    let relay = Relay::listening(&nats, &webhook, &changes).await;
+    for _ in 0..COUNT {
+        let payload = vec![b' '; 256].into();
+        client.publish("cms.cache.x", payload).await.unwrap();
+    }
+    client.flush().await.unwrap();
+    let address = address(&relay).await;
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    let waiting = loop {
+        let metrics = metrics(&address).await;
+        let waiting = metrics["waiting_messages"];
+        // All but the one in hand.
+        if waiting + metrics["messages_dropped_total"] == (COUNT - 1) as f64 {
+            break waiting as usize;
+        }
+        assert!(tokio::time::Instant::now() < deadline, "{metrics:#?}");
+    };
+    if cfg!(target_os = "linux") {
+        let peak = memory(relay.id()) / (1024 * 1024);
+        assert!((50..90).contains(&peak), "{peak} MiB");
+    }
+    relay.signal("TERM");
+    let (_, log) = relay.ended().await;
+    let left = format!("{waiting} messages were still waiting");
+    assert!(log.iter().any(|line| line.contains(&left)), "{log:#?}");
 }

@@ -10,10 +10,10 @@ use tokio::{
 
 use crate::support::{Answer, NatsServer, PATIENCE, Relay, Webhook, next};
 
-const STATUS: (&str, &str) = ("STATUS_LISTEN", "127.0.0.1:0");
+pub const STATUS: (&str, &str) = ("STATUS_LISTEN", "127.0.0.1:0");
 
 /// The address that the relay says it listens on.
-async fn address(relay: &Relay) -> String {
+pub async fn address(relay: &Relay) -> String {
     let line = relay.logged("status on http://").await;
     let (_, rest) = line.split_once("http://").unwrap();
     rest.split('/').next().unwrap().to_owned()
@@ -31,7 +31,7 @@ async fn get(address: &str, path: &str) -> (u16, String) {
 }
 
 /// All metrics, by name and labels; of a histogram its count.
-async fn metrics(address: &str) -> HashMap<String, f64> {
+pub async fn metrics(address: &str) -> HashMap<String, f64> {
     let (status, body) = get(address, "/metrics").await;
     assert_eq!(status, 200);
     let scrape = Scrape::parse(body.lines().map(|line| Ok(line.to_owned()))).unwrap();
