@@ -26,7 +26,8 @@ impl Prefix {
     /// `subject` with this prefix replaced by `target`; nothing if it is not below this prefix.
     #[must_use]
     pub fn rewrite(&self, subject: &str, target: &Self) -> Option<String> {
-        self.rest_of(subject).map(|rest| format!("{target}.{rest}"))
+        self.rest_of(subject)
+            .map(|rest| [&target.0, ".", rest].concat())
     }
 
     /// What follows `<prefix>.` in `subject`.

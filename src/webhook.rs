@@ -10,7 +10,7 @@ use async_nats::{HeaderMap, header::NATS_MESSAGE_ID};
 use reqwest::{
     Client, Request, Response, StatusCode,
     header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue, LOCATION, RETRY_AFTER},
-    redirect,
+    redirect, retry,
 };
 use tokio::time::{Instant, timeout_at};
 
@@ -97,6 +97,8 @@ impl Webhook {
             .user_agent(USER_AGENT)
             .default_headers(config.headers.clone())
             .redirect(redirect::Policy::none())
+            // Attempts are counted, and waited between, by the relay alone.
+            .retry(retry::never().max_retries_per_request(0))
             .pool_max_idle_per_host(1)
             .pool_idle_timeout(IDLE_TIMEOUT)
             .tcp_nodelay(true);
