@@ -9,6 +9,7 @@
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
+mod cpus;
 mod floor;
 mod load;
 mod nats;
@@ -27,6 +28,7 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 use async_nats::jetstream::consumer::{AckPolicy, pull};
+use cpus::Cpus;
 use load::Load;
 use process::Process;
 use support::NatsServer;
@@ -139,6 +141,7 @@ fn program() -> PathBuf {
 }
 
 fn measure(contestants: &[Contestant], plan: &Plan) -> anyhow::Result<()> {
+    let cpus = Cpus::split();
     let labels = contestants
         .iter()
         .map(|contestant| contestant.label.clone());
@@ -154,7 +157,7 @@ fn measure(contestants: &[Contestant], plan: &Plan) -> anyhow::Result<()> {
             for contestant in contestants {
                 let label = &contestant.label;
                 eprintln!("{stage}, round {round} of {rounds}: {label}");
-                figures.push(match run(stage, contestant, plan) {
+                figures.push(match run(stage, contestant, plan, &cpus) {
                     Ok(figures) => Some(figures),
                     Err(error) => {
                         failures.push(format!("{label}, {stage}, round {round}: {error:#}"));
@@ -166,7 +169,7 @@ fn measure(contestants: &[Contestant], plan: &Plan) -> anyhow::Result<()> {
         }
     }
     let bytes = std::fs::metadata(program())?.len();
-    println!("{}\n\n{table}", table::circumstances(bytes));
+    println!("{}\n\n{table}", table::circumstances(bytes, &cpus));
     for failure in &failures {
         println!("Failed: {failure}");
     }
@@ -176,7 +179,7 @@ fn measure(contestants: &[Contestant], plan: &Plan) -> anyhow::Result<()> {
 }
 
 /// One round of one relay, with a server, a webhook and a process of its own.
-fn run(stage: Stage, contestant: &Contestant, plan: &Plan) -> anyhow::Result<Figures> {
+fn run(stage: Stage, contestant: &Contestant, plan: &Plan, cpus: &Cpus) -> anyhow::Result<Figures> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
@@ -196,7 +199,8 @@ fn run(stage: Stage, contestant: &Contestant, plan: &Plan) -> anyhow::Result<Fig
         if durable {
             variables.extend([("NATS_STREAM", STREAM), ("NATS_CONSUMER", CONSUMER)]);
         }
-        Process::start(&mut (contestant.command)(), &variables, directory.path())
+        let mut command = (contestant.command)();
+        cpus.start(|| Process::start(&mut command, &variables, directory.path()))
     };
     let measured = load
         .first(&webhook, start)

@@ -8,6 +8,8 @@ use std::{
     time::SystemTime,
 };
 
+use crate::cpus::Cpus;
+
 /// What one round of one relay yields: names with units, and values.
 pub type Figures = Vec<(String, f64)>;
 
@@ -114,19 +116,18 @@ fn show(value: Option<f64>) -> String {
 }
 
 /// What was measured on what, and when.
-pub fn circumstances(program_bytes: u64) -> String {
+pub fn circumstances(program_bytes: u64, cpus: &Cpus) -> String {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let cpu = read("/proc/cpuinfo");
     let cpu = cpu
         .lines()
         .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
         .map_or("unknown CPU", |(_, model)| model);
-    let cores = std::thread::available_parallelism().map_or(0, Into::into);
     let kernel = read("/proc/sys/kernel/osrelease");
     let time = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
     let date = time.split('T').next().unwrap_or_default();
     format!(
-        "{date}, {cores} cores of {cpu}, Linux {}; nats-webhook-relay {} ({:.1} MB), {}, {}",
+        "{date}, {cpu}, {cpus}, Linux {}; nats-webhook-relay {} ({:.1} MB), {}, {}",
         kernel.trim(),
         env!("CARGO_PKG_VERSION"),
         program_bytes as f64 / 1e6,
