@@ -322,6 +322,14 @@ impl Observer {
                  allow it for this NATS user"
             );
         }
+        if text.eq_ignore_ascii_case("maximum control line exceeded") {
+            self.status.add_publish_refused();
+            return error!(
+                "the subject of a message is too long for the NATS server, so it was not \
+                 republished; shorten NATS_RELAYED_SUBJECT_PREFIX, or raise max_control_line of \
+                 the server"
+            );
+        }
         if text.eq_ignore_ascii_case("maximum subscriptions exceeded") {
             return self.fatal(anyhow!("NATS refused the subscription: {text}"));
         }

@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use anyhow::bail;
 use async_nats::{Client, HeaderMap, connection::State};
 use futures::{Stream, StreamExt, future::join_all};
 use log::{error, info, warn};
@@ -380,7 +381,7 @@ impl Worker {
                 // Completes only with a connection.
                 self.client.flush().await?;
             }
-            let connection = self.connections();
+            let (connection, refused) = (self.connections(), self.status.publish_refused());
             if let Some((subject, headers)) = &message {
                 let (subject, headers) = ((*subject).to_owned(), headers.clone());
                 let payload = delivery.payload.clone();
@@ -392,9 +393,13 @@ impl Worker {
                 Origin::Core => self.client.flush().await?,
                 Origin::Stream { receipt, .. } => settle(&self.client, receipt, verdict).await,
             }
-            // What was under way on a connection that broke may be lost: once more, then.
             if self.connections() == connection {
                 return Ok(());
+            }
+            // What was under way on a connection that broke may be lost: once more, then, unless that
+            // is what broke it.
+            if message.is_some() && self.status.publish_refused() > refused {
+                bail!("NATS refuses it");
             }
         }
     }

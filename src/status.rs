@@ -175,7 +175,7 @@ impl Status {
             )?,
             publish_refused: counter(
                 "publish_refused_total",
-                "Messages that NATS did not permit to publish.",
+                "Messages that NATS did not let be published.",
             )?,
             attempts: counters(
                 "webhook_attempts_total",
@@ -285,9 +285,15 @@ impl Status {
         self.dropped.get()
     }
 
-    /// NATS did not permit to publish a message.
+    /// NATS did not let a message be published.
     pub fn add_publish_refused(&self) {
         self.publish_refused.inc();
+    }
+
+    /// How many messages NATS did not let be published.
+    #[must_use]
+    pub fn publish_refused(&self) -> u64 {
+        self.publish_refused.get()
     }
 
     /// What waits.

@@ -184,6 +184,25 @@ async fn a_poison_message_goes_to_the_failed_prefix_and_the_rest_goes_on() {
 }
 
 #[tokio::test]
+async fn a_subject_that_becomes_too_long_for_the_server_holds_up_nothing() {
+    let config = "max_control_line: 1024\njetstream { store_dir: \"$DIR/jetstream\" }";
+    let nats = NatsServer::with_config(config).await;
+    nats.create_stream("CMS", "cms.cache.>", 1).await;
+    let client = nats.client().await;
+    let mut relayed = client.subscribe("relayed.>").await.unwrap();
+    let webhook = Webhook::ok().await;
+    let relay = Relay::durable(&nats, &webhook, &[]).await;
+    // Four bytes more, as the relayed prefix has them, are too many.
+    let subject = format!("cms.cache.{}", "x".repeat(1010));
+    client.publish(subject, "long".into()).await.unwrap();
+    client.flush().await.unwrap();
+    publish(&nats, 0..1).await;
+    expect(&mut relayed, 0..1).await;
+    assert_eq!(relay.lines("is not relayed: ").len(), 1);
+    relay.logged("raise max_control_line").await;
+}
+
+#[tokio::test]
 async fn a_failed_message_is_never_larger_than_the_server_accepts() {
     let nats = NatsServer::with_stream().await;
     let client = nats.client().await;
