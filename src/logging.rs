@@ -3,7 +3,7 @@
 use std::io::Write;
 
 use env_logger::Builder;
-use log::Level;
+use log::{Level, Record};
 
 /// Starts logging to standard error, as `filter` says (see `env_logger`).
 pub fn start(filter: &str) {
@@ -18,12 +18,26 @@ pub fn start(filter: &str) {
                 Level::Info => 6,
                 Level::Debug | Level::Trace => 7,
             };
-            writeln!(out, "<{priority}>{}", record.args())
+            writeln!(out, "<{priority}>{}", line(record))
         });
     } else {
-        builder.format_timestamp_millis().format_target(false);
+        builder.format(|out, record| {
+            let (time, level) = (out.timestamp_millis(), record.level());
+            let style = out.default_level_style(level);
+            writeln!(out, "[{time} {style}{level:<5}{style:#}] {}", line(record))
+        });
     }
     builder.init();
+}
+
+/// The text of a record, on one line. A subject may hold any control character, and none is to reach a
+/// terminal.
+fn line(record: &Record<'_>) -> String {
+    let mut line = record.args().to_string();
+    if line.contains(char::is_control) {
+        line = line.replace(char::is_control, " ");
+    }
+    line
 }
 
 /// Whether standard error is the stream that systemd names in `JOURNAL_STREAM`; the variable alone

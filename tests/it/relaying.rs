@@ -116,6 +116,21 @@ async fn any_payload_is_relayed_byte_for_byte() {
 }
 
 #[tokio::test]
+async fn control_characters_in_a_subject_are_relayed_and_reach_no_log() {
+    let nats = NatsServer::start().await;
+    let client = nats.client().await;
+    let mut relayed = client.subscribe("relayed.>").await.unwrap();
+    let webhook = Webhook::ok().await;
+    let relay = Relay::listening(&nats, &webhook, &[]).await;
+    let subject = "cms.cache.a\u{7}b\u{1b}[31mc";
+    client.publish(subject, "x".into()).await.unwrap();
+    let message = next(&mut relayed).await;
+    assert_eq!(message.subject.as_str(), "relayed.cache.a\u{7}b\u{1b}[31mc");
+    let line = relay.logged("relayed.cache.a b [31mc (200").await;
+    assert!(!line.contains(char::is_control), "{line:?}");
+}
+
+#[tokio::test]
 async fn the_content_type_is_the_message_s_own_if_it_has_one() {
     let nats = NatsServer::start().await;
     let client = nats.client().await;
