@@ -17,7 +17,8 @@ const MESSAGE_OVERHEAD: usize = 2 * size_of::<Waiting>();
 /// What keeping a header costs beside its own bytes.
 const HEADER_OVERHEAD: usize = 128;
 
-/// An empty buffer that has never held more than this is kept as it is.
+/// Empty contents are given back once more than this was written into them; to do so after every few
+/// messages would cost more than they do.
 const KEPT_BYTES: usize = 64 * 1024;
 
 /// Messages that wait.
@@ -28,8 +29,9 @@ pub(super) struct Buffer {
     contents: VecDeque<u8>,
     /// What the messages cost.
     bytes: usize,
-    /// The most that they have cost since `contents` was allocated.
-    most_bytes: usize,
+    /// How much was written into `contents` since it was empty last: at the most so much of it is in
+    /// memory.
+    written_bytes: usize,
 }
 
 /// What is kept of a message beside its subject and its payload.
@@ -69,9 +71,9 @@ impl Buffer {
         }
         self.contents.extend(message.subject.as_bytes());
         self.contents.extend(&message.payload[..]);
+        self.written_bytes += waiting.subject_bytes + waiting.payload_bytes;
         self.waiting.push_back(waiting);
         self.bytes = bytes;
-        self.most_bytes = self.most_bytes.max(bytes);
         true
     }
 
@@ -81,8 +83,11 @@ impl Buffer {
         self.bytes -= waiting.cost();
         let subject = self.contents.copy_to_bytes(waiting.subject_bytes);
         let payload = self.contents.copy_to_bytes(waiting.payload_bytes);
-        if self.waiting.is_empty() && self.most_bytes > KEPT_BYTES {
-            *self = Self::default();
+        if self.waiting.is_empty() {
+            if self.written_bytes > KEPT_BYTES {
+                *self = Self::default();
+            }
+            self.written_bytes = 0;
         }
         Some(Delivery {
             // It was a subject before, so nothing is lost.
