@@ -1,5 +1,5 @@
-//! `--check`: what of a configuration holds, and what does not. Sends no message and no request,
-//! creates nothing.
+//! `--check`: what of a configuration holds, and what does not. Takes and publishes no message, sends
+//! no request to a destination, creates nothing.
 
 use std::{fmt::Write, sync::Arc, time::Duration};
 
@@ -16,7 +16,7 @@ use tokio_rustls::TlsConnector;
 use crate::{
     config::{Config, Destination, Mode},
     nats::{connect_once, show},
-    source::{Consumer, Trouble},
+    source::{Consumer, Trouble, fatal},
     status::Status,
 };
 
@@ -99,7 +99,7 @@ pub async fn check(config: &Config) -> anyhow::Result<Report> {
                 };
                 let found = tokio::select! {
                     biased;
-                    reason = faults.fatal() => Err(reason),
+                    reason = fatal(&mut faults) => Err(reason),
                     found = wanted.verify() => match found {
                         Ok(waiting) => Ok(format!("is there and as it must be; {waiting} messages wait")),
                         Err(Trouble::Missing) => Ok("is missing, and created at the start".to_owned()),

@@ -559,15 +559,15 @@ impl<'a> Reader<'a> {
 
 /// `NATS_HOST`, or its other name.
 fn servers(reader: &mut Reader<'_>) -> Option<Vec<ServerAddr>> {
-    let name = match (reader.set(HOST), reader.set(ADDRESS)) {
-        (Some(host), Some(address)) if host != address => {
+    let name = match (reader.look_up(HOST), reader.look_up(ADDRESS)) {
+        (Ok(Some(host)), Ok(Some(address))) if host != address => {
             reader.problem(
                 HOST,
                 &format!("and {ADDRESS} have different values; keep one of them"),
             );
             return None;
         }
-        (None, Some(_)) => ADDRESS,
+        (Ok(None), Ok(Some(_))) | (Ok(_), Err(_)) => ADDRESS,
         _ => HOST,
     };
     reader.parsed(name, parse_servers)
@@ -578,10 +578,11 @@ fn mode(reader: &mut Reader<'_>) -> Option<Mode> {
     let stream = reader.optional(STREAM, parse_name);
     let consumer = reader.optional(CONSUMER, parse_name);
     let queue_group = reader.optional(QUEUE_GROUP, parse_group);
-    match (stream?, consumer?, queue_group?) {
-        (None, None, queue_group) => Some(Mode::Core { queue_group }),
-        (Some(stream), Some(consumer), None) => Some(Mode::Durable { stream, consumer }),
-        (Some(_), Some(_), Some(_)) => {
+    let durable = both_or_neither(reader, (STREAM, stream), (CONSUMER, consumer));
+    match (durable?, queue_group?) {
+        (None, queue_group) => Some(Mode::Core { queue_group }),
+        (Some((stream, consumer)), None) => Some(Mode::Durable { stream, consumer }),
+        (Some(_), Some(_)) => {
             reader.problem(
                 QUEUE_GROUP,
                 &format!(
@@ -590,21 +591,24 @@ fn mode(reader: &mut Reader<'_>) -> Option<Mode> {
             );
             None
         }
-        (Some(_), None, _) => {
-            reader.problem(
-                CONSUMER,
-                &format!("is not set, but {STREAM} is; set both or neither"),
-            );
-            None
-        }
-        (None, Some(_), _) => {
-            reader.problem(
-                STREAM,
-                &format!("is not set, but {CONSUMER} is; set both or neither"),
-            );
-            None
-        }
     }
+}
+
+/// Two variables of which none makes sense without the other.
+fn both_or_neither<A, B>(
+    reader: &mut Reader<'_>,
+    (a_name, a): (&str, Option<Option<A>>),
+    (b_name, b): (&str, Option<Option<B>>),
+) -> Option<Option<(A, B)>> {
+    let (missing, set) = match (a?, b?) {
+        (Some(a), Some(b)) => return Some(Some((a, b))),
+        (None, None) => return Some(None),
+        (Some(_), None) => (b_name, a_name),
+        (None, Some(_)) => (a_name, b_name),
+    };
+    let problem = format!("is not set, but {set} is; set both or neither");
+    reader.problem(missing, &problem);
+    None
 }
 
 impl Mode {
@@ -655,32 +659,12 @@ fn login(reader: &mut Reader<'_>) -> Option<Login> {
     let token = reader.optional(TOKEN, |text| Ok(Login::Token(text.into())));
     let nkey = reader.optional(NKEY, |path| read_nkey(path).map(Login::Nkey));
     let credentials = reader.optional(CREDS, |path| read_credentials(path).map(Login::Credentials));
-    match (reader.set(USER), reader.set(PASS)) {
-        (None, None) => Some(
-            token?
-                .or(nkey?)
-                .or(credentials?)
-                .unwrap_or(Login::Anonymous),
-        ),
-        (Some(user), Some(password)) => Some(Login::Password {
-            user,
-            password: password.into(),
-        }),
-        (Some(_), None) => {
-            reader.problem(
-                PASS,
-                &format!("is not set, but {USER} is; set both or neither"),
-            );
-            None
-        }
-        (None, Some(_)) => {
-            reader.problem(
-                USER,
-                &format!("is not set, but {PASS} is; set both or neither"),
-            );
-            None
-        }
-    }
+    let user = reader.optional(USER, |text| Ok(text.to_owned()));
+    let password = reader.optional(PASS, |text| Ok(text.into()));
+    let password = both_or_neither(reader, (USER, user), (PASS, password))?
+        .map(|(user, password)| Login::Password { user, password });
+    let login = password.or(token?).or(nkey?).or(credentials?);
+    Some(login.unwrap_or(Login::Anonymous))
 }
 
 /// A client certificate and its key.
@@ -691,26 +675,7 @@ fn tls_files(reader: &mut Reader<'_>) -> (Option<Option<PathBuf>>, Option<Option
     let ca = reader.optional(CA, read_certificates);
     let certificate = reader.optional(CERT, read_certificates);
     let key = reader.optional(KEY, read_key);
-    let certificate = match (certificate, key) {
-        (Some(Some(certificate)), Some(Some(key))) => Some(Some((certificate, key))),
-        (Some(None), Some(None)) => Some(None),
-        (Some(Some(_)), Some(None)) => {
-            reader.problem(
-                KEY,
-                &format!("is not set, but {CERT} is; set both or neither"),
-            );
-            None
-        }
-        (Some(None), Some(Some(_))) => {
-            reader.problem(
-                CERT,
-                &format!("is not set, but {KEY} is; set both or neither"),
-            );
-            None
-        }
-        (None, _) | (_, None) => None,
-    };
-    (ca, certificate)
+    (ca, both_or_neither(reader, (CERT, certificate), (KEY, key)))
 }
 
 /// The headers of all `WEBHOOK_HEADER_<NAME>`.
@@ -767,7 +732,7 @@ fn parse_header(variable: &str, value: &str) -> Result<(HeaderName, HeaderValue)
     }
     let name: HeaderName = name
         .parse()
-        .map_err(|_| "does not end in the name of a header")?;
+        .map_err(|_| "does not end in the name of a header; write it like WEBHOOK_HEADER_X_KEY")?;
     let mut value = HeaderValue::from_str(value)
         .map_err(|_| "has a line break or another control character, which no header may have")?;
     value.set_sensitive(true);
@@ -775,7 +740,19 @@ fn parse_header(variable: &str, value: &str) -> Result<(HeaderName, HeaderValue)
 }
 
 fn parse_secrets(text: &str) -> Result<Vec<SigningSecret>, String> {
-    text.split_whitespace().map(SigningSecret::parse).collect()
+    parse_list(text, SigningSecret::parse)
+}
+
+/// Entries separated by white space; at least one.
+fn parse_list<T>(text: &str, parse: fn(&str) -> Result<T, String>) -> Result<Vec<T>, String> {
+    let entries: Vec<_> = text
+        .split_whitespace()
+        .map(parse)
+        .collect::<Result<_, _>>()?;
+    if entries.is_empty() {
+        return Err("holds nothing but white space; set it to a value, or unset it".into());
+    }
+    Ok(entries)
 }
 
 /// The content of a file that holds a secret.
@@ -824,7 +801,7 @@ fn read_key(path: &str) -> Result<PathBuf, String> {
 }
 
 fn parse_destinations(text: &str) -> Result<Vec<Destination>, String> {
-    text.split_whitespace().map(parse_destination).collect()
+    parse_list(text, parse_destination)
 }
 
 fn parse_destination(text: &str) -> Result<Destination, String> {
@@ -897,9 +874,16 @@ fn parse_group(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
+/// No setting makes sense beyond a day.
+const LONGEST_DURATION: Duration = Duration::from_secs(24 * 60 * 60);
+
 fn parse_duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text)
-        .map_err(|_| format!("{text:?} is no duration; write it like 500ms, 15s or 2m"))
+        .ok()
+        .filter(|duration| *duration <= LONGEST_DURATION)
+        .ok_or_else(|| {
+            format!("{text:?} is no duration of at most a day; write it like 500ms, 15s or 2m")
+        })
 }
 
 fn parse_log_filter(text: &str) -> Result<String, String> {
@@ -939,12 +923,16 @@ fn parse_max_attempts(text: &str) -> Result<Option<u32>, String> {
 /// Others are none of our business: Kubernetes, for one, sets `NATS_PORT` by itself.
 #[must_use]
 pub fn misspellings(environment: &Environment) -> Vec<(&str, &'static str)> {
-    let known = |name: &str| {
-        name.starts_with(HEADER_PREFIX) || VARIABLES.iter().any(|variable| variable.name == name)
+    let is_known = |name: &str| {
+        let has_file = |variable: &Variable| {
+            variable.kind != Kind::File && name.strip_suffix(FILE_SUFFIX) == Some(variable.name)
+        };
+        let is_this = |variable: &Variable| variable.name == name || has_file(variable);
+        name.starts_with(HEADER_PREFIX) || VARIABLES.iter().any(is_this)
     };
     environment
         .names()
-        .filter(|name| !known(name.strip_suffix(FILE_SUFFIX).unwrap_or(name)))
+        .filter(|name| !is_known(name))
         .filter_map(|name| {
             let stem = name.strip_suffix(FILE_SUFFIX).unwrap_or(name);
             let close = |variable: &&Variable| {
@@ -1116,6 +1104,7 @@ mod tests {
             (DESTINATION, "/hook", "is no URL"),
             (DESTINATION, "ftp://host/", "starts with ftp:"),
             (DESTINATION, "http://", "is no URL"),
+            (DESTINATION, " ", "nothing but white space"),
             (HOST, "", "not set"),
             (HOST, "localhost:4222", "does not start with nats://"),
             (HOST, "http://localhost", "does not start with nats://"),
@@ -1148,6 +1137,7 @@ mod tests {
             (SECRET, "secret", "whsec_"),
             (SECRET, "whsec_ä", "base64"),
             (SECRET, "whsec_c2hvcnQ=", "24 to 64 bytes"),
+            (SECRET, " \n", "nothing but white space"),
             (NKEY, "/nowhere", "cannot be read"),
             (NKEY, "Cargo.toml", "no seed"),
             (CREDS, "/nowhere", "cannot be read"),
@@ -1166,6 +1156,7 @@ mod tests {
             (TIMEOUT, "15", "is no duration"),
             (TIMEOUT, "-1s", "is no duration"),
             (TIMEOUT, "0s", "is zero"),
+            (TIMEOUT, "500000000000y", "at most a day"),
             (MAX_ATTEMPTS, "many", "is no count"),
             (MAX_ATTEMPTS, "-1", "is no count"),
             (SHUTDOWN_TIMEOUT, "soon", "is no duration"),
@@ -1177,6 +1168,21 @@ mod tests {
             assert_eq!(problems.len(), 1, "{name}={value}: {problems:?}");
             assert!(problems[0].contains(fault), "{name}={value}: {problems:?}");
             assert!(problems[0].contains(name), "{name}={value}: {problems:?}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_is_one_problem() {
+        for changes in [
+            &[(HOST, ""), ("NATS_HOST_FILE", "/nowhere")][..],
+            &[(HOST, ""), ("NATS_ADDRESS_FILE", "/nowhere")],
+            &[("NATS_ADDRESS_FILE", "/nowhere")],
+            &[(USER, "u"), ("NATS_PASS_FILE", "/nowhere")],
+            &[("NATS_USER_FILE", "/nowhere"), (PASS, "p")],
+        ] {
+            let problems = problems(changes);
+            assert_eq!(problems.len(), 1, "{changes:?}: {problems:?}");
+            assert!(problems[0].contains("/nowhere"), "{problems:?}");
         }
     }
 
@@ -1234,6 +1240,7 @@ mod tests {
         assert_eq!(noticed("WEBHOOK_DESTINATON"), Some(DESTINATION));
         assert_eq!(noticed("NATS_HOSTS"), Some(HOST));
         assert_eq!(noticed("NATS_PASSS_FILE"), Some(PASS));
+        assert_eq!(noticed("NATS_NKEY_FILE"), Some(NKEY), "it names a file");
         for foreign in [
             "NATS_PORT",
             "NATS_SERVICE_HOST",

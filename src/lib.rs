@@ -10,9 +10,9 @@
 //!              └── ack (durable mode only) ◄──┘
 //! ```
 //!
-//! Everything goes one way: [`relay`] knows [`source`], [`webhook`] and [`subject`]; none of them
-//! knows [`relay`]. There is no channel, task or timer of ours between taking a message and
-//! republishing it: the job is sequential, and so is the code.
+//! Everything goes one way: [`relay`] knows [`source`], [`webhook`] and [`republish`]; none of them
+//! knows [`relay`]. There is no channel or task of ours between taking a message and republishing it,
+//! and no timer unless there is something to wait for: the job is sequential, and so is the code.
 //!
 //! What it promises:
 //!
@@ -21,9 +21,10 @@
 //!    mode also through crashes, restarts, a lost NATS leader, and any number of replicas.
 //! 3. The same message: payload byte for byte, headers kept, the subject rewritten in its leading
 //!    prefix only. The reply subject is not carried over.
-//! 4. No silent loss: whatever is not relayed is logged with its subject and the reason, counted, and
-//!    published on the failed prefix where one is set. In durable mode nothing is lost at all.
-//! 5. Only its operator stops it.
+//! 4. No silent loss: a message given up is logged with its subject and the reason, counted, and
+//!    published on the failed prefix where one is set; what does not fit into the buffer of core mode
+//!    is counted. In durable mode whatever is not given up is relayed in the end.
+//! 5. Only its operator stops it, or a NATS server that refuses it.
 //! 6. No secret reaches a log, an error or `Debug`.
 
 pub mod backoff;

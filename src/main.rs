@@ -73,7 +73,12 @@ async fn relay() -> ExitCode {
 
 /// Says what of the configuration holds.
 async fn check() -> ExitCode {
-    let (_, config) = read();
+    let (environment, config) = read();
+    for (name, known) in config::misspellings(&environment) {
+        print(&format!(
+            "warning {name} is set but not known; is {known} meant?\n"
+        ));
+    }
     let config = match config {
         Ok(config) => config,
         Err(problems) => {

@@ -4,7 +4,8 @@
 //! here; what makes going on pointless comes out of [`Faults`].
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    fmt::Display,
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering::Relaxed},
     time::Duration,
 };
 
@@ -78,8 +79,25 @@ pub async fn connect_once(
     let client = options(config, observer)?
         .ignore_discovered_servers()
         .connect(server)
-        .await?;
+        .await
+        .map_err(|error| match error.kind() {
+            kind if is_refusal(kind) => anyhow!("{}", refusal(kind, config.login.remedy())),
+            _ => error.into(),
+        })?;
     Ok((client, faults))
+}
+
+/// Whether a server was reached and does not let us in.
+fn is_refusal(kind: ConnectErrorKind) -> bool {
+    matches!(
+        kind,
+        ConnectErrorKind::AuthorizationViolation | ConnectErrorKind::Authentication
+    )
+}
+
+/// What to say then.
+fn refusal(kind: impl Display, remedy: &str) -> String {
+    format!("refused the login ({kind}); {remedy}")
 }
 
 /// Login, TLS, and what every connection has in common.
@@ -272,11 +290,8 @@ impl Observer {
                     || kind == ConnectErrorKind::Authentication.to_string() =>
             {
                 let progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
-                self.fatal(anyhow!(
-                    "NATS at {} refused the login ({kind}); {}",
-                    self.server(&progress),
-                    self.remedy
-                ));
+                let refusal = refusal(kind, self.remedy);
+                self.fatal(anyhow!("NATS at {} {refusal}", self.server(&progress)));
             }
             // A failed attempt to connect: the next choice of a server logs it, with the reason.
             Event::ClientError(_) => {}
@@ -356,6 +371,12 @@ fn refused_subject<'a>(text: &'a str, what: &str) -> Option<&'a str> {
         .strip_prefix("Permissions Violation for ")?
         .split_once(what)?;
     rest.trim_start().strip_prefix('"')?.split('"').next()
+}
+
+/// How many connections there have been.
+#[must_use]
+pub fn connections(client: &Client) -> u64 {
+    client.statistics().connects.load(Relaxed)
 }
 
 /// The address of a server, without a login that a cluster may have advertised with it.

@@ -3,7 +3,7 @@
 use std::{
     fmt,
     pin::pin,
-    sync::{Arc, atomic::Ordering::Relaxed},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -18,6 +18,7 @@ use crate::{
     backoff::Backoff,
     config::Config,
     heartbeat::Heartbeat,
+    nats::connections,
     republish::{GivenUp, failed_headers, relayed_headers},
     source::{Delivery, Origin, Source, Verdict, settle},
     status::{Cause, DestinationMetrics, Outcome, Status},
@@ -381,7 +382,8 @@ impl Worker {
                 // Completes only with a connection.
                 self.client.flush().await?;
             }
-            let (connection, refused) = (self.connections(), self.status.publish_refused());
+            let connection = connections(&self.client);
+            let refused = self.status.publish_refused();
             if let Some((subject, headers)) = &message {
                 let (subject, headers) = ((*subject).to_owned(), headers.clone());
                 let payload = delivery.payload.clone();
@@ -393,20 +395,16 @@ impl Worker {
                 Origin::Core => self.client.flush().await?,
                 Origin::Stream { receipt, .. } => settle(&self.client, receipt, verdict).await,
             }
-            if self.connections() == connection {
-                return Ok(());
-            }
-            // What was under way on a connection that broke may be lost: once more, then, unless that
-            // is what broke it.
-            if message.is_some() && self.status.publish_refused() > refused {
+            // A refusal comes before the confirmation of the ack; a core subscription has none.
+            let is_confirmed = matches!(delivery.origin, Origin::Stream { .. });
+            if is_confirmed && message.is_some() && self.status.publish_refused() > refused {
                 bail!("NATS refuses it");
             }
+            // What was under way on a connection that broke may be lost: once more, then.
+            if connections(&self.client) == connection {
+                return Ok(());
+            }
         }
-    }
-
-    /// How many connections there have been.
-    fn connections(&self) -> u64 {
-        self.client.statistics().connects.load(Relaxed)
     }
 }
 

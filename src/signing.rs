@@ -22,10 +22,10 @@ impl SigningSecret {
     pub fn parse(text: &str) -> Result<Self, String> {
         let encoded = text
             .strip_prefix(PREFIX)
-            .ok_or("has an entry that does not start with whsec_")?;
+            .ok_or("has an entry that does not start with whsec_; write whsec_ and base64")?;
         let key = STANDARD
             .decode(encoded)
-            .map_err(|_| "has an entry that is not base64 after whsec_")?;
+            .map_err(|_| "has an entry that is not base64 after whsec_; write whsec_ and base64")?;
         if !(24..=64).contains(&key.len()) {
             return Err(format!(
                 "has an entry of {} bytes; a secret has 24 to 64 bytes before it is put into base64",

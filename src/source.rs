@@ -16,7 +16,10 @@ use bytes::Bytes;
 
 use crate::{config::Mode, nats::Faults, status::Status, subject::Prefix};
 
-pub(crate) use self::consumer::{Consumer, Trouble};
+pub(crate) use self::{
+    consumer::{Consumer, Trouble},
+    durable::fatal,
+};
 pub use self::{
     core::Core,
     durable::{Durable, Receipt, Verdict, settle},

@@ -80,7 +80,9 @@ impl fmt::Display for InvalidPrefix {
             Self::Wildcard => {
                 "contains a wildcard; give the bare prefix, such as cms.cache: everything below it is relayed"
             }
-            Self::WhiteSpace => "contains white space or a control character, which no subject may",
+            Self::WhiteSpace => {
+                "contains white space or a control character; write it without, such as cms.cache"
+            }
         })
     }
 }

@@ -259,13 +259,11 @@ pub fn message_id(delivery: &Delivery) -> HeaderValue {
         Origin::Core => None,
         Origin::Stream { id, .. } => Some(id.as_str()),
     };
-    let random = || HeaderValue::from_str(&format!("msg_{:032x}", fastrand::u128(..)));
-    own.into_iter()
-        .chain(place)
-        .find(|id| is_webhook_id(id))
-        .and_then(|id| HeaderValue::from_str(id).ok())
-        .or_else(|| random().ok())
-        .unwrap_or(HeaderValue::from_static("msg"))
+    let usable = own.into_iter().chain(place).find(|id| is_webhook_id(id));
+    let random = || format!("msg_{:032x}", fastrand::u128(..));
+    let id = usable.map_or_else(random, str::to_owned);
+    // Never an error: all of these are visible ASCII.
+    HeaderValue::from_str(&id).unwrap_or(HeaderValue::from_static("msg"))
 }
 
 /// Whether `id` can be signed: the signed text is `id.timestamp.payload`, so that a dot in the id

@@ -3,7 +3,7 @@
 // WEBHOOK_SECRET=whsec_… REVALIDATE_SECRET=… node node.mjs
 import { createServer } from "node:http";
 import { timingSafeEqual } from "node:crypto";
-import { Webhook } from "standardwebhooks";
+import { Webhook, WebhookVerificationError } from "standardwebhooks";
 
 const webhook = new Webhook(process.env.WEBHOOK_SECRET);
 const expected = Buffer.from(process.env.REVALIDATE_SECRET);
@@ -14,14 +14,16 @@ const server = createServer(async (request, response) => {
     return response.writeHead(401).end("x-revalidate-secret is wrong");
   }
   const chunks = [];
-  for await (const chunk of request) chunks.push(chunk);
-  const payload = Buffer.concat(chunks);
+  let message;
   try {
-    webhook.verify(payload.toString(), request.headers);
+    for await (const chunk of request) chunks.push(chunk);
+    message = webhook.verify(Buffer.concat(chunks).toString(), request.headers);
   } catch (error) {
-    return response.writeHead(401).end(error.message);
+    // A wrong signature, or no JSON. No 500: the relay would try again, and all that follows would wait.
+    const status = error instanceof WebhookVerificationError ? 401 : 400;
+    return response.writeHead(status).end(error.message);
   }
-  console.log(request.headers["x-nats-subject"], payload.toString());
+  console.log(request.headers["x-nats-subject"], message);
   response.writeHead(204).end();
 });
 

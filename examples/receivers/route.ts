@@ -3,7 +3,7 @@
 // `npm install standardwebhooks`, and set WEBHOOK_SECRET and REVALIDATE_SECRET.
 import { timingSafeEqual } from "node:crypto";
 import { revalidateTag } from "next/cache";
-import { Webhook } from "standardwebhooks";
+import { Webhook, WebhookVerificationError } from "standardwebhooks";
 
 function isExpected(header: string | null): boolean {
   const expected = Buffer.from(process.env.REVALIDATE_SECRET!);
@@ -15,13 +15,16 @@ export async function POST(request: Request): Promise<Response> {
   if (!isExpected(request.headers.get("x-revalidate-secret"))) {
     return new Response("x-revalidate-secret is wrong", { status: 401 });
   }
-  const payload = await request.text();
+  let tags: string[];
   try {
-    new Webhook(process.env.WEBHOOK_SECRET!).verify(payload, Object.fromEntries(request.headers));
+    const headers = Object.fromEntries(request.headers);
+    const message = new Webhook(process.env.WEBHOOK_SECRET!).verify(await request.text(), headers);
+    tags = [...(message as { tags: string[] }).tags];
   } catch (error) {
-    return new Response((error as Error).message, { status: 401 });
+    // No 500: the relay would try again, and all that follows would wait.
+    const status = error instanceof WebhookVerificationError ? 401 : 400;
+    return new Response((error as Error).message, { status });
   }
-  const { tags } = JSON.parse(payload) as { tags: string[] };
   for (const tag of tags) revalidateTag(tag, { expire: 0 });
   return new Response(null, { status: 204 });
 }

@@ -161,7 +161,9 @@ impl Consumer {
     fn judge(&self, error: &async_nats::jetstream::Error) -> Trouble {
         match error.error_code() {
             ErrorCode::JETSTREAM_NOT_ENABLED | ErrorCode::JETSTREAM_NOT_ENABLED_FOR_ACCOUNT => {
-                Trouble::Fatal(anyhow!("JetStream is not enabled: {error}"))
+                Trouble::Fatal(anyhow!(
+                    "JetStream is not enabled: {error}; enable it, or unset NATS_STREAM"
+                ))
             }
             _ if error.code() >= 500 => Trouble::Temporary(error.to_string()),
             _ => Trouble::Fatal(anyhow!(

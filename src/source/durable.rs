@@ -3,13 +3,7 @@
 //!
 //! The requests and answers are those of NATS ADR-13 (pull) and ADR-15 (ack subjects).
 
-use std::{
-    collections::VecDeque,
-    future::pending,
-    pin::Pin,
-    sync::{Arc, atomic::Ordering::Relaxed},
-    time::Duration,
-};
+use std::{collections::VecDeque, future::pending, pin::Pin, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, anyhow, bail};
 use async_nats::{Client, Message, Request, StatusCode, Subject, Subscriber, connection::State};
@@ -24,7 +18,7 @@ use super::{
 };
 use crate::{
     backoff::Backoff,
-    nats::{Faults, Notice},
+    nats::{Faults, Notice, connections},
     status::Status,
 };
 
@@ -228,7 +222,10 @@ impl Durable {
             );
             let _ = self.client.publish(receipt.ack, "-NAK".into()).await;
         }
-        let _ = timeout(CONFIRMATION_TIMEOUT, self.client.flush()).await;
+        // Without a connection it would wait in vain.
+        if self.client.connection_state() == State::Connected {
+            let _ = timeout(CONFIRMATION_TIMEOUT, self.client.flush()).await;
+        }
     }
 
     /// Sends a pull request if none is under way.
@@ -312,13 +309,14 @@ impl Durable {
         match status {
             StatusCode::IDLE_HEARTBEAT => {}
             _ if description == "Consumer Deleted" => {
-                bail!("the consumer {} was deleted", self.consumer.name);
+                return Err(deleted(&self.consumer.name));
             }
             _ if description == "Consumer is push based"
                 || description.starts_with("Exceeded MaxRequest") =>
             {
                 bail!(
-                    "the consumer {} cannot be used: {description}",
+                    "the consumer {} cannot be used: {description}; delete it, or set \
+                     NATS_CONSUMER to another name",
                     self.consumer.name
                 );
             }
@@ -384,7 +382,7 @@ impl Durable {
                     }
                 }
                 Err(Trouble::Fatal(reason)) => return Err(reason),
-                Err(Trouble::Missing) => bail!("the consumer {} was deleted", self.consumer.name),
+                Err(Trouble::Missing) => return Err(deleted(&self.consumer.name)),
                 Err(Trouble::Temporary(reason)) => warn!("JetStream is not ready: {reason}"),
             }
         }
@@ -400,8 +398,8 @@ async fn next_of(subscriber: &mut Option<Subscriber>) -> Option<Message> {
     }
 }
 
-/// Resolves when the relay cannot go on in durable mode.
-async fn fatal(faults: &mut Faults) -> anyhow::Error {
+/// Resolves when durable mode cannot go on, with the reason.
+pub(crate) async fn fatal(faults: &mut Faults) -> anyhow::Error {
     loop {
         match faults.notice().await {
             Notice::Fatal(reason) => return reason,
@@ -409,6 +407,10 @@ async fn fatal(faults: &mut Faults) -> anyhow::Error {
             Notice::Connected => {}
         }
     }
+}
+
+fn deleted(consumer: &str) -> anyhow::Error {
+    anyhow!("the consumer {consumer} was deleted; the next start creates it anew")
 }
 
 fn inbox_refused() -> anyhow::Error {
@@ -426,14 +428,13 @@ pub async fn settle(client: &Client, receipt: &Receipt, verdict: Verdict<'_>) {
         Verdict::Term(reason) if client.is_server_compatible(2, 10, 4) => format!("+TERM {reason}"),
         Verdict::Term(_) => "+TERM".to_owned(),
     };
-    let connections = || client.statistics().connects.load(Relaxed);
-    let (connection, start) = (connections(), Instant::now());
+    let (connection, start) = (connections(client), Instant::now());
     loop {
         let request = Request::new()
             .payload(word.clone().into())
             .timeout(Some(CONFIRMATION_TIMEOUT));
         let confirmed = client.send_request(receipt.ack.clone(), request).await;
-        if confirmed.is_ok() || connections() != connection {
+        if confirmed.is_ok() || connections(client) != connection {
             return;
         }
         if start.elapsed() > SETTLE_PATIENCE {

@@ -404,6 +404,36 @@ async fn it_does_not_idle_in_silence_when_its_consumer_stream_or_jetstream_is_go
 }
 
 #[tokio::test]
+async fn a_message_that_nats_does_not_let_be_published_is_given_up() {
+    let nats = NatsServer::with_config(
+        r#"jetstream { store_dir: "$DIR/jetstream" }
+           authorization { users = [
+               { user: admin, password: good }
+               { user: mute, password: good, permissions: { publish: { deny: "relayed.cache.1" } } }
+           ] }
+           no_auth_user: admin"#,
+    )
+    .await;
+    nats.create_stream("CMS", "cms.cache.>", 1).await;
+    let client = nats.client().await;
+    let mut relayed = client.subscribe("relayed.>").await.unwrap();
+    let mut failed = client.subscribe("failed.>").await.unwrap();
+    let webhook = Webhook::ok().await;
+    let variables = [
+        ("NATS_USER", "mute"),
+        ("NATS_PASS", "good"),
+        ("NATS_FAILED_SUBJECT_PREFIX", "failed.cache"),
+    ];
+    let relay = Relay::durable(&nats, &webhook, &variables).await;
+    publish(&nats, 0..3).await;
+    expect(&mut relayed, 0..1).await;
+    expect(&mut relayed, 2..3).await;
+    assert_eq!(next(&mut failed).await.payload, "1");
+    assert_eq!(relay.lines("cms.cache.1 -> "), [""; 0]);
+    relay.logged("cms.cache.1 is not relayed: ").await;
+}
+
+#[tokio::test]
 async fn missing_permissions_for_jetstream_end_it_with_their_names() {
     let webhook = Webhook::ok().await;
     for (permissions, missing) in [

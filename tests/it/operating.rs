@@ -255,7 +255,8 @@ async fn check_says_what_holds_and_what_does_not() {
     const USERS: &str = "jetstream { store_dir: \"$DIR/jetstream\" }
         authorization { users = [
             { user: relay, password: good },
-            { user: deaf, password: good, permissions: { subscribe: \"_INBOX.>\" } }
+            { user: deaf, password: good, permissions: { subscribe: \"_INBOX.>\" } },
+            { user: inboxless, password: good, permissions: { subscribe: \"cms.cache.>\" } }
         ] }
         no_auth_user: relay";
     let nats = NatsServer::with_config(USERS).await;
@@ -308,11 +309,19 @@ async fn check_says_what_holds_and_what_does_not() {
     for (changes, failures) in [
         (
             &[("NATS_PASS", "bad")][..],
-            &["authorization violation"][..],
+            &["refused the login (authorization violation); check NATS_USER and NATS_PASS"][..],
         ),
         (
             &[("NATS_USER", "deaf")],
             &["no permission to subscribe to cms.cache.>"],
+        ),
+        (
+            &[
+                ("NATS_USER", "inboxless"),
+                ("NATS_STREAM", "CMS"),
+                ("NATS_CONSUMER", "x"),
+            ],
+            &["no permission to use inboxes"],
         ),
         (
             &[("NATS_STREAM", "OTHER"), ("NATS_CONSUMER", "x")],
@@ -347,6 +356,13 @@ async fn check_says_what_holds_and_what_does_not() {
             );
         }
     }
+
+    let (code, lines) = check(&with(&[("WEBHOOK_TIMEOUTS", "15s")])).await;
+    assert_eq!(code, Some(0), "{lines:#?}");
+    assert_eq!(
+        lines[0],
+        "warning WEBHOOK_TIMEOUTS is set but not known; is WEBHOOK_TIMEOUT meant?"
+    );
 
     let (code, lines) = check(&with(&[("WEBHOOK_TIMEOUT", "15"), ("RUST_LOG", "a=b=c")])).await;
     assert_eq!(code, Some(78), "{lines:#?}");
