@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::bail;
+use anyhow::{anyhow, bail};
 use async_nats::{Client, HeaderMap, connection::State};
 use futures::{Stream, StreamExt, future::join_all};
 use log::{error, info, warn};
@@ -22,6 +22,7 @@ use crate::{
     republish::{GivenUp, failed_headers, relayed_headers},
     source::{Delivery, Origin, Source, Verdict, settle},
     status::{Cause, DestinationMetrics, Outcome, Status},
+    subject::Prefix,
     webhook::{Failure, Target, Webhook, message_id},
 };
 
@@ -30,6 +31,10 @@ const BACKOFF: Backoff = Backoff {
     first: Duration::from_millis(250),
     longest: Duration::from_secs(30),
 };
+
+/// The server closes the connection on a longer line than `HPUB <subject> <size> <size>` of so many
+/// bytes, unless its operator has changed `max_control_line`, which it does not tell.
+const LONGEST_SUBJECT: usize = 4096 - "HPUB  67108864 67108864".len();
 
 /// Everything it takes to relay messages.
 pub struct Relay {
@@ -237,10 +242,9 @@ impl Worker {
 
     /// POSTs a message until that succeeded, and only then republishes it.
     async fn try_relay(&self, delivery: &Delivery) -> Result<Relayed, GivenUp> {
-        let prefix = &self.config.prefix;
-        let target = prefix
-            .rewrite(&delivery.subject, &self.config.relayed_prefix)
-            .ok_or_else(|| GivenUp::unpublishable(format!("it is not below {prefix}")))?;
+        let target = self
+            .rewrite(delivery, &self.config.relayed_prefix)
+            .map_err(GivenUp::unpublishable)?;
         if let Some(fault) = delivery.fault {
             return Err(GivenUp::unpublishable(fault.to_owned()));
         }
@@ -255,6 +259,21 @@ impl Worker {
                 GivenUp::unpublishable(format!("it cannot be published on {target}: {error:#}"))
             })?;
         Ok(Relayed { target, posted })
+    }
+
+    /// The subject of a message below another prefix.
+    fn rewrite(&self, delivery: &Delivery, to: &Prefix) -> Result<String, String> {
+        let prefix = &self.config.prefix;
+        let target = prefix
+            .rewrite(&delivery.subject, to)
+            .ok_or_else(|| format!("it is not below {prefix}"))?;
+        if target.len() > LONGEST_SUBJECT {
+            return Err(format!(
+                "below {to} its subject has {} bytes, and NATS takes {LONGEST_SUBJECT}",
+                target.len()
+            ));
+        }
+        Ok(target)
     }
 
     /// POSTs to all destinations at the same time, until each has succeeded or is to be given up.
@@ -333,24 +352,26 @@ impl Worker {
         let line = format!("{} is not relayed: {}", delivery.subject, given_up.reason);
         error!("{line}");
         self.status.add_given_up(given_up.cause, line);
-        let Config {
-            prefix,
-            failed_prefix,
-            ..
-        } = &self.config;
-        let target = failed_prefix
-            .as_ref()
-            .and_then(|failed| prefix.rewrite(&delivery.subject, failed));
-        let headers = failed_headers(delivery, &given_up, self.client.max_payload());
-        let message = target.as_deref().map(|target| (target, headers));
         let verdict = Verdict::Term(&given_up.reason);
-        if let Err(error) = self.conclude(delivery, message, verdict).await {
-            error!(
-                "{} is not published as failed either: {error:#}",
-                delivery.subject
-            );
-            let _ = self.conclude(delivery, None, verdict).await;
+        if let Some(prefix) = &self.config.failed_prefix {
+            let headers = failed_headers(delivery, &given_up, self.client.max_payload());
+            let published = match self.rewrite(delivery, prefix) {
+                Ok(target) => {
+                    let message = Some((&target[..], headers));
+                    self.conclude(delivery, message, verdict).await
+                }
+                Err(reason) => Err(anyhow!(reason)),
+            };
+            match published {
+                Ok(()) => return,
+                Err(error) => error!(
+                    "{} is not published as failed either: {error:#}",
+                    delivery.subject
+                ),
+            }
         }
+        // It only fails where the client has ended, and with it all that could be told.
+        let _ = self.conclude(delivery, None, verdict).await;
     }
 
     /// Says that a message was left unfinished. A stream keeps it, a core subscription does not.

@@ -94,7 +94,12 @@ pub fn failed_headers(delivery: &Delivery, given_up: &GivenUp, max_payload: usiz
             return headers;
         }
     }
-    own
+    // Their publisher may have written them more tightly than the client does.
+    if fits(&own, delivery, max_payload) {
+        own
+    } else {
+        HeaderMap::new()
+    }
 }
 
 /// The headers of a message, without those by which its publisher told its stream what to do: the

@@ -166,7 +166,7 @@ impl Webhook {
         match status.as_u16() {
             200..=299 => {
                 // The message has arrived, whatever becomes of the rest of the answer.
-                let _ = timeout_at(deadline, read(response, DRAIN_BYTES)).await;
+                read(response, DRAIN_BYTES, deadline).await;
                 Ok(status)
             }
             300..=399 => Err(Failure::Permanent {
@@ -179,8 +179,7 @@ impl Webhook {
                 status: Some(status),
             }),
             400..=499 => {
-                let body = timeout_at(deadline, read(response, EXCERPT_BYTES)).await;
-                let excerpt = printable(&body.unwrap_or_default());
+                let excerpt = printable(&read(response, EXCERPT_BYTES, deadline).await);
                 Err(Failure::Permanent {
                     reason: format!("answered {status}: {excerpt}"),
                     status,
@@ -304,10 +303,10 @@ fn describe(error: reqwest::Error) -> String {
     }
 }
 
-/// The body of an answer, up to a bound. What does not come is not missed.
-async fn read(mut response: Response, bound: usize) -> Vec<u8> {
+/// The body of an answer, up to a bound and a deadline. What does not come is not missed.
+async fn read(mut response: Response, bound: usize, deadline: Instant) -> Vec<u8> {
     let mut body = Vec::new();
-    while let Ok(Some(chunk)) = response.chunk().await {
+    while let Ok(Ok(Some(chunk))) = timeout_at(deadline, response.chunk()).await {
         let fits = chunk.len().min(bound - body.len());
         body.extend_from_slice(&chunk[..fits]);
         if body.len() == bound {

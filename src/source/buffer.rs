@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use async_nats::{HeaderMap, Message};
+use async_nats::{HeaderMap, HeaderName, Message};
 use bytes::Buf;
 
 use super::{Delivery, Origin};
@@ -14,9 +14,6 @@ pub(super) const BUFFER_BYTES: usize = 64 * 1024 * 1024;
 /// It bounds the number of empty ones.
 const MESSAGE_OVERHEAD: usize = 2 * size_of::<Waiting>();
 
-/// What keeping a header costs beside its own bytes.
-const HEADER_OVERHEAD: usize = 128;
-
 /// Empty contents are given back once more than this was written into them; to do so after every few
 /// messages would cost more than they do.
 const KEPT_BYTES: usize = 64 * 1024;
@@ -25,7 +22,7 @@ const KEPT_BYTES: usize = 64 * 1024;
 #[derive(Default)]
 pub(super) struct Buffer {
     waiting: VecDeque<Waiting>,
-    /// Their subjects and payloads, one after the other.
+    /// Their subjects, headers and payloads, one after the other.
     contents: VecDeque<u8>,
     /// What the messages cost.
     bytes: usize,
@@ -34,11 +31,11 @@ pub(super) struct Buffer {
     written_bytes: usize,
 }
 
-/// What is kept of a message beside its subject and its payload.
+/// How a message lies in the contents.
 struct Waiting {
     subject_bytes: usize,
+    header_bytes: usize,
     payload_bytes: usize,
-    headers: Option<Box<HeaderMap>>,
 }
 
 impl Buffer {
@@ -54,10 +51,11 @@ impl Buffer {
 
     /// Keeps a message; whether it fits. A single one always does.
     pub(super) fn push(&mut self, message: Message) -> bool {
+        let headers = encode(message.headers.unwrap_or_default());
         let waiting = Waiting {
             subject_bytes: message.subject.len(),
+            header_bytes: headers.len(),
             payload_bytes: message.payload.len(),
-            headers: message.headers.map(Box::new),
         };
         let bytes = self.bytes + waiting.cost();
         if bytes > BUFFER_BYTES && !self.waiting.is_empty() {
@@ -70,8 +68,9 @@ impl Buffer {
             self.contents = VecDeque::with_capacity(BUFFER_BYTES);
         }
         self.contents.extend(message.subject.as_bytes());
+        self.contents.extend(headers.as_bytes());
         self.contents.extend(&message.payload[..]);
-        self.written_bytes += waiting.subject_bytes + waiting.payload_bytes;
+        self.written_bytes += waiting.content_bytes();
         self.waiting.push_back(waiting);
         self.bytes = bytes;
         true
@@ -82,6 +81,7 @@ impl Buffer {
         let waiting = self.waiting.pop_front()?;
         self.bytes -= waiting.cost();
         let subject = self.contents.copy_to_bytes(waiting.subject_bytes);
+        let headers = self.contents.copy_to_bytes(waiting.header_bytes);
         let payload = self.contents.copy_to_bytes(waiting.payload_bytes);
         if self.waiting.is_empty() {
             if self.written_bytes > KEPT_BYTES {
@@ -90,9 +90,9 @@ impl Buffer {
             self.written_bytes = 0;
         }
         Some(Delivery {
-            // It was a subject before, so nothing is lost.
+            // Both were text before, so nothing is lost.
             subject: String::from_utf8_lossy(&subject).as_ref().into(),
-            headers: waiting.headers.map(|headers| *headers).unwrap_or_default(),
+            headers: decode(&String::from_utf8_lossy(&headers)),
             payload,
             origin: Origin::Core,
             fault: None,
@@ -101,15 +101,55 @@ impl Buffer {
 }
 
 impl Waiting {
+    fn content_bytes(&self) -> usize {
+        self.subject_bytes + self.header_bytes + self.payload_bytes
+    }
+
     /// What it counts in the buffer, in bytes.
     fn cost(&self) -> usize {
-        let headers = self.headers.iter().flat_map(|headers| headers.iter());
-        let headers = headers.map(|(name, values)| {
-            let values = values
-                .iter()
-                .map(|value| value.as_str().len() + HEADER_OVERHEAD);
-            AsRef::<[u8]>::as_ref(name).len() + values.sum::<usize>()
-        });
-        self.subject_bytes + self.payload_bytes + headers.sum::<usize>() + MESSAGE_OVERHEAD
+        self.content_bytes() + MESSAGE_OVERHEAD
+    }
+}
+
+/// A line for each header, as on the wire (ADR-4): in a map they would take several times the room.
+fn encode(headers: HeaderMap) -> String {
+    let mut text = String::new();
+    for (name, values) in headers.iter() {
+        for value in values {
+            text.extend([name.as_ref(), ":", value.as_str(), "\n"]);
+        }
+    }
+    text
+}
+
+/// The other way round. No name has a colon, and nothing a line break.
+fn decode(text: &str) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    for (name, value) in text.lines().filter_map(|line| line.split_once(':')) {
+        if let Ok(name) = name.parse::<HeaderName>() {
+            headers.append(name, value);
+        }
+    }
+    headers
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_come_out_as_they_went_in() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in [
+            ("Nats-Msg-Id", "1"),
+            ("X-Twice", "b"),
+            ("X-Twice", "a: b"),
+            ("X-Empty", ""),
+            ("x-twice", "ä\t\u{85}\u{2028}"),
+        ] {
+            headers.append(name, value);
+        }
+        assert_eq!(decode(&encode(headers.clone())), headers);
+        assert_eq!(decode(&encode(HeaderMap::new())), HeaderMap::new());
     }
 }

@@ -1,5 +1,5 @@
-//! Messages whose headers the NATS client cannot read. NATS lets a publisher send any bytes as
-//! headers; the client drops the connection on such a message, or ends. The server would then hand it
+//! Messages that the NATS client cannot read. NATS lets a publisher send any bytes as headers, and
+//! nearly any as the subject; the client drops the connection on such a message, or ends. The server would then hand it
 //! out again, for ever, and hold up all that follow. So, with a new connection, the message that is out
 //! and not acked is looked at before the next one is asked for, in the form in which it is stored.
 
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::{Consumer, Delivery, Origin, Receipt};
 
-/// The message that is out and not acked, if its headers cannot be read.
+/// The message that is out and not acked, if it cannot be read.
 pub(super) async fn find(consumer: &Consumer) -> Option<(Delivery, Receipt)> {
     let context = consumer.context();
     let stream = context.get_stream_no_info(&consumer.stream).await.ok()?;
@@ -25,10 +25,15 @@ pub(super) async fn find(consumer: &Consumer) -> Option<(Delivery, Receipt)> {
         .ok()?;
     // An error instead, where it is not there any more.
     let message: RawMessage = serde_json::from_value(answer.get_mut("message")?.take()).ok()?;
-    let headers = STANDARD.decode(message.headers?).ok()?;
-    if is_readable(&headers) {
-        return None;
-    }
+    let headers = message.headers.map(|headers| STANDARD.decode(headers));
+    let fault = match headers.transpose().ok()? {
+        // What JSON makes of it.
+        _ if message.subject.contains(char::REPLACEMENT_CHARACTER) => "its subject is not UTF-8",
+        Some(headers) if !is_readable(&headers) => "its headers cannot be read",
+        // In front of headers the client takes more for white space than the server does.
+        Some(_) if message.subject.contains(char::is_whitespace) => "its subject has white space",
+        _ => return None,
+    };
     let receipt = Receipt {
         ack: format!(
             "$JS.ACK.{}.{}.1.{sequence}.{}.0.0",
@@ -45,7 +50,7 @@ pub(super) async fn find(consumer: &Consumer) -> Option<(Delivery, Receipt)> {
             id: format!("{}-{sequence}", consumer.stream),
             receipt: receipt.clone(),
         },
-        fault: Some("its headers cannot be read"),
+        fault: Some(fault),
     };
     Some((delivery, receipt))
 }

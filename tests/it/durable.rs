@@ -468,6 +468,29 @@ async fn missing_permissions_for_jetstream_end_it_with_their_names() {
 }
 
 #[tokio::test]
+async fn subjects_that_cannot_be_read_hold_nothing_up() {
+    for (subject, headers, fault) in [
+        (
+            "cms.cache.a\u{a0}b".as_bytes(),
+            &b"NATS/1.0\r\nA: b\r\n\r\n"[..],
+            "its subject has white space",
+        ),
+        (b"cms.cache.\xff", b"", "its subject is not UTF-8"),
+    ] {
+        let nats = NatsServer::with_stream().await;
+        let client = nats.client().await;
+        let mut relayed = client.subscribe("relayed.>").await.unwrap();
+        let webhook = Webhook::ok().await;
+        let relay = Relay::durable(&nats, &webhook, &[]).await;
+        publish(&nats, 0..1).await;
+        nats.publish_raw(subject, headers, b"raw").await;
+        publish(&nats, 1..3).await;
+        expect(&mut relayed, 0..3).await;
+        relay.logged(&format!("is not relayed: {fault}")).await;
+    }
+}
+
+#[tokio::test]
 async fn a_queue_group_shares_the_messages() {
     const COUNT: usize = 100;
     let nats = NatsServer::start().await;
@@ -512,7 +535,7 @@ async fn headers_that_cannot_be_read_hold_nothing_up() {
         let mut failed = client.subscribe("failed.>").await.unwrap();
         let webhook = Webhook::ok().await;
         publish(&nats, 0..1).await;
-        nats.publish_raw("cms.cache.raw", headers, b"raw").await;
+        nats.publish_raw(b"cms.cache.raw", headers, b"raw").await;
         publish(&nats, 1..3).await;
         let start = || Relay::durable(&nats, &webhook, &[("NATS_FAILED_SUBJECT_PREFIX", "failed")]);
         let relay = start().await;

@@ -221,6 +221,16 @@ async fn other_refusals_are_final_and_logged_with_what_was_said() {
 }
 
 #[tokio::test]
+async fn what_was_said_is_logged_also_if_it_does_not_end() {
+    let answer = "HTTP/1.1 422 No\r\ncontent-length: 1000\r\n\r\nno such tag";
+    let answers = [Answer::Raw(answer.into())];
+    let mut scene = Scene::script(answers, &[("WEBHOOK_TIMEOUT", "300ms")]).await;
+    scene
+        .given_up("answered 422 Unprocessable Entity: no such tag")
+        .await;
+}
+
+#[tokio::test]
 async fn attempts_are_used_up_and_then_the_next_message_has_its_turn() {
     let variables = [("WEBHOOK_MAX_ATTEMPTS", "3")];
     let answers = [500, 502, 503].map(Answer::status);

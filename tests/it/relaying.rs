@@ -131,6 +131,29 @@ async fn control_characters_in_a_subject_are_relayed_and_reach_no_log() {
 }
 
 #[tokio::test]
+async fn a_subject_that_becomes_too_long_for_the_server_costs_no_other_message() {
+    let nats = NatsServer::start().await;
+    let client = nats.client().await;
+    let mut relayed = client.subscribe("relayed.>").await.unwrap();
+    let mut failed = client.subscribe("failed.>").await.unwrap();
+    let webhook = Webhook::ok().await;
+    let failed_prefix = [("NATS_FAILED_SUBJECT_PREFIX", "failed")];
+    let relay = Relay::listening(&nats, &webhook, &failed_prefix).await;
+    let long = "x".repeat(4062);
+    for subject in [format!("cms.cache.{long}"), "cms.cache.next".to_owned()] {
+        client.publish(subject, "x".into()).await.unwrap();
+    }
+    assert_eq!(
+        next(&mut relayed).await.subject.as_str(),
+        "relayed.cache.next"
+    );
+    let reason = "below relayed.cache its subject has ";
+    relay.logged(reason).await;
+    assert_eq!(next(&mut failed).await.subject.len(), long.len() + 7);
+    assert_eq!(relay.lines("lost the connection"), [""; 0]);
+}
+
+#[tokio::test]
 async fn the_content_type_is_the_message_s_own_if_it_has_one() {
     let nats = NatsServer::start().await;
     let client = nats.client().await;

@@ -111,11 +111,22 @@ impl NatsServer {
     }
 
     /// Publishes a message with these bytes as its headers, as no client would.
-    pub async fn publish_raw(&self, subject: &str, headers: &[u8], payload: &[u8]) {
+    pub async fn publish_raw(&self, subject: &[u8], headers: &[u8], payload: &[u8]) {
         let mut stream = TcpStream::connect(("127.0.0.1", self.port)).await.unwrap();
         let (head, total) = (headers.len(), headers.len() + payload.len());
-        let start = format!("CONNECT {{\"headers\":true}}\r\nHPUB {subject} {head} {total}\r\n");
-        let bytes = [start.as_bytes(), headers, payload, b"\r\nPING\r\n"].concat();
+        let (operation, sizes) = match head {
+            0 => ("PUB", total.to_string()),
+            _ => ("HPUB", format!("{head} {total}")),
+        };
+        let bytes = [
+            format!("CONNECT {{\"headers\":true}}\r\n{operation} ").as_bytes(),
+            subject,
+            format!(" {sizes}\r\n").as_bytes(),
+            headers,
+            payload,
+            b"\r\nPING\r\n",
+        ]
+        .concat();
         stream.write_all(&bytes).await.unwrap();
         let mut answer = String::new();
         while !answer.contains("PONG") {
