@@ -103,7 +103,7 @@ pub async fn check(config: &Config) -> anyhow::Result<Report> {
                     found = wanted.verify() => match found {
                         Ok(waiting) => Ok(format!("is there and as it must be; {waiting} messages wait")),
                         Err(Trouble::Missing) => Ok("is missing, and created at the start".to_owned()),
-                        Err(Trouble::Fatal(reason)) => Err(reason),
+                        Err(Trouble::Fatal(reason) | Trouble::NobodyAnswers(reason)) => Err(reason),
                         Err(Trouble::Temporary(reason)) => Err(anyhow!(reason)),
                     },
                 };

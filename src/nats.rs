@@ -39,6 +39,10 @@ const BACKOFF: Backoff = Backoff {
 /// [`crate::source`]), and this one must not be reached.
 const SUBSCRIPTION_CAPACITY: usize = usize::MAX >> 4;
 
+/// How often the server is asked whether it is there. The third question without an answer ends a
+/// connection that went dead without a word, as after a change of networks.
+const PING_INTERVAL: Duration = Duration::from_secs(5);
+
 /// How much the client reads at a time. It reads up to 128 times before anyone else has a turn, and
 /// what it has read by then is beyond the bound of [`crate::source`].
 const READ_BUFFER_BYTES: u16 = 16 * 1024;
@@ -116,6 +120,7 @@ fn options(config: &config::Nats, observer: Arc<Observer>) -> anyhow::Result<Con
         .name(CONNECTION_NAME)
         .subscription_capacity(SUBSCRIPTION_CAPACITY)
         .read_buffer_capacity(READ_BUFFER_BYTES)
+        .ping_interval(PING_INTERVAL)
         .event_callback(move |event| {
             observer.observe(event);
             async {}

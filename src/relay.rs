@@ -69,6 +69,7 @@ struct Posted {
 struct Relayed {
     target: String,
     posted: Vec<Posted>,
+    is_settled: bool,
 }
 
 impl fmt::Display for Relayed {
@@ -162,7 +163,7 @@ impl Relay {
                 never = self.heartbeat.beat(&self.worker.status) => match never {},
             };
             match self.relay(&delivery, stop).await? {
-                Then::Continue => self.source.done(),
+                Then::Continue => {}
                 Then::Stop => return Ok(()),
             }
         }
@@ -182,7 +183,10 @@ impl Relay {
         let mut work = pin!(worker.work(delivery));
         tokio::select! {
             biased;
-            () = &mut work => return Ok(Then::Continue),
+            is_settled = &mut work => {
+                source.done(is_settled);
+                return Ok(Then::Continue);
+            }
             reason = meanwhile(source, heartbeat, &worker.status) => {
                 worker.leave(delivery, "the relay cannot go on");
                 return Err(reason);
@@ -198,7 +202,7 @@ impl Relay {
         source.retire().await;
         tokio::select! {
             biased;
-            () = work => source.done(),
+            is_settled = work => source.done(is_settled),
             reason = meanwhile(source, heartbeat, &worker.status) => {
                 worker.leave(delivery, "the relay cannot go on");
                 return Err(reason);
@@ -226,15 +230,19 @@ async fn meanwhile(
 }
 
 impl Worker {
-    /// Brings one message to its end: relayed, or given up.
-    async fn work(&self, delivery: &Delivery) {
+    /// Brings one message to its end: relayed, or given up. Whether that is settled with the server;
+    /// if not, the message may come again, and counts then.
+    async fn work(&self, delivery: &Delivery) -> bool {
         let start = Instant::now();
         self.status.add_received();
         match self.try_relay(delivery).await {
             Ok(relayed) => {
-                let elapsed = start.elapsed();
-                self.status.add_relayed(elapsed);
-                info!("{} -> {relayed}, {elapsed:.1?})", delivery.subject);
+                if relayed.is_settled {
+                    let elapsed = start.elapsed();
+                    self.status.add_relayed(elapsed);
+                    info!("{} -> {relayed}, {elapsed:.1?})", delivery.subject);
+                }
+                relayed.is_settled
             }
             Err(given_up) => self.give_up(delivery, given_up).await,
         }
@@ -253,12 +261,17 @@ impl Worker {
             sleep(self.config.republish_delay).await;
         }
         let headers = relayed_headers(delivery, self.client.max_payload());
-        self.conclude(delivery, Some((&target, headers)), Verdict::Ack)
+        let is_settled = self
+            .conclude(delivery, Some((&target, headers)), Verdict::Ack)
             .await
             .map_err(|error| {
                 GivenUp::unpublishable(format!("it cannot be published on {target}: {error:#}"))
             })?;
-        Ok(Relayed { target, posted })
+        Ok(Relayed {
+            target,
+            posted,
+            is_settled,
+        })
     }
 
     /// The subject of a message below another prefix.
@@ -347,8 +360,9 @@ impl Worker {
         }
     }
 
-    /// Says that a message is not relayed, and why; publishes it on the failed prefix.
-    async fn give_up(&self, delivery: &Delivery, given_up: GivenUp) {
+    /// Says that a message is not relayed, and why; publishes it on the failed prefix. Whether that is
+    /// settled with the server.
+    async fn give_up(&self, delivery: &Delivery, given_up: GivenUp) -> bool {
         let line = format!("{} is not relayed: {}", delivery.subject, given_up.reason);
         error!("{line}");
         self.status.add_given_up(given_up.cause, line);
@@ -363,7 +377,7 @@ impl Worker {
                 Err(reason) => Err(anyhow!(reason)),
             };
             match published {
-                Ok(()) => return,
+                Ok(is_settled) => return is_settled,
                 Err(error) => error!(
                     "{} is not published as failed either: {error:#}",
                     delivery.subject
@@ -371,7 +385,9 @@ impl Worker {
             }
         }
         // It only fails where the client has ended, and with it all that could be told.
-        let _ = self.conclude(delivery, None, verdict).await;
+        self.conclude(delivery, None, verdict)
+            .await
+            .unwrap_or(false)
     }
 
     /// Says that a message was left unfinished. A stream keeps it, a core subscription does not.
@@ -390,14 +406,14 @@ impl Worker {
     }
 
     /// Publishes a message, if there is one to publish, and tells the source's server what has
-    /// become of the delivery. Both on one connection and in this order, so that a server that has
-    /// seen the verdict has seen the message too.
+    /// become of the delivery; whether it has confirmed that. Both on one connection and in this order,
+    /// so that a server that has seen the verdict has seen the message too.
     async fn conclude(
         &self,
         delivery: &Delivery,
         message: Option<(&str, HeaderMap)>,
         verdict: Verdict<'_>,
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<bool> {
         loop {
             if self.client.connection_state() != State::Connected {
                 // Completes only with a connection.
@@ -412,10 +428,13 @@ impl Worker {
                     .publish_with_headers(subject, headers, payload)
                     .await?;
             }
-            match &delivery.origin {
-                Origin::Core => self.client.flush().await?,
+            let is_settled = match &delivery.origin {
+                Origin::Core => {
+                    self.client.flush().await?;
+                    true
+                }
                 Origin::Stream { receipt, .. } => settle(&self.client, receipt, verdict).await,
-            }
+            };
             // A refusal comes before the confirmation of the ack; a core subscription has none.
             let is_confirmed = matches!(delivery.origin, Origin::Stream { .. });
             if is_confirmed && message.is_some() && self.status.publish_refused() > refused {
@@ -423,7 +442,7 @@ impl Worker {
             }
             // What was under way on a connection that broke may be lost: once more, then.
             if connections(&self.client) == connection {
-                return Ok(());
+                return Ok(is_settled);
             }
         }
     }

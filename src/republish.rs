@@ -103,9 +103,9 @@ pub fn failed_headers(delivery: &Delivery, given_up: &GivenUp, max_payload: usiz
 }
 
 /// The headers of a message, without those by which its publisher told its stream what to do: the
-/// stream behind another prefix would refuse the message, or drop all others (ADR-4, ADR-22).
+/// stream behind another prefix would refuse the message, or drop all others (ADR-4, ADR-22, ADR-43,
+/// ADR-49, ADR-50, ADR-51).
 fn carried_over(delivery: &Delivery) -> HeaderMap {
-    let instructs = |name: &str| name.starts_with("Nats-Expected-") || name == "Nats-Rollup";
     if matches!(delivery.origin, Origin::Core)
         || !delivery
             .headers
@@ -127,6 +127,14 @@ fn carried_over(delivery: &Delivery) -> HeaderMap {
     headers
 }
 
+/// Whether a header tells a stream what to do.
+fn instructs(name: &str) -> bool {
+    ["Nats-Expected-", "Nats-Batch-", "Nats-Schedule"]
+        .iter()
+        .any(|start| name.starts_with(start))
+        || ["Nats-Rollup", "Nats-TTL", "Nats-Incr"].contains(&name)
+}
+
 /// Whether the server accepts the payload with these headers: `NATS/1.0`, a line for each, and an
 /// empty line (ADR-4).
 fn fits(headers: &HeaderMap, delivery: &Delivery, max_payload: usize) -> bool {
@@ -138,4 +146,26 @@ fn fits(headers: &HeaderMap, delivery: &Delivery, max_payload: usize) -> bool {
         }
     }
     length <= max_payload
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn instructions_to_a_stream_are_told_from_other_headers() {
+        for (name, expected) in [
+            ("Nats-Expected-Last-Sequence", true),
+            ("Nats-Rollup", true),
+            ("Nats-TTL", true),
+            ("Nats-Incr", true),
+            ("Nats-Batch-Id", true),
+            ("Nats-Schedule-TTL", true),
+            ("Nats-Msg-Id", false),
+            ("Nats-Expected", false),
+            ("X-Nats-TTL", false),
+        ] {
+            assert_eq!(instructs(name), expected, "{name}");
+        }
+    }
 }

@@ -116,11 +116,12 @@ impl Source {
         }
     }
 
-    /// The message that was handed out last has come to its end.
-    pub fn done(&mut self) {
+    /// The message that was handed out last has come to its end; whether that is settled with the
+    /// server.
+    pub fn done(&mut self, is_settled: bool) {
         match self {
             Self::Core(_) => {}
-            Self::Durable(durable) => durable.done(),
+            Self::Durable(durable) => durable.done(is_settled),
         }
     }
 

@@ -27,6 +27,8 @@ pub(crate) enum Trouble {
     Missing,
     /// It never can.
     Fatal(anyhow::Error),
+    /// There is no JetStream to ask; it never can, unless there was one before.
+    NobodyAnswers(anyhow::Error),
     /// Later it may.
     Temporary(String),
 }
@@ -68,8 +70,9 @@ impl Consumer {
             ConsumerInfoErrorKind::StreamNotFound => Trouble::Fatal(anyhow!(
                 "there is no stream {stream}; create it, or set NATS_STREAM to one that exists"
             )),
-            ConsumerInfoErrorKind::NoResponders => Trouble::Fatal(anyhow!(
-                "JetStream is not enabled on the NATS server; enable it, or unset NATS_STREAM"
+            ConsumerInfoErrorKind::NoResponders => Trouble::NobodyAnswers(anyhow!(
+                "JetStream is not enabled on the NATS server; enable it (behind a leaf node: \
+                 default_js_domain), or unset NATS_STREAM"
             )),
             ConsumerInfoErrorKind::JetStream(error) => self.judge(&error),
             ConsumerInfoErrorKind::InvalidName => Trouble::Fatal(anyhow!(
@@ -142,6 +145,24 @@ impl Consumer {
                 "deliver_subject",
                 found.deliver_subject.clone().unwrap_or_default(),
                 String::new(),
+            ),
+            // The server would drop a message that it has handed out so often.
+            (
+                "max_deliver",
+                found.max_deliver.to_string(),
+                "-1".to_owned(),
+            ),
+            (
+                "headers_only",
+                found.headers_only.to_string(),
+                "false".to_owned(),
+            ),
+            // Each of these makes the server hand out a message that is still worked on.
+            ("backoff", format!("{:?}", found.backoff), "[]".to_owned()),
+            (
+                "ack_wait",
+                format!("{:?}", found.ack_wait.min(ACK_WAIT)),
+                format!("{ACK_WAIT:?}"),
             ),
         ];
         for (field, found, wanted) in differences {

@@ -71,8 +71,8 @@ pub struct Durable {
     arrived: VecDeque<(Delivery, Receipt)>,
     /// What is worked on.
     in_hand: Option<Receipt>,
-    /// The sequence of what was worked on last.
-    finished: Option<u64>,
+    /// What was settled last.
+    finished: Option<Receipt>,
 }
 
 /// The one pull request at a time.
@@ -93,6 +93,16 @@ pub struct Receipt {
     pub(super) ack: Subject,
     /// Its sequence in the stream.
     pub(super) sequence: u64,
+    /// When the stream got it, in nanoseconds since 1970.
+    pub(super) time: u64,
+}
+
+impl Receipt {
+    /// Whether both are of one message. The sequence alone does not tell: a stream that was restored
+    /// gives it away again.
+    fn is_of_the_same(&self, other: &Self) -> bool {
+        (self.sequence, self.time) == (other.sequence, other.time)
+    }
 }
 
 /// What has become of a message (ADR-15).
@@ -148,7 +158,9 @@ impl Durable {
                         self.arrived.extend(unreadable::find(&self.consumer).await);
                         return Ok(());
                     }
-                    Err(Trouble::Fatal(reason)) => return Err(reason),
+                    Err(Trouble::Fatal(reason) | Trouble::NobodyAnswers(reason)) => {
+                        return Err(reason);
+                    }
                     // Deleted as soon as it was created; once more, then.
                     Err(Trouble::Missing) => "the consumer is missing".to_owned(),
                     Err(Trouble::Temporary(reason)) => reason,
@@ -175,7 +187,11 @@ impl Durable {
                 self.step().await?;
                 continue;
             };
-            if self.finished == Some(receipt.sequence) {
+            if self
+                .finished
+                .as_ref()
+                .is_some_and(|finished| finished.is_of_the_same(&receipt))
+            {
                 // Handed out again while it was worked on, as after a lost connection.
                 self.client.publish(receipt.ack, "+ACK".into()).await?;
                 continue;
@@ -187,9 +203,10 @@ impl Durable {
         }
     }
 
-    /// The message in hand is settled.
-    pub(super) fn done(&mut self) {
-        self.finished = self.in_hand.take().map(|receipt| receipt.sequence);
+    /// The message in hand has come to its end. If that is not settled, it may come again, and is
+    /// then worked on again: nobody knows whether it was republished.
+    pub(super) fn done(&mut self, is_settled: bool) {
+        self.finished = self.in_hand.take().filter(|_| is_settled);
     }
 
     pub(super) async fn attend(&mut self) -> anyhow::Error {
@@ -336,10 +353,14 @@ impl Durable {
         let ack = message
             .reply
             .context("a message came without an ack subject")?;
-        let (sequence, pending) = parse_ack_subject(&ack)
+        let (sequence, time, pending) = parse_ack_subject(&ack)
             .with_context(|| format!("an ack subject of unknown form: {ack}"))?;
         self.status.set_waiting(pending, 0);
-        let receipt = Receipt { ack, sequence };
+        let receipt = Receipt {
+            ack,
+            sequence,
+            time,
+        };
         let delivery = Delivery {
             subject: message.subject,
             headers: message.headers.unwrap_or_default(),
@@ -383,6 +404,8 @@ impl Durable {
                 }
                 Err(Trouble::Fatal(reason)) => return Err(reason),
                 Err(Trouble::Missing) => return Err(deleted(&self.consumer.name)),
+                // Such as a leaf node that has lost its hub.
+                Err(Trouble::NobodyAnswers(reason)) => warn!("{reason:#}"),
                 Err(Trouble::Temporary(reason)) => warn!("JetStream is not ready: {reason}"),
             }
         }
@@ -417,11 +440,11 @@ fn inbox_refused() -> anyhow::Error {
     anyhow!("no permission to use inboxes; allow _INBOX.> for this NATS user")
 }
 
-/// Tells the server what has become of a message, until it has confirmed that. Returns early when
-/// the connection was lost meanwhile, for what was sent before on it may be lost as well. A server
-/// that was killed may have forgotten that it had handed the message out, and never confirms; it then
-/// hands out the message again.
-pub async fn settle(client: &Client, receipt: &Receipt, verdict: Verdict<'_>) {
+/// Tells the server what has become of a message, until it has confirmed that; whether it has.
+/// Returns early when the connection was lost meanwhile, for what was sent before on it may be lost as
+/// well. A server that was killed may have forgotten that it had handed the message out, and never
+/// confirms; it then hands out the message again. So does one that a dead connection never reached.
+pub async fn settle(client: &Client, receipt: &Receipt, verdict: Verdict<'_>) -> bool {
     let word = match verdict {
         Verdict::Ack => "+ACK".to_owned(),
         // Older servers do not know a `+TERM` with a reason.
@@ -435,23 +458,24 @@ pub async fn settle(client: &Client, receipt: &Receipt, verdict: Verdict<'_>) {
             .timeout(Some(CONFIRMATION_TIMEOUT));
         let confirmed = client.send_request(receipt.ack.clone(), request).await;
         if confirmed.is_ok() || connections(client) != connection {
-            return;
+            return confirmed.is_ok();
         }
         if start.elapsed() > SETTLE_PATIENCE {
-            return warn!(
+            warn!(
                 "message {} may come again: NATS does not confirm its ack",
                 receipt.sequence
             );
+            return false;
         }
         // Nobody confirms: the consumer has no leader just now.
         sleep(SETTLE_AGAIN).await;
     }
 }
 
-/// The sequence in the stream, and the number of messages that follow it, from an ack subject:
+/// The sequence in the stream, the time, and the number of messages that follow, from an ack subject:
 /// `$JS.ACK.<stream>.<consumer>.<delivered>.<sequence>.<consumer sequence>.<time>.<pending>`, in
 /// newer servers with a domain and an account before the stream (ADR-15).
-fn parse_ack_subject(subject: &str) -> Option<(u64, u64)> {
+fn parse_ack_subject(subject: &str) -> Option<(u64, u64, u64)> {
     let tokens: Vec<_> = subject.strip_prefix("$JS.ACK.")?.split('.').collect();
     let start = match tokens.len() {
         7 => 0,
@@ -460,6 +484,7 @@ fn parse_ack_subject(subject: &str) -> Option<(u64, u64)> {
     };
     Some((
         tokens[start + 3].parse().ok()?,
+        tokens[start + 5].parse().ok()?,
         tokens[start + 6].parse().ok()?,
     ))
 }
@@ -473,15 +498,15 @@ mod tests {
         for (subject, expected) in [
             (
                 "$JS.ACK.CMS.relay.1.17.3.1700000000000000000.5",
-                Some((17, 5)),
+                Some((17, 1_700_000_000_000_000_000, 5)),
             ),
             (
                 "$JS.ACK._.hash.CMS.relay.1.17.3.1700000000000000000.5",
-                Some((17, 5)),
+                Some((17, 1_700_000_000_000_000_000, 5)),
             ),
             (
                 "$JS.ACK.hub.hash.CMS.relay.2.17.3.1700000000000000000.5.random",
-                Some((17, 5)),
+                Some((17, 1_700_000_000_000_000_000, 5)),
             ),
             ("$JS.ACK.CMS.relay.1.x.3.1700000000000000000.5", None),
             ("$JS.ACK.CMS.relay", None),

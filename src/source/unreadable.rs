@@ -41,6 +41,7 @@ pub(super) async fn find(consumer: &Consumer) -> Option<(Delivery, Receipt)> {
         )
         .into(),
         sequence,
+        time: 0,
     };
     let delivery = Delivery {
         subject: message.subject.into(),
@@ -65,19 +66,19 @@ fn is_readable(headers: &[u8]) -> bool {
     let Some(status) = lines.next().and_then(|line| line.strip_prefix("NATS/1.0")) else {
         return false;
     };
-    let code = status.split_whitespace().next();
-    let is_code = |code: &str| code.len() == 3 && code.bytes().all(|b| b.is_ascii_digit());
-    if !code.is_none_or(is_code) {
+    let code = status.trim().split(' ').next().unwrap_or_default();
+    let is_code = code.len() == 3 && code.bytes().all(|b| b.is_ascii_digit());
+    if !code.is_empty() && (!is_code || code.starts_with('0')) {
         return false;
     }
-    let mut is_first = true;
-    lines.filter(|line| !line.is_empty()).all(|line| {
-        let continues = !is_first && line.starts_with(char::is_whitespace);
-        is_first = false;
+    let mut follows_header = false;
+    lines.all(|line| {
+        let continues = follows_header && line.starts_with(char::is_whitespace);
+        follows_header = !line.is_empty();
         let name_is_good = line
             .split_once(':')
             .is_some_and(|(name, _)| name.bytes().all(|b| b.is_ascii_graphic()));
-        (continues || name_is_good) && !line.contains('\r')
+        (line.is_empty() || continues || name_is_good) && !line.contains('\r')
     })
 }
 
@@ -93,7 +94,12 @@ mod tests {
             (b"NATS/1.0\r\nA: b\r\n  c\r\n\r\n", true),
             (b"NATS/1.0 503\r\n\r\n", true),
             (b"NATS/1.0 404 No Messages\r\nA: b\r\n\r\n", true),
+            (b"NATS/1.0\r\n\r\nA: b\r\n\r\n", true),
             (b"NATS/1.0 what\r\n\r\n", false),
+            (b"NATS/1.0 099\r\n\r\n", false),
+            (b"NATS/1.0 404\tNo\r\n\r\n", false),
+            (b"NATS/1.0\r\n  c\r\n\r\n", false),
+            (b"NATS/1.0\r\nA: b\r\n\r\n  c\r\n\r\n", false),
             (b"HTTP/1.1\r\n\r\n", false),
             (b"", false),
             (b"NATS/1.0\r\nno colon\r\n\r\n", false),

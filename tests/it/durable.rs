@@ -350,6 +350,27 @@ async fn a_consumer_that_would_break_the_order_is_refused_and_tuning_is_left_alo
             },
             "ack_policy \"All\"",
         ),
+        (
+            consumer::pull::Config {
+                max_deliver: 3,
+                ..good.clone()
+            },
+            "max_deliver \"3\"",
+        ),
+        (
+            consumer::pull::Config {
+                headers_only: true,
+                ..good.clone()
+            },
+            "headers_only \"true\"",
+        ),
+        (
+            consumer::pull::Config {
+                ack_wait: Duration::from_secs(1),
+                ..good.clone()
+            },
+            "ack_wait \"1s\"",
+        ),
         (good, ""),
     ] {
         let nats = NatsServer::with_stream().await;

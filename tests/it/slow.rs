@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use async_nats::{ConnectOptions, Subscriber, jetstream};
+use futures::StreamExt;
 
 use crate::support::{Answer, NatsServer, Received, Relay, Webhook, next, until};
 
@@ -222,6 +223,71 @@ async fn a_webhook_that_takes_longer_than_the_ack_wait_gets_one_request() {
     publish(&nats.jetstream().await, 0..2).await;
     assert_eq!(read(&mut relayed, 2).await, (vec![0, 1], 0));
     assert_eq!(numbers(&webhook), [0, 1]);
+}
+
+#[tokio::test]
+async fn a_message_republished_on_a_dead_connection_is_republished_again() {
+    let mut nats = NatsServer::with_stream().await;
+    nats.create_stream("RELAYED", "relayed.>", 1).await;
+    let webhook = Webhook::script([Answer::ok_after(Duration::from_millis(500))]).await;
+    let relay = Relay::durable(&nats, &webhook, &[]).await;
+    publish(&nats.jetstream().await, 0..2).await;
+    webhook.received(1).await;
+    nats.freeze();
+    relay.logged("message 1 may come again").await;
+    nats.kill();
+    nats.restart();
+    // The stream has a message of the same id only once.
+    let jetstream = nats.jetstream().await;
+    let mut consumer = loop {
+        let stream = jetstream.get_stream("RELAYED").await;
+        let config = jetstream::consumer::pull::OrderedConfig::default();
+        if let Ok(stream) = stream
+            && let Ok(consumer) = stream.create_consumer(config).await
+        {
+            break consumer.messages().await.unwrap();
+        }
+    };
+    for n in 0..2 {
+        let message = consumer.next().await.unwrap().unwrap();
+        assert_eq!(message.payload, n.to_string());
+    }
+    relay.logged_times(" -> relayed.cache.x", 2).await;
+}
+
+#[tokio::test]
+async fn a_new_message_with_the_sequence_of_a_lost_one_is_relayed() {
+    let mut nats = NatsServer::with_stream().await;
+    let mut relayed = listen(&nats.url()).await;
+    let webhook = Webhook::ok().await;
+    let relay = Relay::durable(&nats, &webhook, &[]).await;
+    publish(&nats.jetstream().await, 0..1).await;
+    assert_eq!(read(&mut relayed, 1).await, (vec![0], 0));
+    relay.logged_times(" -> ", 1).await;
+    nats.stop();
+    // A backup, without what comes now.
+    let store = nats.directory().join("jetstream");
+    let backup = nats.directory().join("backup");
+    let copy = |from: &std::path::Path, to: &std::path::Path| {
+        let copied = std::process::Command::new("cp")
+            .arg("-r")
+            .args([from, to])
+            .status();
+        assert!(copied.unwrap().success());
+    };
+    copy(&store, &backup);
+    nats.restart();
+    publish(&nats.jetstream().await, 1..2).await;
+    relay.logged_times(" -> ", 2).await;
+    nats.stop();
+    std::fs::remove_dir_all(&store).unwrap();
+    copy(&backup, &store);
+    nats.restart();
+    publish(&nats.jetstream().await, 2..3).await;
+    until("the new message is POSTed", || {
+        numbers(&webhook).contains(&2)
+    })
+    .await;
 }
 
 #[tokio::test]

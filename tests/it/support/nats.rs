@@ -143,6 +143,23 @@ impl NatsServer {
         self.process.wait().unwrap();
     }
 
+    /// It keeps its connections, and says nothing any more; only [`Self::kill`] ends that.
+    pub fn freeze(&self) {
+        self.signal("STOP");
+    }
+
+    /// As its operator would: it writes down all that it knows.
+    pub fn stop(&mut self) {
+        self.signal("TERM");
+        self.process.wait().unwrap();
+    }
+
+    fn signal(&self, name: &str) {
+        let id = self.process.id().to_string();
+        let sent = Command::new("kill").args(["-s", name, &id]).status();
+        assert!(sent.unwrap().success());
+    }
+
     /// Again on the same port, with the same configuration and files.
     pub fn restart(&mut self) {
         self.process = spawn(&self.directory, self.port.into());
