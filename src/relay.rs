@@ -2,6 +2,7 @@
 
 use std::{
     fmt,
+    ops::ControlFlow,
     pin::pin,
     sync::Arc,
     time::{Duration, Instant},
@@ -51,12 +52,6 @@ struct Worker {
     status: Arc<Status>,
     /// In the order of the webhook's targets.
     destinations: Vec<DestinationMetrics>,
-}
-
-/// Whether there is a next message to take.
-enum Then {
-    Continue,
-    Stop,
 }
 
 /// A destination has succeeded.
@@ -162,19 +157,19 @@ impl Relay {
                 delivery = self.source.next() => delivery?,
                 never = self.heartbeat.beat(&self.worker.status) => match never {},
             };
-            match self.relay(&delivery, stop).await? {
-                Then::Continue => {}
-                Then::Stop => return Ok(()),
+            if self.relay(&delivery, stop).await?.is_break() {
+                return Ok(());
             }
         }
     }
 
-    /// Relays one message. A request to stop meanwhile leaves it a while to finish.
+    /// Relays one message; whether there is a next one to take. A request to stop meanwhile leaves it
+    /// a while to finish, and is a break.
     async fn relay(
         &mut self,
         delivery: &Delivery,
         stop: &mut (impl Stream<Item = ()> + Unpin),
-    ) -> anyhow::Result<Then> {
+    ) -> anyhow::Result<ControlFlow<()>> {
         let Self {
             source,
             heartbeat,
@@ -185,7 +180,7 @@ impl Relay {
             biased;
             is_settled = &mut work => {
                 source.done(is_settled);
-                return Ok(Then::Continue);
+                return Ok(ControlFlow::Continue(()));
             }
             reason = meanwhile(source, heartbeat, &worker.status) => {
                 worker.leave(delivery, "the relay cannot go on");
@@ -212,7 +207,7 @@ impl Relay {
                 worker.leave(delivery, &format!("not finished within SHUTDOWN_TIMEOUT, {patience:?}"));
             }
         }
-        Ok(Then::Stop)
+        Ok(ControlFlow::Break(()))
     }
 }
 
