@@ -405,7 +405,7 @@ impl Durable {
                 Err(Trouble::Fatal(reason)) => return Err(reason),
                 Err(Trouble::Missing) => return Err(deleted(&self.consumer.name)),
                 // Such as a leaf node that has lost its hub.
-                Err(Trouble::NobodyAnswers(reason)) => warn!("{reason:#}"),
+                Err(Trouble::NobodyAnswers(_)) => warn!("JetStream is not ready: nobody answers"),
                 Err(Trouble::Temporary(reason)) => warn!("JetStream is not ready: {reason}"),
             }
         }
