@@ -919,10 +919,24 @@ fn parse_max_attempts(text: &str) -> Result<Option<u32>, String> {
     }
 }
 
-/// Set variables that look like a misspelling of a known one, each with the known one.
-/// Others are none of our business: Kubernetes, for one, sets `NATS_PORT` by itself.
+/// A set variable that looks like a misspelling of a known one.
+#[derive(Debug)]
+pub struct Misspelling<'a> {
+    name: &'a str,
+    known: &'static str,
+}
+
+impl fmt::Display for Misspelling<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name, known } = self;
+        write!(f, "{name} is set but not known; is {known} meant?")
+    }
+}
+
+/// All misspellings. Other unknown variables are none of our business: Kubernetes, for one, sets
+/// `NATS_PORT` by itself.
 #[must_use]
-pub fn misspellings(environment: &Environment) -> Vec<(&str, &'static str)> {
+pub fn misspellings(environment: &Environment) -> Vec<Misspelling<'_>> {
     let is_known = |name: &str| {
         let has_file = |variable: &Variable| {
             variable.kind != Kind::File && name.strip_suffix(FILE_SUFFIX) == Some(variable.name)
@@ -939,10 +953,10 @@ pub fn misspellings(environment: &Environment) -> Vec<(&str, &'static str)> {
                 let tolerance = if variable.name.len() < 12 { 1 } else { 2 };
                 strsim::osa_distance(stem, variable.name) <= tolerance
             };
-            VARIABLES
-                .iter()
-                .find(close)
-                .map(|variable| (name, variable.name))
+            VARIABLES.iter().find(close).map(|variable| Misspelling {
+                name,
+                known: variable.name,
+            })
         })
         .collect()
 }
@@ -1235,7 +1249,9 @@ mod tests {
     fn misspellings_are_noticed_and_foreign_variables_are_not() {
         let noticed = |name: &str| {
             let environment = [(name, "x")].into_iter().collect();
-            misspellings(&environment).first().map(|(_, known)| *known)
+            misspellings(&environment)
+                .first()
+                .map(|misspelling| misspelling.known)
         };
         assert_eq!(noticed("WEBHOOK_DESTINATON"), Some(DESTINATION));
         assert_eq!(noticed("NATS_HOSTS"), Some(HOST));

@@ -74,10 +74,8 @@ async fn relay() -> ExitCode {
 /// Says what of the configuration holds.
 async fn check() -> ExitCode {
     let (environment, config) = read();
-    for (name, known) in config::misspellings(&environment) {
-        print(&format!(
-            "warning {name} is set but not known; is {known} meant?\n"
-        ));
+    for misspelling in config::misspellings(&environment) {
+        print(&format!("warning {misspelling}\n"));
     }
     let config = match config {
         Ok(config) => config,
@@ -109,8 +107,8 @@ fn configure() -> Result<Config, Vec<String>> {
     let (environment, config) = read();
     logging::start(config.as_ref().map_or("info", |config| &config.log_filter));
     info!("{}", version());
-    for (name, known) in config::misspellings(&environment) {
-        warn!("{name} is set but not known; is {known} meant?");
+    for misspelling in config::misspellings(&environment) {
+        warn!("{misspelling}");
     }
     config
 }

@@ -85,19 +85,17 @@ pub async fn connect_once(
         .connect(server)
         .await
         .map_err(|error| match error.kind() {
-            kind if is_refusal(kind) => anyhow!("{}", refusal(kind, config.login.remedy())),
+            kind if REFUSALS.contains(&kind) => anyhow!("{}", refusal(kind, config.login.remedy())),
             _ => error.into(),
         })?;
     Ok((client, faults))
 }
 
-/// Whether a server was reached and does not let us in.
-fn is_refusal(kind: ConnectErrorKind) -> bool {
-    matches!(
-        kind,
-        ConnectErrorKind::AuthorizationViolation | ConnectErrorKind::Authentication
-    )
-}
+/// A server was reached and does not let us in.
+const REFUSALS: [ConnectErrorKind; 2] = [
+    ConnectErrorKind::AuthorizationViolation,
+    ConnectErrorKind::Authentication,
+];
 
 /// What to say then.
 fn refusal(kind: impl Display, remedy: &str) -> String {
@@ -291,8 +289,7 @@ impl Observer {
             Event::SlowConsumer(_) => error!("the NATS client dropped a message (slow consumer)"),
             Event::ServerError(error) => self.observe_server_error(&error),
             Event::ClientError(ClientError::Other(kind))
-                if kind == ConnectErrorKind::AuthorizationViolation.to_string()
-                    || kind == ConnectErrorKind::Authentication.to_string() =>
+                if REFUSALS.iter().any(|refusal| refusal.to_string() == kind) =>
             {
                 let progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
                 let refusal = refusal(kind, self.remedy);

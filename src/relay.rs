@@ -20,10 +20,9 @@ use crate::{
     config::Config,
     heartbeat::Heartbeat,
     nats::connections,
-    republish::{GivenUp, failed_headers, relayed_headers},
+    republish::{GivenUp, failed_headers, relayed_headers, target_subject},
     source::{Delivery, Origin, Source, Verdict, settle},
     status::{Cause, DestinationMetrics, Outcome, Status},
-    subject::Prefix,
     webhook::{Failure, Target, Webhook, message_id},
 };
 
@@ -32,10 +31,6 @@ const BACKOFF: Backoff = Backoff {
     first: Duration::from_millis(250),
     longest: Duration::from_secs(30),
 };
-
-/// The server closes the connection on a longer line than `HPUB <subject> <size> <size>` of so many
-/// bytes, unless its operator has changed `max_control_line`, which it does not tell.
-const LONGEST_SUBJECT: usize = 4096 - "HPUB  67108864 67108864".len();
 
 /// Everything it takes to relay messages.
 pub struct Relay {
@@ -245,15 +240,20 @@ impl Worker {
 
     /// POSTs a message until that succeeded, and only then republishes it.
     async fn try_relay(&self, delivery: &Delivery) -> Result<Relayed, GivenUp> {
-        let target = self
-            .rewrite(delivery, &self.config.relayed_prefix)
-            .map_err(GivenUp::unpublishable)?;
+        let Config {
+            prefix,
+            relayed_prefix,
+            republish_delay,
+            ..
+        } = &self.config;
+        let target =
+            target_subject(delivery, prefix, relayed_prefix).map_err(GivenUp::unpublishable)?;
         if let Some(fault) = delivery.fault {
             return Err(GivenUp::unpublishable(fault.to_owned()));
         }
         let posted = self.post(delivery).await?;
-        if !self.config.republish_delay.is_zero() {
-            sleep(self.config.republish_delay).await;
+        if !republish_delay.is_zero() {
+            sleep(*republish_delay).await;
         }
         let headers = relayed_headers(delivery, self.client.max_payload());
         let is_settled = self
@@ -267,21 +267,6 @@ impl Worker {
             posted,
             is_settled,
         })
-    }
-
-    /// The subject of a message below another prefix.
-    fn rewrite(&self, delivery: &Delivery, to: &Prefix) -> Result<String, String> {
-        let prefix = &self.config.prefix;
-        let target = prefix
-            .rewrite(&delivery.subject, to)
-            .ok_or_else(|| format!("it is not below {prefix}"))?;
-        if target.len() > LONGEST_SUBJECT {
-            return Err(format!(
-                "below {to} its subject has {} bytes, and NATS takes {LONGEST_SUBJECT}",
-                target.len()
-            ));
-        }
-        Ok(target)
     }
 
     /// POSTs to all destinations at the same time, until each has succeeded or is to be given up.
@@ -362,9 +347,9 @@ impl Worker {
         error!("{line}");
         self.status.add_given_up(given_up.cause, line);
         let verdict = Verdict::Term(&given_up.reason);
-        if let Some(prefix) = &self.config.failed_prefix {
+        if let Some(failed_prefix) = &self.config.failed_prefix {
             let headers = failed_headers(delivery, &given_up, self.client.max_payload());
-            let published = match self.rewrite(delivery, prefix) {
+            let published = match target_subject(delivery, &self.config.prefix, failed_prefix) {
                 Ok(target) => {
                     let message = Some((&target[..], headers));
                     self.conclude(delivery, message, verdict).await
@@ -428,13 +413,15 @@ impl Worker {
                     self.client.flush().await?;
                     true
                 }
-                Origin::Stream { receipt, .. } => settle(&self.client, receipt, verdict).await,
+                Origin::Stream { receipt, .. } => {
+                    let is_settled = settle(&self.client, receipt, verdict).await;
+                    // A refusal comes before the confirmation of the ack.
+                    if message.is_some() && self.status.publish_refused() > refused {
+                        bail!("NATS refuses it");
+                    }
+                    is_settled
+                }
             };
-            // A refusal comes before the confirmation of the ack; a core subscription has none.
-            let is_confirmed = matches!(delivery.origin, Origin::Stream { .. });
-            if is_confirmed && message.is_some() && self.status.publish_refused() > refused {
-                bail!("NATS refuses it");
-            }
             // What was under way on a connection that broke may be lost: once more, then.
             if connections(&self.client) == connection {
                 return Ok(is_settled);

@@ -5,6 +5,7 @@ use async_nats::{HeaderMap, header::NATS_MESSAGE_ID};
 use crate::{
     source::{Delivery, Origin},
     status::Cause,
+    subject::Prefix,
 };
 
 /// Why a message is given up.
@@ -42,6 +43,27 @@ impl GivenUp {
             cause: all.cause,
         })
     }
+}
+
+/// The server closes the connection on a longer line than `HPUB <subject> <size> <size>` of so many
+/// bytes, unless its operator has changed `max_control_line`, which it does not tell.
+const LONGEST_SUBJECT: usize = 4096 - "HPUB  67108864 67108864".len();
+
+/// The subject of a message below another prefix.
+///
+/// # Errors
+/// With the reason, if there is none or NATS does not take it.
+pub fn target_subject(delivery: &Delivery, prefix: &Prefix, to: &Prefix) -> Result<String, String> {
+    let target = prefix
+        .rewrite(&delivery.subject, to)
+        .ok_or_else(|| format!("it is not below {prefix}"))?;
+    if target.len() > LONGEST_SUBJECT {
+        return Err(format!(
+            "below {to} its subject has {} bytes, and NATS takes {LONGEST_SUBJECT}",
+            target.len()
+        ));
+    }
+    Ok(target)
 }
 
 /// The headers of the relayed message: its own. In durable mode without those that tell a stream
