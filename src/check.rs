@@ -1,150 +1,292 @@
 //! `--check`: what of a configuration holds, and what does not. Takes and publishes no message, sends
 //! no request to a destination, creates nothing.
 
-use std::{fmt::Write, sync::Arc, time::Duration};
+use std::{io::Write, sync::Arc, time::Duration};
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
+use async_nats::Client;
 use reqwest::Url;
 use rustls::{ClientConfig, pki_types::ServerName};
-use rustls_platform_verifier::BuilderVerifierExt;
 use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpStream, lookup_host},
     time::timeout,
 };
 use tokio_rustls::TlsConnector;
 
 use crate::{
-    config::{Config, Destination, Mode},
-    nats::{connect_once, show},
-    source::{Consumer, Trouble, fatal},
+    config::{self, Config, Destination, Login, Mode, Proxy},
+    nats::{Faults, Notice, cannot_look, connect_once, show},
+    source::{Consumer, Trouble, fatal, inbox_refused, try_to_look},
     status::Status,
+    text::{count, reasons},
+    tls,
 };
 
 /// How long anything may take.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// What was found, line by line.
-#[derive(Debug, Default)]
-pub struct Report {
-    /// The lines, ready to be printed.
-    pub text: String,
+/// The head of an answer is not longer.
+const MAX_HEAD_BYTES: usize = 16 * 1024;
+
+/// What is found, line by line, as it is found.
+struct Report<'a> {
+    out: &'a mut dyn Write,
     /// Whether all of it holds.
-    pub good: bool,
+    good: bool,
 }
 
-impl Report {
+impl Report<'_> {
     fn add(&mut self, what: &str, found: anyhow::Result<String>) {
         let (mark, words) = match found {
             Ok(words) => ("ok    ", words),
             Err(reason) => {
                 self.good = false;
-                ("FAILED", format!("{reason:#}"))
+                ("FAILED", reasons(&reason))
             }
         };
-        let _ = writeln!(self.text, "{mark}  {what}: {words}");
+        // Whoever does not listen any more does not want to know.
+        let _ = writeln!(self.out, "{mark}  {what}: {words}");
+        let _ = self.out.flush();
     }
 }
 
-/// Tries everything that a valid configuration names.
+/// Tries everything that a valid configuration names, and writes down what holds and what does not;
+/// whether all of it holds.
 ///
 /// # Errors
 /// If there is nothing to try with.
-pub async fn check(config: &Config) -> anyhow::Result<Report> {
-    // The one provider for all TLS.
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    let mut report = Report {
-        good: true,
-        ..Report::default()
-    };
+pub async fn check(config: &Config, out: &mut dyn Write) -> anyhow::Result<bool> {
+    tls::install_provider();
+    let mut report = Report { out, good: true };
     report.add("configuration", Ok("valid".to_owned()));
-    let status = Arc::new(Status::new()?);
-    let mut reached = None;
-    for server in &config.nats.servers {
-        let connected = timeout(
-            PATIENCE,
-            connect_once(&config.nats, server, &config.prefix, &status),
-        );
-        let found = match connected.await {
-            Ok(Ok(connection)) => {
-                reached.get_or_insert(connection);
-                Ok("connected, the login is accepted".to_owned())
-            }
-            Ok(Err(reason)) => Err(reason),
-            Err(_) => Err(anyhow!("no answer within {PATIENCE:?}")),
-        };
-        report.add(&format!("NATS {}", show(server)), found);
-    }
-    if let Some((client, mut faults)) = reached {
+    if let Some((client, faults)) = check_servers(config, &mut report).await? {
         match &config.mode {
-            Mode::Core { .. } => {
-                let subject = config.prefix.wildcard();
-                // Outside of the queue group, so that it takes no message away from it.
-                let found = match client.subscribe(subject.clone()).await {
-                    Ok(_subscriber) => timeout(PATIENCE, faults.confirm(&client))
-                        .await
-                        .unwrap_or_else(|_| Err(anyhow!("no answer within {PATIENCE:?}"))),
-                    Err(error) => Err(error.into()),
-                };
-                report.add(
-                    &format!("subscription to {subject}"),
-                    found.map(|()| "permitted".to_owned()),
-                );
-            }
+            Mode::Core { .. } => check_subscription(config, client, faults, &mut report).await,
             Mode::Durable { stream, consumer } => {
-                let wanted = Consumer {
+                let consumer = Consumer {
                     client,
                     stream: stream.clone(),
                     name: consumer.clone(),
                     filter: config.prefix.wildcard(),
                 };
-                let found = tokio::select! {
-                    biased;
-                    reason = fatal(&mut faults) => Err(reason),
-                    found = wanted.verify() => match found {
-                        Ok(waiting) => Ok(format!("is there and as it must be; {waiting} messages wait")),
-                        Err(Trouble::Missing) => Ok("is missing, and created at the start".to_owned()),
-                        Err(Trouble::Fatal(reason) | Trouble::NobodyAnswers(reason)) => Err(reason),
-                        Err(Trouble::Temporary(reason)) => Err(anyhow!(reason)),
-                    },
-                };
-                report.add(
-                    &format!("consumer {consumer} of the stream {stream}"),
-                    found,
-                );
+                check_consumer(&consumer, faults, &mut report).await;
             }
         }
     }
+    let tls = config
+        .webhook
+        .destinations
+        .iter()
+        .any(Destination::is_https)
+        .then(|| tls::client_config(config.webhook.trust.as_deref()))
+        .transpose()?
+        .map(Arc::new);
     for destination in &config.webhook.destinations {
-        let found = timeout(PATIENCE, reach(destination)).await;
-        let found = found.unwrap_or_else(|_| Err(anyhow!("no answer within {PATIENCE:?}")));
+        let found = within_patience(reach(destination, tls.as_ref())).await;
         report.add(&format!("destination {destination}"), found);
     }
-    Ok(report)
+    Ok(report.good)
+}
+
+async fn within_patience<T>(what: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    timeout(PATIENCE, what)
+        .await
+        .unwrap_or_else(|_| Err(anyhow!("no answer within {PATIENCE:?}")))
+}
+
+/// Connects to each server; the first connection that there is.
+async fn check_servers(
+    config: &Config,
+    report: &mut Report<'_>,
+) -> anyhow::Result<Option<(Client, Faults)>> {
+    let status = Arc::new(Status::new()?);
+    let welcome = match config.nats.login {
+        Login::Anonymous => "connected, without a login",
+        _ => "connected, the login is accepted",
+    };
+    let mut reached = None;
+    for server in &config.nats.servers {
+        let connecting = connect_once(&config.nats, server, &config.prefix, &status);
+        let found = within_patience(connecting).await.map(|connection| {
+            reached.get_or_insert(connection);
+            welcome.to_owned()
+        });
+        report.add(&format!("NATS {}", show(server)), found);
+    }
+    Ok(reached)
+}
+
+async fn check_subscription(
+    config: &Config,
+    client: Client,
+    mut faults: Faults,
+    report: &mut Report<'_>,
+) {
+    let subject = config.prefix.wildcard();
+    // Outside of the queue group, so that it takes no message away from it.
+    let found = match client.subscribe(subject.clone()).await {
+        Ok(_subscriber) => within_patience(faults.confirm(&client)).await,
+        Err(error) => Err(error.into()),
+    };
+    report.add(
+        &format!("subscription to {subject}"),
+        found.map(|()| "permitted".to_owned()),
+    );
+}
+
+async fn check_consumer(consumer: &Consumer, mut faults: Faults, report: &mut Report<'_>) {
+    let Consumer { stream, name, .. } = consumer;
+    let found = tokio::select! {
+        biased;
+        reason = fatal(&mut faults) => Err(reason),
+        found = consumer.verify() => match found {
+            Ok(waiting) => Ok(format!(
+                "is there and as it must be; waiting in the stream: {}", count(waiting, "message")
+            )),
+            Err(Trouble::Missing) => Ok("is missing, and created at the start".to_owned()),
+            Err(Trouble::Fatal(reason) | Trouble::NobodyAnswers(reason)) => Err(reason),
+            Err(Trouble::Temporary(reason)) => Err(anyhow!(reason)),
+        },
+    };
+    let is_usable = found.is_ok();
+    report.add(&format!("consumer {name} of the stream {stream}"), found);
+    // Without a stream there is nothing to look at.
+    if is_usable {
+        let found = tokio::select! {
+            biased;
+            reason = look_refused(&mut faults, stream) => Err(reason),
+            found = try_to_look(consumer) => found.map_err(anyhow::Error::from),
+        };
+        report.add(
+            &format!("messages of the stream {stream}"),
+            found.map(|()| "can be looked at".to_owned()),
+        );
+    }
+}
+
+/// Resolves when our user turns out to have no permission to look at the messages of the stream.
+async fn look_refused(faults: &mut Faults, stream: &str) -> anyhow::Error {
+    loop {
+        match faults.notice().await {
+            Notice::LookRefused => {
+                return anyhow!(
+                    "{}",
+                    cannot_look(&format!("$JS.API.STREAM.MSG.GET.{stream}"))
+                );
+            }
+            Notice::Fatal(reason) => return reason,
+            Notice::InboxRefused => return inbox_refused(),
+            Notice::Connected => {}
+        }
+    }
 }
 
 /// Gets as far as a request would, and sends none.
-async fn reach(destination: &Destination) -> anyhow::Result<String> {
-    let url: &Url = destination.expose_url();
-    // IPv6 addresses are in brackets in a URL, and nowhere else.
-    let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
-    let port = url.port_or_known_default().unwrap_or_default();
-    let addresses: Vec<_> = lookup_host((host, port))
+async fn reach(
+    destination: &Destination,
+    tls: Option<&Arc<ClientConfig>>,
+) -> anyhow::Result<String> {
+    let url = destination.expose_url();
+    let Some(proxy) = destination.proxy() else {
+        let stream = connect(url).await?;
+        return match tls.filter(|_| destination.is_https()) {
+            None => Ok("can be connected to".to_owned()),
+            Some(tls) => {
+                handshake(tls, url, stream).await?;
+                Ok("can be connected to, its certificate is trusted".to_owned())
+            }
+        };
+    };
+    let stream = connect(proxy.expose_url())
+        .await
+        .with_context(|| format!("the proxy {proxy}"))?;
+    let Some(tls) = tls.filter(|_| destination.is_https()) else {
+        return Ok(format!(
+            "goes through the proxy {proxy}, which can be connected to; only a request would tell more"
+        ));
+    };
+    if proxy.expose_url().scheme() == "https" {
+        let stream = handshake(tls, proxy.expose_url(), stream)
+            .await
+            .with_context(|| format!("the proxy {proxy}"))?;
+        let stream = tunnel(stream, proxy, url).await?;
+        handshake(tls, url, stream).await?;
+    } else {
+        let stream = tunnel(stream, proxy, url).await?;
+        handshake(tls, url, stream).await?;
+    }
+    Ok(format!(
+        "can be connected to through the proxy {proxy}, its certificate is trusted"
+    ))
+}
+
+/// A connection to the host of `url`.
+async fn connect(url: &Url) -> anyhow::Result<TcpStream> {
+    let addresses: Vec<_> = lookup_host(config::authority(url))
         .await
         .context("its name does not resolve")?
         .collect();
-    let stream = TcpStream::connect(&addresses[..])
+    TcpStream::connect(&addresses[..])
         .await
-        .context("cannot connect")?;
-    if url.scheme() == "http" {
-        return Ok("can be connected to".to_owned());
-    }
-    let config = ClientConfig::builder()
-        .with_platform_verifier()?
-        .with_no_client_auth();
+        .context("cannot connect")
+}
+
+async fn handshake<S>(
+    tls: &Arc<ClientConfig>,
+    url: &Url,
+    stream: S,
+) -> anyhow::Result<tokio_rustls::client::TlsStream<S>>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    // IPv6 addresses are in brackets in a URL, and nowhere else.
+    let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
     let name = ServerName::try_from(host.to_owned())?;
-    TlsConnector::from(Arc::new(config))
+    let connected = TlsConnector::from(Arc::clone(tls))
         .connect(name, stream)
-        .await
-        .context("TLS failed")?;
-    Ok("can be connected to, its certificate is trusted".to_owned())
+        .await;
+    connected.map_err(|error| {
+        let error = error.to_string();
+        anyhow!(
+            "{}",
+            tls::explain(&error, "SSL_CERT_FILE", "http").unwrap_or(error)
+        )
+        .context("TLS failed")
+    })
+}
+
+/// Asks a proxy for a way to the host of `url` (RFC 9110, 9.3.6).
+async fn tunnel<S>(mut stream: S, proxy: &Proxy, url: &Url) -> anyhow::Result<S>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let authority = config::authority(url);
+    let mut request = format!("CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n").into_bytes();
+    if let Some(authorization) = proxy.expose_authorization() {
+        request.extend([b"Proxy-Authorization: ", authorization.as_bytes(), b"\r\n"].concat());
+    }
+    request.extend(b"\r\n");
+    stream.write_all(&request).await?;
+    // Byte by byte, for what follows the head belongs to the destination already.
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        if head.len() > MAX_HEAD_BYTES {
+            bail!("the proxy {proxy} gives no valid answer");
+        }
+        head.push(
+            stream
+                .read_u8()
+                .await
+                .with_context(|| format!("the proxy {proxy} hangs up"))?,
+        );
+    }
+    let status = head.split(|byte| *byte == b' ').nth(1).unwrap_or_default();
+    if !status.starts_with(b"2") {
+        bail!(
+            "the proxy {proxy} refuses, with status {}",
+            String::from_utf8_lossy(status)
+        );
+    }
+    Ok(stream)
 }

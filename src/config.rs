@@ -10,6 +10,15 @@ use reqwest::{
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use secrecy::{ExposeSecret, SecretString};
 
+mod log_filter;
+mod names;
+mod proxies;
+
+use self::proxies::Proxies;
+pub use self::{
+    names::{Misnamed, misnamed, nearest},
+    proxies::Proxy,
+};
 use crate::{
     environment::{Environment, FILE_SUFFIX},
     signing::SigningSecret,
@@ -86,6 +95,11 @@ const REPUBLISH_DELAY: &str = "REPUBLISH_DELAY";
 const SHUTDOWN_TIMEOUT: &str = "SHUTDOWN_TIMEOUT";
 const STATUS_LISTEN: &str = "STATUS_LISTEN";
 const LOG: &str = "RUST_LOG";
+const TRUST: &str = "SSL_CERT_FILE";
+const HTTP_PROXY: &str = "HTTP_PROXY";
+const HTTPS_PROXY: &str = "HTTPS_PROXY";
+const NO_PROXY: &str = "NO_PROXY";
+const TLS_FIRST: &str = "NATS_TLS_FIRST";
 
 /// What all variables of the family [`HEADER`] begin with.
 const HEADER_PREFIX: &str = "WEBHOOK_HEADER_";
@@ -171,6 +185,12 @@ pub const VARIABLES: &[Variable] = &[
         kind: Kind::File,
     },
     Variable {
+        name: TLS_FIRST,
+        meaning: "true: the TLS handshake comes first, as a server with handshake_first wants it",
+        default: Default::Value("false"),
+        kind: Kind::Plain,
+    },
+    Variable {
         name: QUEUE_GROUP,
         meaning: "core mode: replicas in a group share the messages, without order across them",
         default: Default::Off,
@@ -217,6 +237,30 @@ pub const VARIABLES: &[Variable] = &[
         meaning: "adds a request header: WEBHOOK_HEADER_X_KEY=... sends x-key",
         default: Default::Off,
         kind: Kind::Secret,
+    },
+    Variable {
+        name: TRUST,
+        meaning: "PEM file with the CAs to trust for https and TLS, instead of the system's",
+        default: Default::Off,
+        kind: Kind::File,
+    },
+    Variable {
+        name: HTTP_PROXY,
+        meaning: "proxy for http destinations; never used for localhost and loopback addresses",
+        default: Default::Off,
+        kind: Kind::Plain,
+    },
+    Variable {
+        name: HTTPS_PROXY,
+        meaning: "the same for https destinations",
+        default: Default::Off,
+        kind: Kind::Plain,
+    },
+    Variable {
+        name: NO_PROXY,
+        meaning: "hosts, domains and networks to reach without a proxy, separated by commas; * is all",
+        default: Default::Off,
+        kind: Kind::Plain,
     },
     Variable {
         name: REPUBLISH_DELAY,
@@ -305,10 +349,15 @@ pub struct Nats {
     pub servers: Vec<ServerAddr>,
     /// How to log in.
     pub login: Login,
-    /// PEM file with the CAs to trust, instead of the system's.
+    /// PEM file with the CAs to trust, instead of the system's. It is read at each connection, and so
+    /// is the certificate.
     pub ca: Option<PathBuf>,
     /// PEM files with a client certificate and its key.
     pub certificate: Option<(PathBuf, PathBuf)>,
+    /// Whether a connection without TLS is out of the question.
+    pub requires_tls: bool,
+    /// Whether the TLS handshake comes before the server's greeting.
+    pub tls_first: bool,
 }
 
 /// How to log in to NATS.
@@ -358,23 +407,52 @@ pub struct Webhook {
     pub timeout: Duration,
     /// Attempts per message; without end if none.
     pub max_attempts: Option<u32>,
+    /// PEM file with the CAs to trust for https, instead of the system's.
+    pub trust: Option<PathBuf>,
 }
 
 /// A URL to POST to. `Display` and `Debug` show neither its userinfo nor its query.
 #[derive(Clone)]
-pub struct Destination(Url);
+pub struct Destination {
+    url: Url,
+    proxy: Option<Proxy>,
+}
 
 impl Destination {
     /// The URL with all its secrets.
     #[must_use]
     pub fn expose_url(&self) -> &Url {
-        &self.0
+        &self.url
     }
+
+    /// The proxy through which it is reached, if it is.
+    #[must_use]
+    pub fn proxy(&self) -> Option<&Proxy> {
+        self.proxy.as_ref()
+    }
+
+    /// Whether it is reached by TLS.
+    #[must_use]
+    pub fn is_https(&self) -> bool {
+        self.url.scheme() == "https"
+    }
+
+    /// Its host and port, as `host:port`.
+    #[must_use]
+    pub fn authority(&self) -> String {
+        authority(&self.url)
+    }
+}
+
+/// The host and port of a URL, as `host:port`.
+pub(crate) fn authority(url: &Url) -> String {
+    let port = url.port_or_known_default().unwrap_or_default();
+    format!("{}:{port}", url.host_str().unwrap_or_default())
 }
 
 impl fmt::Display for Destination {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&without_secrets(&self.0))
+        f.write_str(&without_secrets(&self.url))
     }
 }
 
@@ -407,11 +485,14 @@ impl Config {
     pub fn from_environment(environment: &Environment) -> Result<Self, Vec<String>> {
         let mut reader = Reader::new(environment);
         let destinations = reader.parsed(DESTINATION, parse_destinations);
+        let proxies = Proxies::read(&mut reader);
+        let trust = reader.optional(TRUST, read_certificates);
         let servers = servers(&mut reader);
         let prefix = reader.parsed(PREFIX, parse_prefix);
         let relayed_prefix = reader.parsed(RELAYED_PREFIX, parse_prefix);
         let login = login(&mut reader);
         let (ca, certificate) = tls_files(&mut reader);
+        let tls_first = reader.parsed(TLS_FIRST, parse_bool);
         let timeout = reader.parsed(TIMEOUT, parse_timeout);
         let mode = mode(&mut reader);
         let max_attempts = match reader.set(MAX_ATTEMPTS) {
@@ -435,21 +516,26 @@ impl Config {
         ];
         refuse_overlaps(&mut reader, &prefixes);
         let status_listen = reader.optional(STATUS_LISTEN, parse_address);
-        let log_filter = reader.parsed(LOG, parse_log_filter);
+        let log_filter = reader.parsed(LOG, log_filter::parse);
         let config = (|| {
+            let (trust, ca, certificate, tls_first) = (trust?, ca?, certificate?, tls_first?);
             Some(Self {
                 nats: Nats {
                     servers: servers?,
                     login: login?,
-                    ca: ca?,
-                    certificate: certificate?,
+                    // Whoever names a CA or a certificate for NATS wants no connection without TLS.
+                    requires_tls: ca.is_some() || certificate.is_some() || tls_first,
+                    ca: ca.or_else(|| trust.clone()),
+                    certificate,
+                    tls_first,
                 },
                 prefix: prefix?,
                 relayed_prefix: relayed_prefix?,
                 failed_prefix: failed_prefix?,
                 mode: mode?,
                 webhook: Webhook {
-                    destinations: destinations?,
+                    destinations: through(destinations?, &proxies?),
+                    trust,
                     headers: headers?,
                     secrets: secrets?,
                     timeout: timeout?,
@@ -678,6 +764,16 @@ fn tls_files(reader: &mut Reader<'_>) -> (Option<Option<PathBuf>>, Option<Option
     (ca, both_or_neither(reader, (CERT, certificate), (KEY, key)))
 }
 
+/// The destinations, each with the proxy through which it is reached.
+fn through(urls: Vec<Url>, proxies: &Proxies) -> Vec<Destination> {
+    urls.into_iter()
+        .map(|url| Destination {
+            proxy: proxies.choose(&url),
+            url,
+        })
+        .collect()
+}
+
 /// The headers of all `WEBHOOK_HEADER_<NAME>`.
 fn headers(reader: &mut Reader<'_>) -> Option<HeaderMap> {
     let names: BTreeSet<String> = reader
@@ -800,17 +896,17 @@ fn read_key(path: &str) -> Result<PathBuf, String> {
         .map_err(|error| format!("names {path:?}, which holds no private key in PEM form: {error}"))
 }
 
-fn parse_destinations(text: &str) -> Result<Vec<Destination>, String> {
+fn parse_destinations(text: &str) -> Result<Vec<Url>, String> {
     parse_list(text, parse_destination)
 }
 
-fn parse_destination(text: &str) -> Result<Destination, String> {
+fn parse_destination(text: &str) -> Result<Url, String> {
     let example = "write it like http://localhost:3000/api/cache/webhook";
     let url: Url = text
         .parse()
         .map_err(|error| format!("is no URL ({error}); {example}"))?;
     match url.scheme() {
-        "http" | "https" => Ok(Destination(url)),
+        "http" | "https" => Ok(url),
         other => Err(format!(
             "starts with {other}:, not with http:// or https://; {example}"
         )),
@@ -886,13 +982,9 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
         })
 }
 
-fn parse_log_filter(text: &str) -> Result<String, String> {
-    match env_filter::Builder::new().try_parse(text) {
-        Ok(_) => Ok(text.to_owned()),
-        Err(_) => Err(format!(
-            "{text:?} is no filter; write a level such as info or debug"
-        )),
-    }
+fn parse_bool(text: &str) -> Result<bool, String> {
+    text.parse()
+        .map_err(|_| format!("is {text:?}; write true or false"))
 }
 
 fn parse_address(text: &str) -> Result<SocketAddr, String> {
@@ -919,47 +1011,8 @@ fn parse_max_attempts(text: &str) -> Result<Option<u32>, String> {
     }
 }
 
-/// A set variable that looks like a misspelling of a known one.
-#[derive(Debug)]
-pub struct Misspelling<'a> {
-    name: &'a str,
-    known: &'static str,
-}
-
-impl fmt::Display for Misspelling<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, known } = self;
-        write!(f, "{name} is set but not known; is {known} meant?")
-    }
-}
-
-/// All misspellings. Other unknown variables are none of our business: Kubernetes, for one, sets
-/// `NATS_PORT` by itself.
-#[must_use]
-pub fn misspellings(environment: &Environment) -> Vec<Misspelling<'_>> {
-    let is_known = |name: &str| {
-        let has_file = |variable: &Variable| {
-            variable.kind != Kind::File && name.strip_suffix(FILE_SUFFIX) == Some(variable.name)
-        };
-        let is_this = |variable: &Variable| variable.name == name || has_file(variable);
-        name.starts_with(HEADER_PREFIX) || VARIABLES.iter().any(is_this)
-    };
-    environment
-        .names()
-        .filter(|name| !is_known(name))
-        .filter_map(|name| {
-            let stem = name.strip_suffix(FILE_SUFFIX).unwrap_or(name);
-            let close = |variable: &&Variable| {
-                let tolerance = if variable.name.len() < 12 { 1 } else { 2 };
-                strsim::osa_distance(stem, variable.name) <= tolerance
-            };
-            VARIABLES.iter().find(close).map(|variable| Misspelling {
-                name,
-                known: variable.name,
-            })
-        })
-        .collect()
-}
+/// No line of the help is longer, in characters.
+const HELP_WIDTH: usize = 100;
 
 /// The table of variables as `--help` shows it.
 #[must_use]
@@ -969,24 +1022,26 @@ pub fn help() -> String {
         .map(|variable| variable.name.len())
         .max()
         .unwrap_or_default();
-    VARIABLES
-        .iter()
-        .map(
-            |Variable {
-                 name,
-                 meaning,
-                 default,
-                 ..
-             }| {
-                let default = match default {
-                    Default::Required => " (required)".to_owned(),
-                    Default::Off => String::new(),
-                    Default::Value(value) => format!(" (default: {value})"),
-                };
-                format!("  {name:width$}  {meaning}{default}\n")
-            },
-        )
-        .collect()
+    let mut help = String::new();
+    for variable in VARIABLES {
+        let default = match variable.default {
+            Default::Required => " (required)".to_owned(),
+            Default::Off => String::new(),
+            Default::Value(value) => format!(" (default: {value})"),
+        };
+        let mut name = variable.name;
+        let mut line = String::new();
+        for word in format!("{}{default}", variable.meaning).split(' ') {
+            if "    ".len() + width + line.len() + 1 + word.len() > HELP_WIDTH {
+                help += &format!("  {name:width$} {line}\n");
+                (name, line) = ("", String::new());
+            }
+            line += " ";
+            line += word;
+        }
+        help += &format!("  {name:width$} {line}\n");
+    }
+    help
 }
 
 #[cfg(test)]
@@ -1242,30 +1297,6 @@ mod tests {
                 !problems.is_empty() && !problems.contains("hunter2"),
                 "{problems}"
             );
-        }
-    }
-
-    #[test]
-    fn misspellings_are_noticed_and_foreign_variables_are_not() {
-        let noticed = |name: &str| {
-            let environment = [(name, "x")].into_iter().collect();
-            misspellings(&environment)
-                .first()
-                .map(|misspelling| misspelling.known)
-        };
-        assert_eq!(noticed("WEBHOOK_DESTINATON"), Some(DESTINATION));
-        assert_eq!(noticed("NATS_HOSTS"), Some(HOST));
-        assert_eq!(noticed("NATS_PASSS_FILE"), Some(PASS));
-        assert_eq!(noticed("NATS_NKEY_FILE"), Some(NKEY), "it names a file");
-        for foreign in [
-            "NATS_PORT",
-            "NATS_SERVICE_HOST",
-            "NATS_URL",
-            "PATH",
-            HOST,
-            "NATS_HOST_FILE",
-        ] {
-            assert_eq!(noticed(foreign), None, "{foreign}");
         }
     }
 }

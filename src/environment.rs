@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     ffi::{OsStr, OsString},
     fs, io,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 /// The dotenv files, the one that wins first.
@@ -15,30 +15,36 @@ pub const FILE_SUFFIX: &str = "_FILE";
 
 /// Every variable that is set. An empty value counts as unset.
 #[derive(Default)]
-pub struct Environment(BTreeMap<String, OsString>);
+pub struct Environment {
+    variables: BTreeMap<String, OsString>,
+    /// The dotenv files that were read.
+    files: Vec<&'static str>,
+    /// Where they were looked for.
+    directory: PathBuf,
+}
 
 impl Environment {
-    /// The process environment, and below it the dotenv files in `directory`.
-    ///
-    /// # Errors
-    /// One sentence for each dotenv file that exists and can't be read or parsed. It names the
-    /// file and the line, and quotes nothing, because the line may hold a secret.
-    pub fn load(directory: &Path) -> Result<Self, Vec<String>> {
+    /// The process environment, and below it the dotenv files in `directory`; and one sentence for each
+    /// of these files that exists and can't be read or parsed. It names the file and the line, and
+    /// quotes nothing, because the line may hold a secret.
+    #[must_use]
+    pub fn load(directory: &Path) -> (Self, Vec<String>) {
         let mut environment: Self = std::env::vars_os()
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value)))
             .collect();
+        environment.directory = directory.to_owned();
         let mut problems = Vec::new();
         for file in DOTENV_FILES {
             match read_dotenv(&directory.join(file)) {
-                Ok(variables) => environment.fill(variables),
+                Ok(None) => {}
+                Ok(Some(variables)) => {
+                    environment.files.push(file);
+                    environment.fill(variables);
+                }
                 Err(problem) => problems.push(format!("{file}{problem}")),
             }
         }
-        if problems.is_empty() {
-            Ok(environment)
-        } else {
-            Err(problems)
-        }
+        (environment, problems)
     }
 
     /// Adds what is not set yet, neither by itself nor by way of its file.
@@ -49,16 +55,16 @@ impl Environment {
                 let twin = name
                     .strip_suffix(FILE_SUFFIX)
                     .map_or_else(|| format!("{name}{FILE_SUFFIX}"), str::to_owned);
-                !self.0.contains_key(name) && !self.0.contains_key(&twin)
+                !self.variables.contains_key(name) && !self.variables.contains_key(&twin)
             })
             .collect();
-        self.0.extend(new);
+        self.variables.extend(new);
     }
 
     /// The value of a variable as it is, whatever its bytes.
     #[must_use]
     pub fn raw(&self, name: &str) -> Option<&OsStr> {
-        self.0.get(name).map(OsString::as_os_str)
+        self.variables.get(name).map(OsString::as_os_str)
     }
 
     /// The text of a variable that names a file itself, and so has no `X_FILE`.
@@ -92,21 +98,42 @@ impl Environment {
         }
     }
 
+    /// Whether there is a dotenv file.
+    #[must_use]
+    pub fn has_files(&self) -> bool {
+        !self.files.is_empty()
+    }
+
+    /// Which dotenv files were read, in a sentence.
+    #[must_use]
+    pub fn files(&self) -> String {
+        let directory = self.directory.display();
+        match &self.files[..] {
+            [] => format!(
+                "found neither {} in {directory}",
+                DOTENV_FILES.join(" nor ")
+            ),
+            files => format!("read {} in {directory}", files.join(" and ")),
+        }
+    }
+
     /// The names of all variables that are set.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.0.keys().map(String::as_str)
+        self.variables.keys().map(String::as_str)
     }
 }
 
 impl<N: Into<String>, V: Into<OsString>> FromIterator<(N, V)> for Environment {
     fn from_iter<I: IntoIterator<Item = (N, V)>>(variables: I) -> Self {
-        Self(
-            variables
-                .into_iter()
-                .map(|(name, value)| (name.into(), value.into()))
-                .filter(|(_, value)| !value.is_empty())
-                .collect(),
-        )
+        let variables = variables
+            .into_iter()
+            .map(|(name, value)| (name.into(), value.into()))
+            .filter(|(_, value)| !value.is_empty())
+            .collect();
+        Self {
+            variables,
+            ..Self::default()
+        }
     }
 }
 
@@ -129,11 +156,11 @@ fn read_value(path: &Path) -> Result<String, String> {
     }
 }
 
-/// The variables of a dotenv file; none if there is no such file.
-fn read_dotenv(path: &Path) -> Result<BTreeMap<String, OsString>, String> {
+/// The variables of a dotenv file, if there is such a file.
+fn read_dotenv(path: &Path) -> Result<Option<BTreeMap<String, OsString>>, String> {
     let text = match fs::read_to_string(path) {
         Ok(text) => text,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(BTreeMap::new()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(format!(": cannot be read: {error}")),
     };
     let text = text.trim_start_matches('\u{feff}');
@@ -146,7 +173,7 @@ fn read_dotenv(path: &Path) -> Result<BTreeMap<String, OsString>, String> {
             ),
             error => format!(": cannot be read: {error}"),
         })?;
-    Ok(Environment::from_iter(variables).0)
+    Ok(Some(Environment::from_iter(variables).variables))
 }
 
 /// The number, from 1, of the line at which `faulty` starts in `text`: what the parser hands back
@@ -169,7 +196,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join(".env");
         fs::write(&path, text).unwrap();
-        read_dotenv(&path)
+        read_dotenv(&path).map(Option::unwrap)
     }
 
     #[test]
@@ -200,16 +227,20 @@ mod tests {
             dotenv("\u{feff}A=1 # one\r\nexport B='two # $words'\n\n# C=3\nD=\n".as_bytes())
                 .unwrap();
         let expected = [("A", "1"), ("B", "two # $words")];
-        assert_eq!(variables, Environment::from_iter(expected).0);
+        assert_eq!(variables, Environment::from_iter(expected).variables);
     }
 
     #[test]
     fn the_first_source_wins_also_over_the_file_form_of_a_later_one() {
         let mut environment = Environment::from_iter([("A", "1"), ("B_FILE", "/b"), ("C", "")]);
-        environment
-            .fill(Environment::from_iter([("A", "x"), ("A_FILE", "x"), ("B", "x"), ("C", "3")]).0);
+        environment.fill(
+            Environment::from_iter([("A", "x"), ("A_FILE", "x"), ("B", "x"), ("C", "3")]).variables,
+        );
         let expected = [("A", "1"), ("B_FILE", "/b"), ("C", "3")];
-        assert_eq!(environment.0, Environment::from_iter(expected).0);
+        assert_eq!(
+            environment.variables,
+            Environment::from_iter(expected).variables
+        );
     }
 
     #[test]

@@ -41,6 +41,8 @@ pub mod signing;
 pub mod source;
 pub mod status;
 pub mod subject;
+pub mod text;
+pub mod tls;
 pub mod webhook;
 
 use std::sync::Arc;

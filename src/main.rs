@@ -1,8 +1,8 @@
 //! Wiring only: arguments, environment, logger, signals, exit code.
 
 use std::{
+    ffi::OsString,
     io::{self, Write},
-    path::Path,
     process::ExitCode,
     task::Poll,
 };
@@ -13,7 +13,7 @@ use nats_webhook_relay::{
     check,
     config::{self, BadConfiguration, Config},
     environment::Environment,
-    logging, run,
+    logging, run, text,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -35,10 +35,30 @@ async fn main() -> ExitCode {
         [Some("--check")] => check().await,
         [Some("--version" | "-V")] => print(&format!("{}\n", version())),
         _ => {
-            let _ = write!(io::stderr(), "Not understood: {arguments:?}\n\n{}", help());
+            let _ = writeln!(io::stderr(), "{}", not_understood(&arguments));
             EX_CONFIG.into()
         }
     }
+}
+
+/// One line for what is no usage.
+fn not_understood(arguments: &[OsString]) -> String {
+    let given: Vec<_> = arguments
+        .iter()
+        .map(|argument| argument.to_string_lossy())
+        .collect();
+    let meant = match &given[..] {
+        [one] => config::nearest(one, ["--check", "--help", "--version"]),
+        _ => None,
+    };
+    let hint = match meant {
+        Some(meant) => format!("is {meant} meant?"),
+        None => "see nats-webhook-relay --help".to_owned(),
+    };
+    format!(
+        "nats-webhook-relay does not understand {:?}; {hint}",
+        given.join(" ")
+    )
 }
 
 async fn relay() -> ExitCode {
@@ -65,7 +85,7 @@ async fn relay() -> ExitCode {
                 error!("bad configuration: {reason}");
                 return EX_CONFIG.into();
             }
-            error!("cannot go on: {reason:#}");
+            error!("cannot go on: {}", text::reasons(&reason));
             ExitCode::FAILURE
         }
     }
@@ -74,8 +94,9 @@ async fn relay() -> ExitCode {
 /// Says what of the configuration holds.
 async fn check() -> ExitCode {
     let (environment, config) = read();
-    for misspelling in config::misspellings(&environment) {
-        print(&format!("warning {misspelling}\n"));
+    print(&format!("ok      environment: {}\n", environment.files()));
+    for misnamed in config::misnamed(&environment) {
+        print(&format!("warning {misnamed}\n"));
     }
     let config = match config {
         Ok(config) => config,
@@ -86,17 +107,11 @@ async fn check() -> ExitCode {
             return EX_CONFIG.into();
         }
     };
-    match check::check(&config).await {
-        Ok(report) => {
-            print(&report.text);
-            if report.good {
-                ExitCode::SUCCESS
-            } else {
-                ExitCode::FAILURE
-            }
-        }
+    match check::check(&config, &mut io::stdout()).await {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
         Err(reason) => {
-            print(&format!("FAILED  {reason:#}\n"));
+            print(&format!("FAILED  {}\n", text::reasons(&reason)));
             ExitCode::FAILURE
         }
     }
@@ -107,33 +122,66 @@ fn configure() -> Result<Config, Vec<String>> {
     let (environment, config) = read();
     logging::start(config.as_ref().map_or("info", |config| &config.log_filter));
     info!("{}", version());
-    for misspelling in config::misspellings(&environment) {
-        warn!("{misspelling}");
+    // Nobody misses a dotenv file where all is set without one.
+    if environment.has_files() || config.is_err() {
+        info!("{}", environment.files());
+    }
+    for misnamed in config::misnamed(&environment) {
+        warn!("{misnamed}");
+    }
+    for destination in config
+        .iter()
+        .flat_map(|config| &config.webhook.destinations)
+    {
+        if let Some(proxy) = destination.proxy() {
+            info!("{destination} is reached through the proxy {proxy}");
+        }
     }
     config
 }
 
 /// Reads the environment and the settings in it, or all problems with either.
 fn read() -> (Environment, Result<Config, Vec<String>>) {
-    match Environment::load(Path::new(".")) {
-        Ok(environment) => {
-            let config = Config::from_environment(&environment);
-            (environment, config)
-        }
-        Err(problems) => (Environment::default(), Err(problems)),
-    }
+    let directory = std::env::current_dir().unwrap_or_default();
+    let (environment, problems) = Environment::load(&directory);
+    let config = match &problems[..] {
+        [] => Config::from_environment(&environment),
+        _ => Err(problems),
+    };
+    (environment, config)
 }
 
-/// An item for each SIGTERM or SIGINT.
+/// An item for each SIGTERM, SIGINT or SIGHUP.
 fn stop_requests() -> io::Result<impl Stream<Item = ()> + Unpin> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut signals = vec![
+        signal(SignalKind::terminate())?,
+        signal(SignalKind::interrupt())?,
+    ];
+    // Whoever starts it by nohup wants it to outlive the terminal.
+    if !ignores_hangup() {
+        signals.push(signal(SignalKind::hangup())?);
+    }
     Ok(poll_fn(move |context| {
-        match (terminate.poll_recv(context), interrupt.poll_recv(context)) {
-            (Poll::Pending, Poll::Pending) => Poll::Pending,
+        // Each has to be asked, so that each wakes the task.
+        let received = signals
+            .iter_mut()
+            .filter_map(|signal| signal.poll_recv(context).is_ready().then_some(()))
+            .count();
+        match received {
+            0 => Poll::Pending,
             _ => Poll::Ready(Some(())),
         }
     }))
+}
+
+/// Whether the process was started with SIGHUP ignored, where the system tells (proc(5), `SigIgn`).
+fn ignores_hangup() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status
+        .lines()
+        .find_map(|line| line.strip_prefix("SigIgn:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    ignored.is_some_and(|mask| mask & 1 == 1)
 }
 
 fn version() -> &'static str {
@@ -147,7 +195,9 @@ succeeded: one message at a time, in order.
 
 Usage: nats-webhook-relay [--check | --help | --version]
 
---check says what of the configuration holds: it connects, and sends and changes nothing.
+      --check    says what of the configuration holds: it connects, and sends and changes nothing
+  -h, --help     prints this
+  -V, --version  prints the version
 
 All settings are environment variables; .env.local, then .env in the working directory fill
 what the environment leaves unset. X_FILE may name a file that holds the value of X.

@@ -14,7 +14,7 @@ use async_nats::{
     Client, ClientError, ConnectErrorKind, ConnectOptions, Event, ReconnectToServer, Server,
     ServerAddr, ServerError,
 };
-use log::{debug, error, info, warn};
+use log::{error, info, warn};
 use secrecy::ExposeSecret;
 use tokio::sync::mpsc;
 
@@ -23,6 +23,7 @@ use crate::{
     config::{self, Login},
     status::Status,
     subject::Prefix,
+    tls,
 };
 
 /// The name under which the server lists the connection.
@@ -86,7 +87,7 @@ pub async fn connect_once(
         .await
         .map_err(|error| match error.kind() {
             kind if REFUSALS.contains(&kind) => anyhow!("{}", refusal(kind, config.login.remedy())),
-            _ => error.into(),
+            _ => anyhow!("{}", explain(&error.to_string())),
         })?;
     Ok((client, faults))
 }
@@ -96,6 +97,13 @@ const REFUSALS: [ConnectErrorKind; 2] = [
     ConnectErrorKind::AuthorizationViolation,
     ConnectErrorKind::Authentication,
 ];
+
+/// Whether the text of an error tells of that.
+fn is_refusal(error: &str) -> bool {
+    REFUSALS
+        .iter()
+        .any(|refusal| error.starts_with(&refusal.to_string()))
+}
 
 /// What to say then.
 fn refusal(kind: impl Display, remedy: &str) -> String {
@@ -114,7 +122,12 @@ fn options(config: &config::Nats, observer: Arc<Observer>) -> anyhow::Result<Con
         Login::Nkey(seed) => login.nkey(seed.expose_secret().to_owned()),
         Login::Credentials(text) => login.credentials(text.expose_secret())?,
     };
-    Ok(with_tls(login, config)
+    let options = with_tls(login, config);
+    let options = match config.tls_first {
+        true => options.tls_first(),
+        false => options,
+    };
+    Ok(options
         .name(CONNECTION_NAME)
         .subscription_capacity(SUBSCRIPTION_CAPACITY)
         .read_buffer_capacity(READ_BUFFER_BYTES)
@@ -125,17 +138,26 @@ fn options(config: &config::Nats, observer: Arc<Observer>) -> anyhow::Result<Con
         }))
 }
 
-/// Whoever names a CA or a certificate wants no connection without TLS.
 fn with_tls(mut options: ConnectOptions, config: &config::Nats) -> ConnectOptions {
     if let Some(ca) = &config.ca {
-        options = options.add_root_certificates(ca.clone()).require_tls(true);
+        options = options.add_root_certificates(ca.clone());
     }
     if let Some((certificate, key)) = &config.certificate {
-        options = options
-            .add_client_certificate(certificate.clone(), key.clone())
-            .require_tls(true);
+        options = options.add_client_certificate(certificate.clone(), key.clone());
     }
-    options
+    options.require_tls(config.requires_tls)
+}
+
+/// Why there is no connection, in words where the client has none.
+fn explain(error: &str) -> String {
+    // It calls every failure of the network this.
+    let error = error.strip_prefix("IO error: ").unwrap_or(error);
+    if error.contains("expected INFO, got nothing") {
+        return "the server closed the connection without a greeting; if it wants the TLS handshake \
+                first (handshake_first), set NATS_TLS_FIRST=true, else check host and port"
+            .to_owned();
+    }
+    tls::explain(error, "NATS_CA", "nats").unwrap_or_else(|| error.to_owned())
 }
 
 /// What the connection reports that its user must act on.
@@ -150,6 +172,8 @@ pub enum Notice {
     InboxRefused,
     /// There is a new connection.
     Connected,
+    /// Our user may not look at the messages of the stream.
+    LookRefused,
 }
 
 impl Faults {
@@ -184,7 +208,7 @@ impl Faults {
                 notice = self.notice() => match notice {
                     Notice::Fatal(reason) => return Err(reason),
                     Notice::InboxRefused => return Ok(()),
-                    Notice::Connected => continue,
+                    Notice::Connected | Notice::LookRefused => continue,
                 },
                 answer = client.request(client.new_inbox(), "".into()) => match answer {
                     Err(error) if error.kind() == async_nats::RequestErrorKind::TimedOut => {}
@@ -253,15 +277,19 @@ impl Observer {
                 .find(|server| server.addr == *last)
                 .and_then(|server| server.last_error.as_deref())
                 .unwrap_or("its name does not resolve");
-            warn!(
-                "cannot connect to NATS at {}: {reason}; next attempt {}",
-                show(last),
-                if delay.is_zero() {
-                    "now".to_owned()
-                } else {
-                    format!("in {delay:.1?}")
-                }
-            );
+            // A refused login ends the relay, which says so.
+            if !is_refusal(reason) {
+                warn!(
+                    "cannot connect to NATS at {}: {}; next attempt {}",
+                    show(last),
+                    explain(reason),
+                    if delay.is_zero() {
+                        "now".to_owned()
+                    } else {
+                        format!("in {delay:.1?}")
+                    }
+                );
+            }
         }
         progress.attempts += 1;
         progress.server = Some(next.addr.clone());
@@ -288,9 +316,7 @@ impl Observer {
             Event::LameDuckMode => warn!("the NATS server is about to shut down (lame duck mode)"),
             Event::SlowConsumer(_) => error!("the NATS client dropped a message (slow consumer)"),
             Event::ServerError(error) => self.observe_server_error(&error),
-            Event::ClientError(ClientError::Other(kind))
-                if REFUSALS.iter().any(|refusal| refusal.to_string() == kind) =>
-            {
+            Event::ClientError(ClientError::Other(kind)) if is_refusal(&kind) => {
                 let progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
                 let refusal = refusal(kind, self.remedy);
                 self.fatal(anyhow!("NATS at {} {refusal}", self.server(&progress)));
@@ -324,8 +350,8 @@ impl Observer {
                 return self.tell(Notice::InboxRefused);
             }
             if refused.starts_with("$JS.API.STREAM.MSG.GET.") {
-                // Only wanted to recognise a message that the client cannot read.
-                return debug!("no permission to publish on {refused}");
+                warn!("{}", cannot_look(refused));
+                return self.tell(Notice::LookRefused);
             }
             if refused.starts_with("$JS.") {
                 return self.fatal(anyhow!(
@@ -365,6 +391,16 @@ impl Observer {
         // Nobody is left to listen only while the relay ends.
         let _ = self.faults.send(notice);
     }
+}
+
+/// What follows from a missing permission to look at the messages of a stream.
+#[must_use]
+pub fn cannot_look(subject: &str) -> String {
+    format!(
+        "no permission to publish on {subject}, by which the relay finds a message that no client can \
+         read; such a message would block all others, and show only as a connection that is lost \
+         again and again; allow it for this NATS user"
+    )
 }
 
 /// The subject in the server's `Permissions Violation for <what> "<subject>"`.

@@ -18,7 +18,8 @@ use crate::{config::Mode, nats::Faults, status::Status, subject::Prefix};
 
 pub(crate) use self::{
     consumer::{Consumer, Trouble},
-    durable::fatal,
+    durable::{fatal, inbox_refused},
+    unreadable::try_to_look,
 };
 pub use self::{
     core::Core,

@@ -8,16 +8,18 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::Context;
 use async_nats::{HeaderMap, header::NATS_MESSAGE_ID};
 use reqwest::{
-    Client, Request, Response, StatusCode,
+    Client, Proxy, Request, Response, StatusCode,
     header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue, LOCATION, RETRY_AFTER},
     redirect, retry,
 };
+use rustls::ClientConfig;
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
     config::{self, Destination},
     signing::SigningSecret,
     source::{Delivery, Origin},
+    tls,
 };
 
 const USER_AGENT: &str = concat!("nats-webhook-relay/", env!("CARGO_PKG_VERSION"));
@@ -49,7 +51,6 @@ const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(60);
 
 /// Where and how to POST.
 pub struct Webhook {
-    client: Client,
     targets: Vec<Target>,
     timeout: Duration,
     secrets: Vec<SigningSecret>,
@@ -59,6 +60,8 @@ pub struct Webhook {
 pub struct Target {
     /// Its URL, as it may be shown.
     pub destination: Destination,
+    /// Keeps the one connection to it.
+    client: Client,
     /// What all requests to it have in common.
     template: Request,
 }
@@ -90,45 +93,20 @@ impl Webhook {
     /// # Errors
     /// If TLS can't be set up.
     pub fn new(config: &config::Webhook) -> anyhow::Result<Self> {
-        // The one provider for all TLS. It is set already where there are several relays in one
-        // process, and that is as good.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let mut builder = Client::builder()
-            .user_agent(USER_AGENT)
-            .default_headers(config.headers.clone())
-            .redirect(redirect::Policy::none())
-            // Attempts are counted, and waited between, by the relay alone.
-            .retry(retry::never().max_retries_per_request(0))
-            .pool_max_idle_per_host(1)
-            .pool_idle_timeout(IDLE_TIMEOUT)
-            .tcp_nodelay(true);
-        if config
+        tls::install_provider();
+        // Without https there is no need to read the system's trust store into memory.
+        let tls = config
             .destinations
             .iter()
-            .all(|destination| destination.expose_url().scheme() == "http")
-        {
-            // Without TLS there is no need to read the system's trust store into memory.
-            builder = builder.tls_certs_only([]);
-        }
-        let client = builder.build().context("cannot set up the HTTP client")?;
+            .any(Destination::is_https)
+            .then(|| tls::client_config(config.trust.as_deref()))
+            .transpose()?;
         let targets = config
             .destinations
             .iter()
-            .map(|destination| {
-                let template = client
-                    .post(destination.expose_url().clone())
-                    .header(CONTENT_TYPE, "application/json")
-                    .build()
-                    .map_err(reqwest::Error::without_url)
-                    .with_context(|| format!("cannot POST to {destination}"))?;
-                Ok(Target {
-                    destination: destination.clone(),
-                    template,
-                })
-            })
+            .map(|destination| Target::new(destination, config, tls.as_ref()))
             .collect::<anyhow::Result<_>>()?;
         Ok(Self {
-            client,
             targets,
             timeout: config.timeout,
             secrets: config.secrets.clone(),
@@ -154,12 +132,12 @@ impl Webhook {
         let deadline = Instant::now() + self.timeout;
         let response = match timeout_at(
             deadline,
-            self.client.execute(self.request(target, delivery, id)),
+            target.client.execute(self.request(target, delivery, id)),
         )
         .await
         {
             Ok(Ok(response)) => response,
-            Ok(Err(error)) => return Err(temporary(describe(error))),
+            Ok(Err(error)) => return Err(temporary(target.describe(error))),
             Err(_) => return Err(temporary(format!("no answer within {:?}", self.timeout))),
         };
         let status = response.status();
@@ -232,6 +210,65 @@ impl Webhook {
 }
 
 impl Target {
+    fn new(
+        destination: &Destination,
+        config: &config::Webhook,
+        tls: Option<&ClientConfig>,
+    ) -> anyhow::Result<Self> {
+        let mut builder = Client::builder()
+            .user_agent(USER_AGENT)
+            .default_headers(config.headers.clone())
+            .redirect(redirect::Policy::none())
+            // Attempts are counted, and waited between, by the relay alone.
+            .retry(retry::never().max_retries_per_request(0))
+            .pool_max_idle_per_host(1)
+            .pool_idle_timeout(IDLE_TIMEOUT)
+            .tcp_nodelay(true)
+            // The library's own idea of proxies includes them for localhost.
+            .no_proxy();
+        builder = match tls {
+            Some(tls) => builder.tls_backend_preconfigured(tls.clone()),
+            None => builder.tls_certs_only([]),
+        };
+        if let Some(proxy) = destination.proxy() {
+            let through =
+                Proxy::all(proxy.expose_url().clone()).map_err(reqwest::Error::without_url);
+            builder =
+                builder.proxy(through.with_context(|| format!("cannot use the proxy {proxy}"))?);
+        }
+        let client = builder.build().context("cannot set up the HTTP client")?;
+        let template = client
+            .post(destination.expose_url().clone())
+            .header(CONTENT_TYPE, "application/json")
+            .build()
+            .map_err(reqwest::Error::without_url)
+            .with_context(|| format!("cannot POST to {destination}"))?;
+        Ok(Self {
+            destination: destination.clone(),
+            client,
+            template,
+        })
+    }
+
+    /// The cause at the bottom of a failed request, which says most, and never the URL.
+    fn describe(&self, error: reqwest::Error) -> String {
+        let error = error.without_url();
+        let mut cause: &dyn std::error::Error = &error;
+        while let Some(source) = cause.source() {
+            cause = source;
+        }
+        let cause = cause.to_string();
+        let cause = tls::explain(&cause, "SSL_CERT_FILE", "http").unwrap_or(cause);
+        if !error.is_connect() {
+            return format!("no valid answer: {cause}");
+        }
+        let server = self.destination.authority();
+        match self.destination.proxy() {
+            Some(proxy) => format!("cannot connect to {server} through the proxy {proxy}: {cause}"),
+            None => format!("cannot connect to {server}: {cause}"),
+        }
+    }
+
     fn redirect_reason(&self, response: &Response) -> String {
         let target = response
             .headers()
@@ -286,20 +323,6 @@ fn temporary(reason: String) -> Failure {
         reason,
         status: None,
         retry_after: None,
-    }
-}
-
-/// The cause at the bottom of a failed request, which says most, and never the URL.
-fn describe(error: reqwest::Error) -> String {
-    let error = error.without_url();
-    let mut cause: &dyn std::error::Error = &error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    if error.is_connect() {
-        format!("cannot connect: {cause}")
-    } else {
-        format!("no valid answer: {cause}")
     }
 }
 

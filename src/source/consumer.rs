@@ -122,60 +122,17 @@ impl Consumer {
         }
     }
 
-    /// Whether an existing consumer keeps the order and gets the right messages. What an operator
-    /// may tune, such as the deliver policy or replicas, is left alone.
+    /// Whether an existing consumer keeps the order and gets the right messages.
     fn compare(&self, found: &consumer::Config) -> anyhow::Result<()> {
-        let differences = [
-            (
-                "filter_subject",
-                found.filter_subject.clone(),
-                self.filter.clone(),
+        match difference(found, &self.filter) {
+            None => Ok(()),
+            Some((field, found, wanted)) => bail!(
+                "the consumer {} of the stream {} exists with {field} {found:?}, but needs \
+                 {wanted:?}; delete it, or set NATS_CONSUMER to another name",
+                self.name,
+                self.stream
             ),
-            (
-                "ack_policy",
-                format!("{:?}", found.ack_policy),
-                format!("{:?}", AckPolicy::Explicit),
-            ),
-            (
-                "max_ack_pending",
-                found.max_ack_pending.to_string(),
-                "1".to_owned(),
-            ),
-            (
-                "deliver_subject",
-                found.deliver_subject.clone().unwrap_or_default(),
-                String::new(),
-            ),
-            // The server would drop a message that it has handed out so often.
-            (
-                "max_deliver",
-                found.max_deliver.to_string(),
-                "-1".to_owned(),
-            ),
-            (
-                "headers_only",
-                found.headers_only.to_string(),
-                "false".to_owned(),
-            ),
-            // Each of these makes the server hand out a message that is still worked on.
-            ("backoff", format!("{:?}", found.backoff), "[]".to_owned()),
-            (
-                "ack_wait",
-                format!("{:?}", found.ack_wait.min(ACK_WAIT)),
-                format!("{ACK_WAIT:?}"),
-            ),
-        ];
-        for (field, found, wanted) in differences {
-            if found != wanted {
-                bail!(
-                    "the consumer {} of the stream {} exists with {field} {found:?}, but needs \
-                     {wanted:?}; delete it, or set NATS_CONSUMER to another name",
-                    self.name,
-                    self.stream
-                );
-            }
         }
-        Ok(())
     }
 
     /// What an error of the JetStream API means.
@@ -193,5 +150,84 @@ impl Consumer {
                 self.stream
             )),
         }
+    }
+}
+
+/// The essential in which an existing consumer differs from the one that a relay needs, with what it
+/// has and what it needs. What an operator may tune, such as the deliver policy or replicas, is left
+/// alone.
+fn difference(found: &consumer::Config, filter: &str) -> Option<(&'static str, String, String)> {
+    let essentials = [
+        (
+            "filter_subject",
+            found.filter_subject.clone(),
+            filter.to_owned(),
+        ),
+        (
+            "ack_policy",
+            format!("{:?}", found.ack_policy),
+            format!("{:?}", AckPolicy::Explicit),
+        ),
+        (
+            "max_ack_pending",
+            found.max_ack_pending.to_string(),
+            "1".to_owned(),
+        ),
+        (
+            "deliver_subject",
+            found.deliver_subject.clone().unwrap_or_default(),
+            String::new(),
+        ),
+        // The server would drop a message that it has handed out so often.
+        (
+            "max_deliver",
+            found.max_deliver.to_string(),
+            "-1".to_owned(),
+        ),
+        (
+            "headers_only",
+            found.headers_only.to_string(),
+            "false".to_owned(),
+        ),
+        // The server would answer no pull request that does not name its group.
+        (
+            "priority_groups",
+            format!("{:?}", found.priority_groups),
+            "[]".to_owned(),
+        ),
+        // Each of these makes the server hand out a message that is still worked on.
+        ("backoff", format!("{:?}", found.backoff), "[]".to_owned()),
+        (
+            "ack_wait",
+            format!("{:?}", found.ack_wait.min(ACK_WAIT)),
+            format!("{ACK_WAIT:?}"),
+        ),
+    ];
+    essentials
+        .into_iter()
+        .find(|(_, found, wanted)| found != wanted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_consumer_that_hands_out_messages_by_groups_is_refused_by_name() {
+        let found = consumer::Config {
+            ack_policy: AckPolicy::Explicit,
+            ack_wait: ACK_WAIT,
+            filter_subject: "cms.cache.>".to_owned(),
+            max_ack_pending: 1,
+            max_deliver: -1,
+            ..consumer::Config::default()
+        };
+        assert_eq!(difference(&found, "cms.cache.>"), None);
+        let found = consumer::Config {
+            priority_groups: vec!["jobs".to_owned()],
+            ..found
+        };
+        let field = difference(&found, "cms.cache.>").map(|(field, ..)| field);
+        assert_eq!(field, Some("priority_groups"));
     }
 }

@@ -15,7 +15,7 @@ use super::{
     Delivery,
     buffer::{BUFFER_BYTES, Buffer},
 };
-use crate::{nats::Faults, status::Status};
+use crate::{nats::Faults, status::Status, text::count};
 
 /// Drops are reported at most this often.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
@@ -126,8 +126,8 @@ impl Core {
         self.drops.report(&self.status);
         if self.waiting.len() > 0 {
             error!(
-                "{} messages were still waiting and are not relayed",
-                self.waiting.len()
+                "stopped with {} still waiting, which core mode does not keep",
+                count(self.waiting.len() as u64, "message")
             );
         }
     }
@@ -157,9 +157,9 @@ impl Drops {
     fn report(&mut self, status: &Status) {
         if self.unreported > 0 {
             error!(
-                "dropped {} messages, {} since the start: they come faster than the webhook takes \
+                "dropped {}, {} since the start: they come faster than the webhook takes \
                  them, and {} MiB are waiting already; use NATS_STREAM to keep such messages",
-                self.unreported,
+                count(self.unreported, "message"),
                 status.dropped(),
                 BUFFER_BYTES / (1024 * 1024)
             );

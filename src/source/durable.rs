@@ -38,6 +38,9 @@ const TICK: Duration = Duration::from_secs(1);
 /// While a message is in hand, how many wait behind it is looked up so often.
 const VERIFY_EVERY: Duration = Duration::from_secs(5);
 
+/// Pull requests that fail one upon another are reported at most this often.
+const REPORT_EVERY: Duration = Duration::from_secs(60);
+
 /// Growing waits for a JetStream that does not answer, as without a leader.
 const BACKOFF: Backoff = Backoff {
     first: Duration::from_millis(250),
@@ -67,6 +70,10 @@ pub struct Durable {
     heard: Instant,
     /// When the consumer was last verified.
     verified: Instant,
+    /// How many pull requests in a row have failed.
+    failed_pulls: u32,
+    /// When that was last reported.
+    failure_reported: Option<Instant>,
     tick: Pin<Box<Sleep>>,
     arrived: VecDeque<(Delivery, Receipt)>,
     /// What is worked on.
@@ -138,6 +145,8 @@ impl Durable {
             pull: Pull::Ended(0),
             heard: Instant::now(),
             verified: Instant::now(),
+            failed_pulls: 0,
+            failure_reported: None,
             tick: Box::pin(sleep(TICK)),
             arrived: VecDeque::new(),
             in_hand: None,
@@ -155,6 +164,8 @@ impl Durable {
                 reason = fatal(&mut self.faults) => return Err(reason),
                 ready = self.consumer.ensure() => match ready {
                     Ok(()) => {
+                        // What it means that there is no answer was said where it became known.
+                        let _ = unreadable::try_to_look(&self.consumer).await;
                         self.arrived.extend(unreadable::find(&self.consumer).await);
                         return Ok(());
                     }
@@ -276,6 +287,7 @@ impl Durable {
             notice = self.faults.notice() => match notice {
                 Notice::Fatal(reason) => return Err(reason),
                 Notice::InboxRefused => return Err(inbox_refused()),
+                Notice::LookRefused => {}
                 Notice::Connected => {
                     if self.in_hand.is_none() {
                         self.arrived.extend(unreadable::find(&self.consumer).await);
@@ -339,17 +351,38 @@ impl Durable {
             }
             _ if !is_current => {}
             // "Request Timeout" and "No Messages" are regular ends.
-            StatusCode::TIMEOUT | StatusCode::NOT_FOUND => self.end_pull(),
+            StatusCode::TIMEOUT | StatusCode::NOT_FOUND => {
+                self.failed_pulls = 0;
+                self.end_pull();
+            }
             // Such as no responders, a new leader, a server that shuts down.
             status => {
-                debug!("a pull request failed: {status} {description}");
                 self.pull = Pull::Failed(number.unwrap_or_default());
+                self.report_failed_pull(&format!("{status} {description}"));
             }
         }
         Ok(())
     }
 
+    /// A failure now and then is regular, one upon another is not: then no message comes.
+    fn report_failed_pull(&mut self, reason: &str) {
+        self.failed_pulls += 1;
+        let is_due = self
+            .failure_reported
+            .is_none_or(|reported| reported.elapsed() > REPORT_EVERY);
+        if self.failed_pulls > 1 && is_due {
+            warn!(
+                "the NATS server answers the requests for the next message with {reason}; nothing is \
+                 relayed until that ends"
+            );
+            self.failure_reported = Some(Instant::now());
+        } else {
+            debug!("a pull request failed: {reason}");
+        }
+    }
+
     fn take(&mut self, message: Message) -> anyhow::Result<()> {
+        self.failed_pulls = 0;
         let ack = message
             .reply
             .context("a message came without an ack subject")?;
@@ -427,7 +460,7 @@ pub(crate) async fn fatal(faults: &mut Faults) -> anyhow::Error {
         match faults.notice().await {
             Notice::Fatal(reason) => return reason,
             Notice::InboxRefused => return inbox_refused(),
-            Notice::Connected => {}
+            Notice::Connected | Notice::LookRefused => {}
         }
     }
 }
@@ -436,7 +469,7 @@ fn deleted(consumer: &str) -> anyhow::Error {
     anyhow!("the consumer {consumer} was deleted; the next start creates it anew")
 }
 
-fn inbox_refused() -> anyhow::Error {
+pub(crate) fn inbox_refused() -> anyhow::Error {
     anyhow!("no permission to use inboxes; allow _INBOX.> for this NATS user")
 }
 

@@ -3,11 +3,26 @@
 //! out again, for ever, and hold up all that follow. So, with a new connection, the message that is out
 //! and not acked is looked at before the next one is asked for, in the form in which it is stored.
 
-use async_nats::jetstream::stream::RawMessage;
+use async_nats::jetstream::{context::RequestError, stream::RawMessage};
 use base64::{Engine, engine::general_purpose::STANDARD};
 use serde_json::{Value, json};
 
 use super::{Consumer, Delivery, Origin, Receipt};
+
+/// Asks for a message that is not there, so that a missing permission to ask shows at once.
+///
+/// # Errors
+/// If there is no answer.
+pub(crate) async fn try_to_look(consumer: &Consumer) -> Result<(), RequestError> {
+    ask(consumer, u64::MAX).await.map(drop)
+}
+
+/// The server's answer to the question for the message of this sequence: the message, or an error.
+async fn ask(consumer: &Consumer, sequence: u64) -> Result<Value, RequestError> {
+    let subject = format!("STREAM.MSG.GET.{}", consumer.stream);
+    let question = json!({ "seq": sequence });
+    consumer.context().request(subject, &question).await
+}
 
 /// The message that is out and not acked, if it cannot be read.
 pub(super) async fn find(consumer: &Consumer) -> Option<(Delivery, Receipt)> {
@@ -18,11 +33,7 @@ pub(super) async fn find(consumer: &Consumer) -> Option<(Delivery, Receipt)> {
         return None;
     }
     let sequence = info.delivered.stream_sequence;
-    let subject = format!("STREAM.MSG.GET.{}", consumer.stream);
-    let mut answer: Value = context
-        .request(subject, &json!({ "seq": sequence }))
-        .await
-        .ok()?;
+    let mut answer = ask(consumer, sequence).await.ok()?;
     // An error instead, where it is not there any more.
     let message: RawMessage = serde_json::from_value(answer.get_mut("message")?.take()).ok()?;
     let headers = message.headers.map(|headers| STANDARD.decode(headers));

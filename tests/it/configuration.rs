@@ -82,6 +82,57 @@ async fn a_misspelt_variable_is_pointed_out() {
     );
 }
 
+#[tokio::test]
+async fn a_log_filter_that_would_silence_it_is_refused() {
+    for (filter, meant) in [
+        ("warning", "warn"),
+        ("nats-webhook-relay=info", "nats_webhook_relay=info"),
+    ] {
+        let variables = GOOD.into_iter().chain([("RUST_LOG", filter)]);
+        let (code, log) = Relay::start(variables).ended().await;
+        assert_eq!(code, Some(78), "{log:#?}");
+        let meant = format!(
+            "bad configuration: RUST_LOG {filter:?} is neither a level nor a module \
+                             that logs; is {meant} meant?"
+        );
+        assert!(log.last().unwrap().ends_with(&meant), "{log:#?}");
+    }
+}
+
+#[tokio::test]
+async fn it_says_where_dotenv_files_were_looked_for_and_which_were_read() {
+    let (code, log) = Relay::start([]).ended().await;
+    assert_eq!(code, Some(78));
+    assert!(
+        log[1].contains("found neither .env.local nor .env in /"),
+        "{log:#?}"
+    );
+
+    let directory = tempfile::tempdir().unwrap();
+    fs::write(
+        directory.path().join(".env"),
+        "NATS_HOST=nats://127.0.0.1:1\n",
+    )
+    .unwrap();
+    let read = format!("read .env in {}", directory.path().display());
+    let relay = Relay::start_in(directory, GOOD);
+    relay.logged(&read).await;
+
+    // Under a service manager nobody misses one.
+    let relay = Relay::start(GOOD);
+    relay.logged("cannot connect").await;
+    assert_eq!(relay.lines(".env"), [""; 0]);
+}
+
+#[tokio::test]
+async fn a_trust_store_that_is_not_there_is_a_bad_configuration() {
+    let variables = GOOD.into_iter().chain([("SSL_CERT_FILE", "/nowhere.pem")]);
+    let (code, log) = Relay::start(variables).ended().await;
+    assert_eq!(code, Some(78), "{log:#?}");
+    let problem = "bad configuration: SSL_CERT_FILE names \"/nowhere.pem\", which cannot be read";
+    assert!(log.last().unwrap().contains(problem), "{log:#?}");
+}
+
 fn output(arguments: &[&str]) -> (Option<i32>, String) {
     let output = std::process::Command::new(Relay::program())
         .args(arguments)
@@ -106,13 +157,19 @@ fn help_and_version_need_no_configuration_and_other_arguments_are_refused() {
     }
     let version = concat!("nats-webhook-relay ", env!("CARGO_PKG_VERSION"), "\n");
     assert_eq!(output(&["--version"]), (Some(0), version.to_owned()));
-    for arguments in [&["--port"][..], &["serve"], &["--help", "--version"]] {
+    assert!(help.lines().all(|line| line.len() <= 100), "{help}");
+    for flag in ["-h, --help", "-V, --version", "--check"] {
+        assert!(help.contains(flag), "{flag}");
+    }
+    for (arguments, hint) in [
+        (&["--chek"][..], "is --check meant?"),
+        (&["-help"], "is --help meant?"),
+        (&["serve"], "see nats-webhook-relay --help"),
+        (&["--help", "--version"], "see nats-webhook-relay --help"),
+    ] {
         let (code, text) = output(arguments);
-        assert_eq!(code, Some(78), "{text}");
-        assert!(
-            text.contains("Not understood") && text.contains("Usage"),
-            "{text}"
-        );
+        assert_eq!((code, text.lines().count()), (Some(78), 1), "{text}");
+        assert!(text.trim_end().ends_with(hint), "{text}");
     }
 }
 

@@ -586,3 +586,67 @@ async fn headers_that_cannot_be_read_hold_nothing_up() {
         expect(&mut relayed, 1..3).await;
     }
 }
+
+#[tokio::test]
+async fn a_missing_permission_to_look_at_messages_is_said_at_the_start_and_whenever_it_matters() {
+    let nats = NatsServer::with_config(
+        r#"jetstream { store_dir: "$DIR/jetstream" }
+           authorization { users = [
+               { user: admin, password: good }
+               { user: blind, password: good, permissions: {
+                   publish: { deny: "$JS.API.STREAM.MSG.GET.CMS" } } }
+           ] }
+           no_auth_user: admin"#,
+    )
+    .await;
+    nats.create_stream("CMS", "cms.cache.>", 1).await;
+    let webhook = Webhook::ok().await;
+    let variables = [("NATS_USER", "blind"), ("NATS_PASS", "good")];
+    let relay = Relay::durable(&nats, &webhook, &variables).await;
+    let missing = "no permission to publish on $JS.API.STREAM.MSG.GET.CMS, by which the relay finds a \
+                   message that no client can read";
+    assert_eq!(relay.lines(missing).len(), 1, "{:#?}", relay.log());
+    nats.publish_raw(b"cms.cache.raw", b"NATS/1.0\r\nno colon\r\n\r\n", b"raw")
+        .await;
+    relay.logged_times(missing, 3).await;
+}
+
+#[tokio::test]
+async fn pull_requests_that_are_refused_again_and_again_are_reported() {
+    let nats = NatsServer::with_stream().await;
+    let jetstream = nats.jetstream().await;
+    let stream = jetstream.get_stream("CMS").await.unwrap();
+    let config = consumer::pull::Config {
+        durable_name: Some("relay".to_owned()),
+        filter_subject: "cms.cache.>".to_owned(),
+        max_ack_pending: 1,
+        max_waiting: 1,
+        ..Default::default()
+    };
+    let consumer = stream.create_consumer(config).await.unwrap();
+    // Another client takes the one place that there is for a request.
+    let mut other = consumer
+        .batch()
+        .max_messages(1)
+        .expires(Duration::from_secs(60))
+        .messages()
+        .await
+        .unwrap();
+    let waiting = tokio::spawn(async move { futures::StreamExt::next(&mut other).await.is_some() });
+    let webhook = Webhook::ok().await;
+    let relay = Relay::durable(&nats, &webhook, &[]).await;
+    let line = relay
+        .logged("answers the requests for the next message with")
+        .await;
+    assert!(
+        line.contains("WARN") && line.contains("409 Exceeded MaxWaiting"),
+        "{line}"
+    );
+    assert_eq!(
+        relay.lines("answers the requests").len(),
+        1,
+        "seldom: {:#?}",
+        relay.log()
+    );
+    waiting.abort();
+}

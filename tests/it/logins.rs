@@ -1,8 +1,15 @@
 //! Every way to log in to NATS, and each refused when it is wrong.
 
+use std::time::Duration;
+
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use nkeys::KeyPair;
 use serde_json::{Value, json};
+use tokio::{
+    io::copy_bidirectional,
+    net::{TcpListener, TcpStream},
+    time::timeout,
+};
 
 use crate::support::{Authority, NatsServer, Relay, Webhook};
 
@@ -21,6 +28,8 @@ async fn refused(nats: &NatsServer, variables: &[(&str, &str)], remedy: &str) {
         last.contains("refused the login") && last.contains(remedy),
         "{log:#?}"
     );
+    let more = log.iter().filter(|line| line.contains("next attempt"));
+    assert_eq!(more.count(), 0, "there is none: {log:#?}");
 }
 
 /// A file with this content, and its path.
@@ -119,11 +128,77 @@ async fn tls_with_a_ca_of_one_s_own() {
     let config = format!("tls {{ cert_file: \"{certificate}\", key_file: \"{key}\" }}");
     let nats = NatsServer::with_config(&config).await;
     accepted(&nats, &[("NATS_CA", &authority.ca())]).await;
+    // The file of the system's own variable counts as well, also from a dotenv file.
+    accepted(&nats, &[("SSL_CERT_FILE", &authority.ca())]).await;
+    let directory = tempfile::tempdir().unwrap();
+    let dotenv = format!("SSL_CERT_FILE='{}'", authority.ca());
+    std::fs::write(directory.path().join(".env"), dotenv).unwrap();
+    let relay = Relay::start_in(
+        directory,
+        [
+            ("WEBHOOK_DESTINATION", "http://127.0.0.1:1/"),
+            ("NATS_HOST", &nats.url()),
+            ("NATS_SUBJECT_PREFIX", "cms.cache"),
+            ("NATS_RELAYED_SUBJECT_PREFIX", "relayed.cache"),
+        ],
+    );
+    relay.logged("listening on").await;
     for variables in [&[("NATS_CA", &other.ca()[..])][..], &[]] {
         let relay = Relay::between(&nats, "http://127.0.0.1:1/", variables);
         let line = relay.logged("cannot connect to NATS").await;
-        assert!(line.contains("certificate"), "{line}");
+        let hint = "signed by a CA that is not trusted; name the PEM file of that CA in NATS_CA";
+        assert!(line.contains(hint), "{line}");
     }
+}
+
+#[tokio::test]
+async fn a_server_without_tls_is_called_that() {
+    let nats = NatsServer::start().await;
+    let url = nats.url().replace("nats:", "tls:");
+    let relay = Relay::between(&nats, "http://127.0.0.1:1/", &[("NATS_HOST", &url)]);
+    let line = relay.logged("cannot connect to NATS").await;
+    assert!(
+        line.contains("it does not speak TLS there; check host and port, or write nats://"),
+        "{line}"
+    );
+}
+
+/// In front of a server, a TLS handshake that comes before the greeting; the port of that.
+async fn handshake_first(nats: &NatsServer, authority: &Authority) -> u16 {
+    let (acceptor, port) = (authority.acceptor(), nats.port());
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let own_port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let acceptor = acceptor.clone();
+            tokio::spawn(async move {
+                // As nats-server does, it does not wait for ever.
+                let handshake = timeout(Duration::from_millis(500), acceptor.accept(stream));
+                let mut outer = handshake.await.ok()?.ok()?;
+                let mut inner = TcpStream::connect(("127.0.0.1", port)).await.ok()?;
+                copy_bidirectional(&mut outer, &mut inner).await.ok()
+            });
+        }
+    });
+    own_port
+}
+
+#[tokio::test]
+async fn a_server_that_wants_the_handshake_first() {
+    let nats = NatsServer::start().await;
+    let authority = Authority::new();
+    let port = handshake_first(&nats, &authority).await;
+    let url = format!("nats://127.0.0.1:{port}");
+    let ca = authority.ca();
+    let variables = [("NATS_HOST", &url[..]), ("NATS_CA", &ca)];
+    let relay = Relay::between(&nats, "http://127.0.0.1:1/", &variables);
+    let line = relay.logged("cannot connect to NATS").await;
+    assert!(line.contains("set NATS_TLS_FIRST=true"), "{line}");
+    accepted(
+        &nats,
+        &[&variables[..], &[("NATS_TLS_FIRST", "true")]].concat(),
+    )
+    .await;
 }
 
 #[tokio::test]

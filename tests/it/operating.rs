@@ -4,7 +4,7 @@ use std::{collections::HashMap, process::Stdio, time::Duration};
 
 use prometheus_parse::{Scrape, Value};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::TcpStream,
 };
 
@@ -228,7 +228,7 @@ async fn an_address_in_use_is_a_bad_configuration() {
 }
 
 /// What `--check` prints, line by line, and its exit code.
-async fn check(variables: &[(&str, &str)]) -> (Option<i32>, Vec<String>) {
+pub async fn check(variables: &[(&str, &str)]) -> (Option<i32>, Vec<String>) {
     let output = tokio::process::Command::new(Relay::program())
         .arg("--check")
         .env_clear()
@@ -256,7 +256,9 @@ async fn check_says_what_holds_and_what_does_not() {
         authorization { users = [
             { user: relay, password: good },
             { user: deaf, password: good, permissions: { subscribe: \"_INBOX.>\" } },
-            { user: inboxless, password: good, permissions: { subscribe: \"cms.cache.>\" } }
+            { user: inboxless, password: good, permissions: { subscribe: \"cms.cache.>\" } },
+            { user: blind, password: good, permissions: {
+                publish: { deny: \"$JS.API.STREAM.MSG.GET.CMS\" } } }
         ] }
         no_auth_user: relay";
     let nats = NatsServer::with_config(USERS).await;
@@ -275,8 +277,12 @@ async fn check_says_what_holds_and_what_does_not() {
 
     let (code, lines) = check(&good).await;
     assert_eq!(code, Some(0), "{lines:#?}");
+    assert!(
+        lines[0].starts_with("ok      environment: found neither"),
+        "{lines:#?}"
+    );
     assert_eq!(
-        lines,
+        lines[1..],
         [
             "ok      configuration: valid".to_owned(),
             format!("ok      NATS {url}: connected, the login is accepted"),
@@ -290,7 +296,7 @@ async fn check_says_what_holds_and_what_does_not() {
     let (code, lines) = check(&with(&durable)).await;
     assert_eq!(code, Some(0), "{lines:#?}");
     assert!(
-        lines[2].contains("consumer relay of the stream CMS: is missing, and created"),
+        lines[3].contains("consumer relay of the stream CMS: is missing, and created"),
         "{lines:#?}"
     );
     let stream = nats.jetstream().await.get_stream("CMS").await.unwrap();
@@ -302,8 +308,12 @@ async fn check_says_what_holds_and_what_does_not() {
     let (code, lines) = check(&with(&durable)).await;
     assert_eq!(code, Some(0), "{lines:#?}");
     assert!(
-        lines[2].contains("is there and as it must be; 0 messages wait"),
+        lines[3].contains("is there and as it must be; waiting in the stream: 0 messages"),
         "{lines:#?}"
+    );
+    assert_eq!(
+        lines[4],
+        "ok      messages of the stream CMS: can be looked at"
     );
 
     for (changes, failures) in [
@@ -324,12 +334,23 @@ async fn check_says_what_holds_and_what_does_not() {
             &["no permission to use inboxes"],
         ),
         (
+            &[
+                ("NATS_USER", "blind"),
+                ("NATS_STREAM", "CMS"),
+                ("NATS_CONSUMER", "x"),
+            ],
+            &["no permission to publish on $JS.API.STREAM.MSG.GET.CMS, by which"],
+        ),
+        (
             &[("NATS_STREAM", "OTHER"), ("NATS_CONSUMER", "x")],
             &["there is no stream OTHER"],
         ),
         (
             &[("NATS_HOST", "nats://127.0.0.1:1,nats://x.invalid")],
-            &["Connection refused", "DNS error"],
+            &[
+                "nats://127.0.0.1:1: Connection refused (os error 111)",
+                "DNS error",
+            ],
         ),
         (
             &[(
@@ -354,19 +375,67 @@ async fn check_says_what_holds_and_what_does_not() {
                 line.contains(failure) && !line.contains("hunter2"),
                 "{lines:#?}"
             );
+            let reasons: Vec<_> = line.split(": ").collect();
+            assert!(
+                reasons.windows(2).all(|pair| pair[0] != pair[1]),
+                "a reason twice: {line}"
+            );
         }
     }
 
     let (code, lines) = check(&with(&[("WEBHOOK_TIMEOUTS", "15s")])).await;
     assert_eq!(code, Some(0), "{lines:#?}");
     assert_eq!(
-        lines[0],
+        lines[1],
         "warning WEBHOOK_TIMEOUTS is set but not known; is WEBHOOK_TIMEOUT meant?"
     );
 
     let (code, lines) = check(&with(&[("WEBHOOK_TIMEOUT", "15"), ("RUST_LOG", "a=b=c")])).await;
     assert_eq!(code, Some(78), "{lines:#?}");
-    assert_eq!(lines.len(), 2, "{lines:#?}");
+    assert_eq!(lines.len(), 3, "{lines:#?}");
+
+    let (code, lines) = check(&with(&[("SSL_CERT_FILE", "/nowhere.pem")])).await;
+    assert_eq!(code, Some(78), "{lines:#?}");
+    assert!(
+        lines[1].starts_with("FAILED  configuration: SSL_CERT_FILE names"),
+        "{lines:#?}"
+    );
+}
+
+#[tokio::test]
+async fn check_prints_each_line_when_it_knows_it() {
+    let nats = NatsServer::start().await;
+    // A server that says nothing keeps the check waiting.
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let hosts = format!("{},nats://{}", nats.url(), silent.local_addr().unwrap());
+    let mut process = tokio::process::Command::new(Relay::program())
+        .arg("--check")
+        .env_clear()
+        .envs([
+            ("WEBHOOK_DESTINATION", "http://127.0.0.1:1/"),
+            ("NATS_HOST", &hosts),
+            ("NATS_SUBJECT_PREFIX", "cms.cache"),
+            ("NATS_RELAYED_SUBJECT_PREFIX", "relayed.cache"),
+        ])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
+    let expected = format!("NATS {}: connected", nats.url());
+    while !lines
+        .next_line()
+        .await
+        .unwrap()
+        .unwrap()
+        .contains(&expected)
+    {}
+    let next_line = tokio::time::timeout(Duration::from_millis(200), lines.next_line()).await;
+    assert!(
+        next_line.is_err(),
+        "it was printed together with {next_line:?}"
+    );
 }
 
 #[tokio::test]
@@ -391,7 +460,7 @@ async fn check_looks_at_certificates() {
         lines
             .last()
             .unwrap()
-            .contains("TLS failed: invalid peer certificate"),
+            .contains("TLS failed: its certificate is signed by a CA that is not trusted"),
         "{lines:#?}"
     );
 }

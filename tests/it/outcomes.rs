@@ -149,7 +149,7 @@ async fn a_front_end_that_is_not_up_yet_is_waited_for() {
     client.publish("cms.cache.x", "first".into()).await.unwrap();
     let line = relay.logged("attempt 1: ").await;
     assert!(
-        line.contains("cannot connect: Connection refused"),
+        line.contains(&format!("cannot connect to {address}: Connection refused")),
         "{line}"
     );
     let _webhook = Webhook::on(TcpListener::bind(address).await.unwrap(), |_, _| Answer::OK);
@@ -162,9 +162,12 @@ async fn names_that_do_not_resolve_and_tls_where_there_is_none_are_tried_again()
     for (destination, reason) in [
         (
             "http://nowhere.invalid/".to_owned(),
-            "cannot connect: failed to lookup address",
+            "cannot connect to nowhere.invalid:80: failed to lookup address",
         ),
-        (webhook.url().replace("http", "https"), "cannot connect: "),
+        (
+            webhook.url().replace("http", "https"),
+            "it hung up during the TLS handshake; check host and port, or write http://",
+        ),
     ] {
         let nats = NatsServer::start().await;
         let relay = Relay::between(&nats, &destination, &[("WEBHOOK_MAX_ATTEMPTS", "2")]);

@@ -1,8 +1,19 @@
 //! What receivers expect: several of them, headers, signatures, a delay, TLS.
 
-use std::time::Duration;
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
-use crate::support::{Answer, Authority, NatsServer, Relay, Webhook, next};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional},
+    net::{TcpListener, TcpStream},
+};
+
+use crate::{
+    operating::check,
+    support::{Answer, Authority, NatsServer, Relay, Webhook, next},
+};
 
 const SECRETS: [&str; 2] = [
     "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
@@ -159,16 +170,161 @@ async fn https_is_trusted_by_the_system_s_store_or_a_ca_of_one_s_own() {
     let relay = Relay::between(&nats, &url, &[("WEBHOOK_MAX_ATTEMPTS", "2")]);
     relay.logged("listening on").await;
     nats.publish("cms.cache.x", "refused").await;
-    let line = relay.logged("cannot connect: ").await;
-    assert!(line.contains("certificate"), "{line}");
     relay.logged("is not relayed").await;
     assert_eq!(webhook.count(), 0);
+    let lines = relay.lines(&format!("cannot connect to {}: ", webhook.address()));
+    assert_eq!(lines.len(), 2, "one for each attempt: {:#?}", relay.log());
+    for line in &lines {
+        let hint =
+            "signed by a CA that is not trusted; name the PEM file of that CA in SSL_CERT_FILE";
+        assert!(line.contains(hint), "{line}");
+    }
+    assert_eq!(relay.lines("ERROR").len(), 1, "{:#?}", relay.log());
     drop(relay);
 
     let relay = Relay::between(&nats, &url, &[("SSL_CERT_FILE", &authority.ca())]);
     relay.logged("listening on").await;
     nats.publish("cms.cache.x", "trusted").await;
     assert_eq!(next(&mut relayed).await.payload, "trusted");
+}
+
+#[tokio::test]
+async fn a_certificate_that_no_server_should_have_is_told_in_words() {
+    let nats = NatsServer::start().await;
+    let authority = Authority::new();
+    let ca = authority.ca();
+    for (acceptor, words) in [
+        (
+            authority.acceptor_with_the_ca(),
+            "its certificate is that of a CA",
+        ),
+        (
+            authority.acceptor_of_old(),
+            "its certificate has expired; renew it",
+        ),
+    ] {
+        let webhook = Webhook::https(acceptor).await;
+        let url = webhook.url().replace("http:", "https:");
+        let relay = Relay::between(&nats, &url, &[("SSL_CERT_FILE", &ca)]);
+        relay.logged("listening on").await;
+        nats.publish("cms.cache.x", "x").await;
+        let line = relay.logged("attempt 1: ").await;
+        assert!(line.contains(words), "{line}");
+        assert_eq!(relay.lines("ERROR"), [""; 0]);
+    }
+}
+
+/// A proxy that leads to one webhook, whatever host is asked for; the heads of all requests to it.
+async fn proxy_to(webhook: &Webhook) -> (String, Arc<Mutex<Vec<String>>>) {
+    let address = webhook.address();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://user:hunter2@{}", listener.local_addr().unwrap());
+    let heads = Arc::<Mutex<Vec<String>>>::default();
+    let noted = Arc::clone(&heads);
+    tokio::spawn(async move {
+        while let Ok((mut outer, _)) = listener.accept().await {
+            let noted = Arc::clone(&noted);
+            tokio::spawn(async move {
+                let mut head = Vec::new();
+                while !head.ends_with(b"\r\n\r\n") {
+                    head.push(outer.read_u8().await.ok()?);
+                }
+                let text = String::from_utf8(head.clone()).unwrap();
+                let mut inner = TcpStream::connect(address).await.ok()?;
+                if text.starts_with("CONNECT ") {
+                    outer.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.ok()?;
+                } else {
+                    inner.write_all(&head).await.ok()?;
+                }
+                noted.lock().unwrap().push(text);
+                copy_bidirectional(&mut outer, &mut inner).await.ok()
+            });
+        }
+    });
+    (url, heads)
+}
+
+#[tokio::test]
+async fn proxies_are_used_said_and_never_asked_for_loopback_addresses() {
+    let nats = NatsServer::start().await;
+    let mut relayed = nats.client().await.subscribe("relayed.>").await.unwrap();
+    let authority = Authority::new();
+    let ca = authority.ca();
+    let plain = Webhook::ok().await;
+    let secure = Webhook::https(authority.acceptor()).await;
+    let (http_proxy, http_heads) = proxy_to(&plain).await;
+    let (https_proxy, https_heads) = proxy_to(&secure).await;
+    let variables = [
+        ("HTTP_PROXY", &http_proxy[..]),
+        ("HTTPS_PROXY", &https_proxy),
+        ("NO_PROXY", "exempt.invalid"),
+        ("SSL_CERT_FILE", &ca),
+    ];
+    let shown = |proxy: &str| proxy.replace("user:hunter2@", "") + "/";
+
+    // On its own machine: the webhook gets it, and no proxy hears of it.
+    let relay = Relay::listening(&nats, &plain, &variables).await;
+    nats.publish("cms.cache.x", "loopback").await;
+    assert_eq!(next(&mut relayed).await.payload, "loopback");
+    assert_eq!(plain.count(), 1);
+    assert_eq!(relay.lines("proxy"), [""; 0]);
+    assert_eq!(http_heads.lock().unwrap().len(), 0, "the proxy was asked");
+    drop(relay);
+
+    let destinations = "http://app.invalid/hook https://app.invalid/hook";
+    let relay = Relay::between(&nats, destinations, &variables);
+    relay.logged("listening on").await;
+    let said = [("http", &http_proxy), ("https", &https_proxy)].map(|(scheme, proxy)| {
+        format!(
+            "{scheme}://app.invalid/hook is reached through the proxy {}",
+            shown(proxy)
+        )
+    });
+    for line in &said {
+        relay.logged(line).await;
+    }
+    nats.publish("cms.cache.x", "far away").await;
+    assert_eq!(next(&mut relayed).await.payload, "far away");
+    assert_eq!((plain.count(), secure.count()), (2, 1));
+    for (heads, line) in [
+        (&http_heads, "POST http://app.invalid/hook HTTP/1.1"),
+        (&https_heads, "CONNECT app.invalid:443 HTTP/1.1"),
+    ] {
+        let heads = heads.lock().unwrap();
+        assert!(heads[0].starts_with(line), "{heads:?}");
+        let login = "proxy-authorization: basic dxnlcjpodw50zxiy"; // user:hunter2
+        assert!(heads[0].to_lowercase().contains(login), "{heads:?}");
+    }
+    assert_eq!(relay.lines("hunter2"), [""; 0]);
+    drop(relay);
+
+    let relay = Relay::between(&nats, "http://exempt.invalid/hook", &variables);
+    relay.logged("listening on").await;
+    nats.publish("cms.cache.x", "exempt").await;
+    let line = relay.logged("attempt 1: ").await;
+    assert!(
+        line.contains("cannot connect to exempt.invalid:80: "),
+        "{line}"
+    );
+
+    let usual = [
+        ("WEBHOOK_DESTINATION", destinations),
+        ("NATS_HOST", &nats.url()),
+        ("NATS_SUBJECT_PREFIX", "cms.cache"),
+        ("NATS_RELAYED_SUBJECT_PREFIX", "relayed.cache"),
+    ];
+    let (code, lines) = check(&[&usual[..], &variables].concat()).await;
+    assert_eq!(code, Some(0), "{lines:#?}");
+    let through = format!(
+        "can be connected to through the proxy {}",
+        shown(&https_proxy)
+    );
+    assert!(lines.last().unwrap().contains(&through), "{lines:#?}");
+    assert_eq!(
+        (plain.count(), secure.count()),
+        (2, 1),
+        "no request is sent"
+    );
 }
 
 #[tokio::test]

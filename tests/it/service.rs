@@ -146,8 +146,8 @@ async fn the_journal_gets_priorities_and_no_timestamps() {
     let log = run("$(stat -L -c %d:%i /proc/self/fd/2)");
     let lines: Vec<_> = log.lines().collect();
     assert!(lines[0].starts_with("<6>nats-webhook-relay "), "{log}");
-    assert!(lines[1].starts_with("<4>NATS_HOSTS is set"), "{log}");
-    assert!(lines[2].starts_with("<3>bad configuration: "), "{log}");
+    assert!(lines[2].starts_with("<4>NATS_HOSTS is set"), "{log}");
+    assert!(lines[3].starts_with("<3>bad configuration: "), "{log}");
     // The variable alone is inherited by whatever a service starts.
     assert!(run("1:1").starts_with('['), "another's journal");
 }

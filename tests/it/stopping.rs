@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 use crate::support::{Answer, NatsServer, Relay, Webhook, next};
 
 #[tokio::test]
-async fn either_signal_stops_an_idle_relay_at_once() {
+async fn each_signal_stops_an_idle_relay_at_once() {
     let nats = NatsServer::start().await;
-    for signal in ["TERM", "INT"] {
+    // HUP is what a terminal sends that is closed.
+    for signal in ["TERM", "INT", "HUP"] {
         let webhook = Webhook::ok().await;
         let relay = Relay::listening(&nats, &webhook, &[]).await;
         relay.signal(signal);
@@ -49,7 +50,7 @@ async fn the_message_in_hand_is_finished_retries_included_and_no_other_is_taken(
     let (code, log) = relay.ended().await;
     assert_eq!(code, Some(0), "{log:#?}");
     assert_eq!(webhook.count(), 2);
-    let left = "2 messages were still waiting and are not relayed";
+    let left = "stopped with 2 messages still waiting";
     assert!(log.iter().any(|line| line.contains(left)), "{log:#?}");
 }
 
@@ -83,4 +84,17 @@ async fn a_second_signal_stops_at_once() {
     assert_eq!(code, Some(0), "{log:#?}");
     let lost = "cms.cache.x is not relayed: stopped at once";
     assert!(log.iter().any(|line| line.contains(lost)), "{log:#?}");
+}
+
+#[tokio::test]
+async fn it_outlives_its_terminal_where_it_was_told_to() {
+    let nats = NatsServer::start().await;
+    let webhook = Webhook::ok().await;
+    let relay = Relay::under(&["nohup"], &nats, &webhook).await;
+    relay.signal("HUP");
+    // Had it not been ignored, it would stop before it has relayed this.
+    nats.publish("cms.cache.x", "x").await;
+    relay.logged(" -> ").await;
+    relay.signal("TERM");
+    assert_eq!(relay.ended().await.0, Some(0));
 }

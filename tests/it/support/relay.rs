@@ -29,7 +29,15 @@ impl Relay {
         directory: TempDir,
         variables: impl IntoIterator<Item = (&'a str, &'a str)>,
     ) -> Self {
-        let mut process = Command::new(Self::program())
+        Self::spawn(Command::new(Self::program()), directory, variables)
+    }
+
+    fn spawn<'a>(
+        mut command: Command,
+        directory: TempDir,
+        variables: impl IntoIterator<Item = (&'a str, &'a str)>,
+    ) -> Self {
+        let mut process = command
             .env_clear()
             .envs(variables)
             .current_dir(directory.path())
@@ -62,13 +70,22 @@ impl Relay {
     /// Between a server and a webhook, with changes; an empty value removes a variable.
     pub fn between(nats: &NatsServer, webhook: &str, changes: &[(&str, &str)]) -> Self {
         let url = nats.url();
-        let usual = [
-            ("WEBHOOK_DESTINATION", webhook),
-            ("NATS_HOST", &url),
-            ("NATS_SUBJECT_PREFIX", "cms.cache"),
-            ("NATS_RELAYED_SUBJECT_PREFIX", "relayed.cache"),
-        ];
-        Self::start(usual.into_iter().chain(changes.iter().copied()))
+        Self::start(
+            usual(&url, webhook)
+                .into_iter()
+                .chain(changes.iter().copied()),
+        )
+    }
+
+    /// Between a server and a webhook, started by another command, once it is subscribed.
+    pub async fn under(command: &[&str], nats: &NatsServer, webhook: &Webhook) -> Self {
+        let (url, webhook) = (nats.url(), webhook.url());
+        let (program, arguments) = command.split_first().expect("a command");
+        let mut command = Command::new(program);
+        command.args(arguments).arg(Self::program());
+        let relay = Self::spawn(command, tempfile::tempdir().unwrap(), usual(&url, &webhook));
+        relay.logged("listening on").await;
+        relay
     }
 
     /// The same, once it is subscribed.
@@ -155,6 +172,16 @@ impl Relay {
         .await;
         (status.code(), self.log())
     }
+}
+
+/// The settings between a server and a webhook.
+fn usual<'a>(nats: &'a str, webhook: &'a str) -> [(&'a str, &'a str); 4] {
+    [
+        ("WEBHOOK_DESTINATION", webhook),
+        ("NATS_HOST", nats),
+        ("NATS_SUBJECT_PREFIX", "cms.cache"),
+        ("NATS_RELAYED_SUBJECT_PREFIX", "relayed.cache"),
+    ]
 }
 
 fn collect(from: impl AsyncRead + Send + Unpin + 'static, log: &Arc<Mutex<Vec<String>>>) {

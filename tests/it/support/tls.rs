@@ -1,6 +1,6 @@
 use std::{net::IpAddr, path::PathBuf, sync::Arc};
 
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType, date_time_ymd};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use tempfile::TempDir;
 use tokio_rustls::TlsAcceptor;
@@ -30,10 +30,20 @@ impl Authority {
         self.file("ca.pem")
     }
 
-    /// The paths of a certificate for 127.0.0.1 and its key.
+    /// The paths of a certificate for 127.0.0.1 and app.invalid, and of its key.
     pub fn issue(&self, name: &str) -> (String, String) {
-        let mut params = CertificateParams::new([]).unwrap();
-        params.subject_alt_names = vec![SanType::IpAddress(IpAddr::from([127, 0, 0, 1]))];
+        self.issue_with(name, |_| {})
+    }
+
+    fn issue_with(
+        &self,
+        name: &str,
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> (String, String) {
+        let mut params = CertificateParams::new(["app.invalid".to_owned()]).unwrap();
+        let address = IpAddr::from([127, 0, 0, 1]);
+        params.subject_alt_names.push(SanType::IpAddress(address));
+        change(&mut params);
         let key = KeyPair::generate().unwrap();
         let certificate = params.signed_by(&key, &self.issuer).unwrap();
         let paths = (
@@ -48,21 +58,39 @@ impl Authority {
     /// A TLS server's side, with a certificate of its own.
     pub fn acceptor(&self) -> TlsAcceptor {
         let (certificate, key) = self.issue("webhook");
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let config = rustls::ServerConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_no_client_auth()
-            .with_single_cert(
-                vec![CertificateDer::from_pem_file(certificate).unwrap()],
-                PrivateKeyDer::from_pem_file(key).unwrap(),
-            )
-            .unwrap();
-        TlsAcceptor::from(Arc::new(config))
+        acceptor(certificate, key)
+    }
+
+    /// A TLS server's side that shows the CA's own certificate, as nobody should.
+    pub fn acceptor_with_the_ca(&self) -> TlsAcceptor {
+        let key = self.file("ca.key");
+        std::fs::write(&key, self.issuer.key().serialize_pem()).unwrap();
+        acceptor(self.ca(), key)
+    }
+
+    /// A TLS server's side with a certificate that has expired.
+    pub fn acceptor_of_old(&self) -> TlsAcceptor {
+        let expired = date_time_ymd(2000, 1, 1);
+        let (certificate, key) = self.issue_with("old", |params| params.not_after = expired);
+        acceptor(certificate, key)
     }
 
     fn file(&self, name: &str) -> String {
         let path: PathBuf = self.directory.path().join(name);
         path.to_str().unwrap().to_owned()
     }
+}
+
+fn acceptor(certificate: String, key: String) -> TlsAcceptor {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(
+            vec![CertificateDer::from_pem_file(certificate).unwrap()],
+            PrivateKeyDer::from_pem_file(key).unwrap(),
+        )
+        .unwrap();
+    TlsAcceptor::from(Arc::new(config))
 }
