@@ -3,6 +3,7 @@
 use std::{collections::BTreeSet, fmt, fs, net::SocketAddr, path::PathBuf, time::Duration};
 
 use async_nats::{ConnectOptions, ServerAddr};
+use percent_encoding::percent_decode_str;
 use reqwest::{
     Url,
     header::{HeaderMap, HeaderName, HeaderValue},
@@ -489,7 +490,7 @@ impl Config {
         let trust = reader.optional(TRUST, read_certificates);
         let servers = servers(&mut reader);
         let prefix = reader.parsed(PREFIX, parse_prefix);
-        let relayed_prefix = reader.parsed(RELAYED_PREFIX, parse_prefix);
+        let relayed_prefix = reader.parsed(RELAYED_PREFIX, parse_own_prefix);
         let login = login(&mut reader);
         let (ca, certificate) = tls_files(&mut reader);
         let tls_first = reader.parsed(TLS_FIRST, parse_bool);
@@ -505,7 +506,7 @@ impl Config {
             .map(Option::unwrap_or_default);
         let republish_delay = reader.parsed(REPUBLISH_DELAY, parse_duration);
         let shutdown_timeout = reader.parsed(SHUTDOWN_TIMEOUT, parse_duration);
-        let failed_prefix = reader.optional(FAILED_PREFIX, parse_prefix);
+        let failed_prefix = reader.optional(FAILED_PREFIX, parse_own_prefix);
         let prefixes = [
             (PREFIX, prefix.as_ref()),
             (RELAYED_PREFIX, relayed_prefix.as_ref()),
@@ -818,7 +819,8 @@ const RESERVED_HEADERS: [&str; 18] = [
 /// `WEBHOOK_HEADER_X_KEY` is the header `x-key`.
 fn parse_header(variable: &str, value: &str) -> Result<(HeaderName, HeaderValue), String> {
     let name = variable
-        .trim_start_matches(HEADER_PREFIX)
+        .strip_prefix(HEADER_PREFIX)
+        .unwrap_or(variable)
         .to_lowercase()
         .replace('_', "-");
     if RESERVED_HEADERS.contains(&name.as_str()) {
@@ -906,11 +908,27 @@ fn parse_destination(text: &str) -> Result<Url, String> {
         .parse()
         .map_err(|error| format!("is no URL ({error}); {example}"))?;
     match url.scheme() {
-        "http" | "https" => Ok(url),
-        other => Err(format!(
-            "starts with {other}:, not with http:// or https://; {example}"
-        )),
+        "http" | "https" => {}
+        other => {
+            return Err(format!(
+                "starts with {other}:, not with http:// or https://; {example}"
+            ));
+        }
     }
+    let login = [url.username(), url.password().unwrap_or_default()];
+    if login
+        .iter()
+        .any(|part| percent_decode_str(part).decode_utf8().is_err())
+    {
+        return Err("has a login that is not UTF-8 once decoded; write it in UTF-8".to_owned());
+    }
+    // The HTTP client would find that at each message only.
+    if let Err(error) = url.as_str().parse::<hyper::Uri>() {
+        return Err(format!(
+            "has a URL that no HTTP client can use ({error}); shorten it"
+        ));
+    }
+    Ok(url)
 }
 
 fn parse_servers(text: &str) -> Result<Vec<ServerAddr>, String> {
@@ -937,7 +955,7 @@ fn parse_server(text: &str) -> Result<ServerAddr, String> {
     if address.host().is_empty() {
         return Err(format!("has an entry without a host; {example}"));
     }
-    if address.has_user_pass() {
+    if address.username().is_some() || address.password().is_some() {
         return Err(format!(
             "contains a login; set {USER} and {PASS}, or {TOKEN} instead"
         ));
@@ -946,8 +964,21 @@ fn parse_server(text: &str) -> Result<ServerAddr, String> {
 }
 
 fn parse_prefix(text: &str) -> Result<Prefix, String> {
+    // More of a long one would not help.
+    let shown: String = text.chars().take(100).collect();
     text.parse()
-        .map_err(|problem| format!("{text:?} {problem}"))
+        .map_err(|problem| format!("{shown:?} {problem}"))
+}
+
+/// A prefix to publish under.
+fn parse_own_prefix(text: &str) -> Result<Prefix, String> {
+    let prefix = parse_prefix(text)?;
+    if prefix.is_reserved() {
+        return Err(format!(
+            "{text:?} is reserved for NATS itself; choose another, such as relayed.cache"
+        ));
+    }
+    Ok(prefix)
 }
 
 /// A name of a stream or a consumer (NATS ADR-6).
@@ -1191,6 +1222,18 @@ mod tests {
             (RELAYED_PREFIX, "cms.cache", "overlaps"),
             (RELAYED_PREFIX, "cms.cache.relayed", "overlaps"),
             (RELAYED_PREFIX, "cms", "overlaps"),
+            (RELAYED_PREFIX, "$JS.API", "is reserved for NATS"),
+            (RELAYED_PREFIX, "_INBOX.x", "is reserved for NATS"),
+            (FAILED_PREFIX, "$SYS", "is reserved for NATS"),
+            (PREFIX, &"x".repeat(5000), "is longer than NATS takes"),
+            (HOST, "nats://:p@host", "contains a login"),
+            (DESTINATION, "http://%ff:p@host", "is not UTF-8"),
+            (DESTINATION, "http://u:%ff@host", "is not UTF-8"),
+            (
+                DESTINATION,
+                &format!("http://host/{}", "x".repeat(66_000)),
+                "no HTTP client can use (uri too long)",
+            ),
             (USER, "u", "NATS_PASS is not set"),
             (PASS, "p", "NATS_USER is not set"),
             (DESTINATION, "http://a b", "is no URL"),

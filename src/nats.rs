@@ -5,14 +5,14 @@
 
 use std::{
     fmt::Display,
-    sync::{Arc, Mutex, PoisonError, atomic::Ordering::Relaxed},
-    time::Duration,
+    sync::{Arc, Mutex, OnceLock, PoisonError, atomic::Ordering::Relaxed},
+    time::{Duration, Instant},
 };
 
 use anyhow::anyhow;
 use async_nats::{
     Client, ClientError, ConnectErrorKind, ConnectOptions, Event, ReconnectToServer, Server,
-    ServerAddr, ServerError,
+    ServerAddr, ServerError, Statistics,
 };
 use log::{error, info, warn};
 use secrecy::ExposeSecret;
@@ -40,6 +40,10 @@ const BACKOFF: Backoff = Backoff {
 /// [`crate::source`]), and this one must not be reached.
 const SUBSCRIPTION_CAPACITY: usize = usize::MAX >> 4;
 
+/// A connection that lasts so long counts: after it, the first attempt to connect anew is made at once.
+/// A server that closes each connection would be overrun otherwise.
+const LASTING: Duration = Duration::from_secs(5);
+
 /// How often the server is asked whether it is there. The third question without an answer ends a
 /// connection that went dead without a word, as after a change of networks.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
@@ -59,7 +63,7 @@ pub async fn connect(
 ) -> anyhow::Result<(Client, Faults)> {
     let (observer, faults) = Observer::new(config, prefix, status);
     let chooser = Arc::clone(&observer);
-    let client = options(config, observer)?
+    let client = options(config, Arc::clone(&observer))?
         .retry_on_initial_connect()
         .reconnect_to_server_callback(move |servers, _| {
             let choice = chooser.choose(&servers);
@@ -67,6 +71,7 @@ pub async fn connect(
         })
         .connect(config.servers.as_slice())
         .await?;
+    let _ = observer.statistics.set(client.statistics());
     Ok((client, faults))
 }
 
@@ -235,6 +240,8 @@ struct Observer {
     /// What to look at where the server refuses the login.
     remedy: &'static str,
     progress: Mutex<Progress>,
+    /// The client's own, which know of a connection before its event comes.
+    statistics: OnceLock<Arc<Statistics>>,
     status: Arc<Status>,
     faults: mpsc::UnboundedSender<Notice>,
 }
@@ -242,10 +249,14 @@ struct Observer {
 /// How far connecting has come.
 #[derive(Default)]
 struct Progress {
-    /// Attempts since the last connection.
+    /// Attempts since the last connection that lasted.
     attempts: usize,
     /// The server of the last attempt.
     server: Option<ServerAddr>,
+    /// Since when there has been a connection to it.
+    connected: Option<Instant>,
+    /// How many connections there had been before that attempt.
+    connections: u64,
 }
 
 impl Observer {
@@ -255,6 +266,7 @@ impl Observer {
             subject: prefix.wildcard(),
             remedy: config.login.remedy(),
             progress: Mutex::default(),
+            statistics: OnceLock::new(),
             status: Arc::clone(status),
             faults: sender,
         };
@@ -264,13 +276,21 @@ impl Observer {
     /// One server after the other; at once in the first round, then with growing waits.
     fn choose(&self, servers: &[Server]) -> Option<ReconnectToServer> {
         let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(since) = progress.connected.take()
+            && since.elapsed() > LASTING
+        {
+            progress.attempts = 0;
+        }
         let next = servers.get(progress.attempts % servers.len().max(1))?;
         let rounds = progress.attempts / servers.len();
         let delay = match u32::try_from(rounds) {
             Ok(0) => Duration::ZERO,
             rounds => BACKOFF.wait(rounds.unwrap_or(u32::MAX)),
         };
-        if let Some(last) = progress.server.as_ref().filter(|_| progress.attempts > 0) {
+        let connections = self.connections();
+        let has_failed = connections == progress.connections;
+        progress.connections = connections;
+        if let Some(last) = progress.server.as_ref().filter(|_| has_failed) {
             // The client keeps no error for a name that does not resolve.
             let reason = servers
                 .iter()
@@ -279,15 +299,14 @@ impl Observer {
                 .unwrap_or("its name does not resolve");
             // A refused login ends the relay, which says so.
             if !is_refusal(reason) {
+                let wait = match delay.is_zero() {
+                    true => "now".to_owned(),
+                    false => format!("in {delay:.1?}"),
+                };
                 warn!(
-                    "cannot connect to NATS at {}: {}; next attempt {}",
+                    "cannot connect to NATS at {}: {}; next attempt {wait}",
                     show(last),
                     explain(reason),
-                    if delay.is_zero() {
-                        "now".to_owned()
-                    } else {
-                        format!("in {delay:.1?}")
-                    }
                 );
             }
         }
@@ -303,7 +322,7 @@ impl Observer {
         match event {
             Event::Connected => {
                 let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
-                progress.attempts = 0;
+                progress.connected = Some(Instant::now());
                 let server = self.server(&progress);
                 info!("connected to NATS at {server}");
                 self.status.set_connected(server);
@@ -350,7 +369,7 @@ impl Observer {
                 return self.tell(Notice::InboxRefused);
             }
             if refused.starts_with("$JS.API.STREAM.MSG.GET.") {
-                warn!("{}", cannot_look(refused));
+                warn!("{}", cannot_look(&refused));
                 return self.tell(Notice::LookRefused);
             }
             if refused.starts_with("$JS.") {
@@ -373,10 +392,23 @@ impl Observer {
                  the server"
             );
         }
+        if text.eq_ignore_ascii_case("maximum payload violation") {
+            self.status.add_publish_refused();
+            return error!(
+                "a message is larger than the NATS server takes, so it was not republished; raise \
+                 max_payload of the server"
+            );
+        }
         if text.eq_ignore_ascii_case("maximum subscriptions exceeded") {
             return self.fatal(anyhow!("NATS refused the subscription: {text}"));
         }
         error!("the NATS server reports: {text}");
+    }
+
+    fn connections(&self) -> u64 {
+        self.statistics
+            .get()
+            .map_or(0, |statistics| statistics.connects.load(Relaxed))
     }
 
     fn server(&self, progress: &Progress) -> String {
@@ -403,12 +435,21 @@ pub fn cannot_look(subject: &str) -> String {
     )
 }
 
-/// The subject in the server's `Permissions Violation for <what> "<subject>"`.
-fn refused_subject<'a>(text: &'a str, what: &str) -> Option<&'a str> {
+/// The subject in the server's `Permissions Violation for <what> "<subject>"`, which it quotes as Go
+/// does: with a backslash before a quotation mark and before another backslash.
+fn refused_subject(text: &str, what: &str) -> Option<String> {
     let (_, rest) = text
         .strip_prefix("Permissions Violation for ")?
         .split_once(what)?;
-    rest.trim_start().strip_prefix('"')?.split('"').next()
+    let mut quoted = rest.trim_start().strip_prefix('"')?.chars();
+    let mut subject = String::new();
+    loop {
+        match quoted.next()? {
+            '"' => return Some(subject),
+            '\\' => subject.push(quoted.next()?),
+            character => subject.push(character),
+        }
+    }
 }
 
 /// How many connections there have been.
@@ -446,13 +487,18 @@ mod tests {
                 Some("a.b"),
             ),
             (
+                r#"Permissions Violation for Subscription to "a\"b\\.>" using queue "q""#,
+                "Subscription to",
+                Some(r#"a"b\.>"#),
+            ),
+            (
                 r#"Permissions Violation for Publish to "a.b""#,
                 "Subscription to",
                 None,
             ),
             ("Stale Connection", "Publish to", None),
         ] {
-            assert_eq!(refused_subject(text, what), subject, "{text}");
+            assert_eq!(refused_subject(text, what).as_deref(), subject, "{text}");
         }
     }
 }

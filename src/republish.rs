@@ -5,7 +5,7 @@ use async_nats::{HeaderMap, header::NATS_MESSAGE_ID};
 use crate::{
     source::{Delivery, Origin},
     status::Cause,
-    subject::Prefix,
+    subject::{LONGEST_SUBJECT, Prefix},
 };
 
 /// Why a message is given up.
@@ -44,10 +44,6 @@ impl GivenUp {
         })
     }
 }
-
-/// The server closes the connection on a longer line than `HPUB <subject> <size> <size>` of so many
-/// bytes, unless its operator has changed `max_control_line`, which it does not tell.
-const LONGEST_SUBJECT: usize = 4096 - "HPUB  67108864 67108864".len();
 
 /// The subject of a message below another prefix.
 ///

@@ -23,6 +23,13 @@ impl Prefix {
         self.0 == other.0 || self.rest_of(&other.0).is_some() || other.rest_of(&self.0).is_some()
     }
 
+    /// Whether NATS keeps what is below the prefix to itself: `$JS`, `$SYS` and the like, and inboxes.
+    #[must_use]
+    pub fn is_reserved(&self) -> bool {
+        let first = self.0.split('.').next().unwrap_or_default();
+        first.starts_with('$') || first == "_INBOX"
+    }
+
     /// `subject` with this prefix replaced by `target`; nothing if it is not below this prefix.
     #[must_use]
     pub fn rewrite(&self, subject: &str, target: &Self) -> Option<String> {
@@ -42,10 +49,17 @@ impl fmt::Display for Prefix {
     }
 }
 
+/// The server closes the connection on a longer line than `HPUB <subject> <size> <size>` of so many
+/// bytes, unless its operator has changed `max_control_line`, which it does not tell.
+pub(crate) const LONGEST_SUBJECT: usize = 4096 - "HPUB  67108864 67108864".len();
+
 impl FromStr for Prefix {
     type Err = InvalidPrefix;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text.len() + ".x".len() > LONGEST_SUBJECT {
+            return Err(InvalidPrefix::TooLong);
+        }
         if text.chars().any(|c| c.is_whitespace() || c.is_control()) {
             return Err(InvalidPrefix::WhiteSpace);
         }
@@ -69,6 +83,8 @@ pub enum InvalidPrefix {
     Wildcard,
     /// White space or a control character.
     WhiteSpace,
+    /// There is no room for a subject below it.
+    TooLong,
 }
 
 impl fmt::Display for InvalidPrefix {
@@ -82,6 +98,9 @@ impl fmt::Display for InvalidPrefix {
             }
             Self::WhiteSpace => {
                 "contains white space or a control character; write it without, such as cms.cache"
+            }
+            Self::TooLong => {
+                "is longer than NATS takes for a subject; write a short one, such as cms.cache"
             }
         })
     }
@@ -113,6 +132,7 @@ mod tests {
             ("cms\tcache", InvalidPrefix::WhiteSpace),
             ("cms\u{a0}cache", InvalidPrefix::WhiteSpace),
             ("cms\0cache", InvalidPrefix::WhiteSpace),
+            (&"x".repeat(5000), InvalidPrefix::TooLong),
         ] {
             assert_eq!(text.parse::<Prefix>(), Err(problem), "{text:?}");
         }
@@ -130,6 +150,20 @@ mod tests {
         ] {
             assert_eq!(prefix(a).overlaps(&prefix(b)), expected, "{a} {b}");
             assert_eq!(prefix(b).overlaps(&prefix(a)), expected, "{b} {a}");
+        }
+    }
+
+    #[test]
+    fn the_names_that_nats_keeps_to_itself_are_known() {
+        for (text, expected) in [
+            ("$JS.API", true),
+            ("$SYS", true),
+            ("_INBOX", true),
+            ("_INBOX.x", true),
+            ("_INBOXES", false),
+            ("a.$JS", false),
+        ] {
+            assert_eq!(prefix(text).is_reserved(), expected, "{text}");
         }
     }
 

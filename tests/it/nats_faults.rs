@@ -1,9 +1,14 @@
 //! Whatever NATS does.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_nats::ConnectOptions;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+};
 
+use crate::operating::{STATUS, address, metrics};
 use crate::support::{Answer, NatsServer, Relay, Webhook, next, until};
 
 const USERS: &str = r#"authorization { users = [
@@ -217,4 +222,81 @@ async fn http_get(address: &str, path: &str) -> String {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).await.unwrap();
     answer
+}
+
+#[tokio::test]
+async fn a_server_that_closes_every_connection_is_not_overrun() {
+    let nats = NatsServer::start().await;
+    let port = nats.port();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("nats://{}", listener.local_addr().unwrap());
+    let (connections, mut accepted) = tokio::sync::mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        while let Ok((mut outer, _)) = listener.accept().await {
+            connections.send(Instant::now()).unwrap();
+            let mut inner = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+            // Until the server's PONG, which ends the login.
+            let (mut from_client, mut to_client) = outer.split();
+            let (mut from_server, mut to_server) = inner.split();
+            let mut seen = Vec::new();
+            let login = async {
+                while !seen.windows(4).any(|bytes| bytes == b"PONG") {
+                    let mut buffer = [0; 4096];
+                    let length = from_server.read(&mut buffer).await.unwrap();
+                    seen.extend_from_slice(&buffer[..length]);
+                    to_client.write_all(&buffer[..length]).await.unwrap();
+                }
+            };
+            tokio::select! {
+                () = login => {}
+                _ = tokio::io::copy(&mut from_client, &mut to_server) => {}
+            }
+        }
+    });
+    let relay = Relay::between(&nats, "http://127.0.0.1:1/", &[("NATS_HOST", &url)]);
+    let first = accepted.recv().await.unwrap();
+    let mut last = first;
+    for _ in 0..7 {
+        last = accepted.recv().await.unwrap();
+    }
+    // With waits that double from 100 ms, half of each random, it takes 1.5 s at the least.
+    assert!(last - first > Duration::from_secs(1), "{:?}", last - first);
+    assert_eq!(relay.lines("cannot connect"), [""; 0], "it could each time");
+}
+
+#[tokio::test]
+async fn a_message_that_became_too_large_for_the_server_counts_as_refused() {
+    let nats = NatsServer::start().await;
+    let client = nats.client().await;
+    let webhook = Webhook::script([Answer::ok_after(Duration::from_secs(1))]).await;
+    let relay = Relay::listening(&nats, &webhook, &[STATUS]).await;
+    let address = address(&relay).await;
+    client
+        .publish("cms.cache.x", vec![b'x'; 5000].into())
+        .await
+        .unwrap();
+    webhook.received(1).await;
+    nats.reload("max_payload: 1024");
+    relay
+        .logged("a message is larger than the NATS server takes")
+        .await;
+    let metrics = metrics(&address).await;
+    assert_eq!(metrics["publish_refused_total"], 1.0);
+}
+
+#[tokio::test]
+async fn a_prefix_with_quotation_marks_is_recognised_in_the_server_s_refusal() {
+    let nats = NatsServer::with_config(USERS).await;
+    let webhook = Webhook::ok().await;
+    let variables = [
+        ("NATS_USER", "deaf"),
+        ("NATS_PASS", "good"),
+        ("NATS_SUBJECT_PREFIX", r#"cms."a\b""#),
+    ];
+    let (code, log) = Relay::between(&nats, &webhook.url(), &variables)
+        .ended()
+        .await;
+    assert_eq!(code, Some(1), "{log:#?}");
+    let refusal = r#"no permission to subscribe to cms."a\b".>"#;
+    assert!(log.last().unwrap().contains(refusal), "{log:#?}");
 }
