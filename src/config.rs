@@ -14,11 +14,13 @@ use secrecy::{ExposeSecret, SecretString};
 mod log_filter;
 mod names;
 mod proxies;
+mod secrets;
 
 use self::proxies::Proxies;
 pub use self::{
     names::{Misnamed, misnamed, nearest},
     proxies::Proxy,
+    secrets::Secrets,
 };
 use crate::{
     environment::{Environment, FILE_SUFFIX},
@@ -476,6 +478,14 @@ pub fn without_secrets(url: &Url) -> String {
         url.host_str().unwrap_or_default(),
         url.path()
     )
+}
+
+impl Webhook {
+    /// The secrets that are sent to the destinations.
+    #[must_use]
+    pub fn sent_secrets(&self) -> Secrets {
+        Secrets::of(&self.destinations, &self.headers)
+    }
 }
 
 impl Config {

@@ -3,7 +3,12 @@
 //! Headers follow Standard Webhooks
 //! (<https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md>).
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    error::Error,
+    io,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use anyhow::Context;
 use async_nats::{HeaderMap, header::NATS_MESSAGE_ID};
@@ -16,7 +21,7 @@ use rustls::ClientConfig;
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
-    config::{self, Destination},
+    config::{self, Destination, Secrets},
     signing::SigningSecret,
     source::{Delivery, Origin},
     tls,
@@ -49,11 +54,15 @@ const EXCERPT_BYTES: usize = 200;
 /// A longer `Retry-After` is not waited for.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(60);
 
+/// So many headers an answer may have; the HTTP client's own bound is 100.
+const MAX_HEADERS: usize = 1000;
+
 /// Where and how to POST.
 pub struct Webhook {
     targets: Vec<Target>,
     timeout: Duration,
-    secrets: Vec<SigningSecret>,
+    signing_secrets: Vec<SigningSecret>,
+    sent_secrets: Secrets,
 }
 
 /// One destination.
@@ -62,6 +71,8 @@ pub struct Target {
     pub destination: Destination,
     /// Keeps the one connection to it.
     client: Client,
+    /// Whether that connection waits for the next request, as far as we know.
+    is_idle: AtomicBool,
     /// What all requests to it have in common.
     template: Request,
 }
@@ -109,7 +120,8 @@ impl Webhook {
         Ok(Self {
             targets,
             timeout: config.timeout,
-            secrets: config.secrets.clone(),
+            signing_secrets: config.secrets.clone(),
+            sent_secrets: config.sent_secrets(),
         })
     }
 
@@ -129,13 +141,35 @@ impl Webhook {
         delivery: &Delivery,
         id: &HeaderValue,
     ) -> Result<StatusCode, Failure> {
+        self.try_to_post(target, delivery, id)
+            .await
+            .map_err(|mut failure| {
+                // Some destinations quote what they were sent.
+                let (Failure::Temporary { reason, .. } | Failure::Permanent { reason, .. }) =
+                    &mut failure;
+                *reason = self.sent_secrets.blot_out(reason).into_owned();
+                failure
+            })
+    }
+
+    async fn try_to_post(
+        &self,
+        target: &Target,
+        delivery: &Delivery,
+        id: &HeaderValue,
+    ) -> Result<StatusCode, Failure> {
         let deadline = Instant::now() + self.timeout;
-        let response = match timeout_at(
-            deadline,
-            target.client.execute(self.request(target, delivery, id)),
-        )
-        .await
+        let send = || target.client.execute(self.request(target, delivery, id));
+        let was_idle = target.is_idle.swap(false, Relaxed);
+        let mut answer = timeout_at(deadline, send()).await;
+        if let Ok(Err(error)) = &answer
+            && was_idle
+            && met_dead_connection(error)
         {
+            // The destination closed the connection as the request went out, and saw nothing of it.
+            answer = timeout_at(deadline, send()).await;
+        }
+        let response = match answer {
             Ok(Ok(response)) => response,
             Ok(Err(error)) => return Err(temporary(target.describe(error))),
             Err(_) => return Err(temporary(format!("no answer within {:?}", self.timeout))),
@@ -145,6 +179,7 @@ impl Webhook {
             200..=299 => {
                 // The message has arrived, whatever becomes of the rest of the answer.
                 read(response, DRAIN_BYTES, deadline).await;
+                target.is_idle.store(true, Relaxed);
                 Ok(status)
             }
             300..=399 => Err(Failure::Permanent {
@@ -192,7 +227,7 @@ impl Webhook {
             .as_secs();
         headers.insert(WEBHOOK_TIMESTAMP, now.into());
         let signatures: Vec<_> = self
-            .secrets
+            .signing_secrets
             .iter()
             .map(|secret| secret.sign(id.as_bytes(), now, &delivery.payload))
             .collect();
@@ -221,6 +256,7 @@ impl Target {
             .redirect(redirect::Policy::none())
             // Attempts are counted, and waited between, by the relay alone.
             .retry(retry::never().max_retries_per_request(0))
+            .http1_max_headers(MAX_HEADERS)
             .pool_max_idle_per_host(1)
             .pool_idle_timeout(IDLE_TIMEOUT)
             .tcp_nodelay(true)
@@ -246,6 +282,7 @@ impl Target {
         Ok(Self {
             destination: destination.clone(),
             client,
+            is_idle: AtomicBool::new(false),
             template,
         })
     }
@@ -253,7 +290,7 @@ impl Target {
     /// The cause at the bottom of a failed request, which says most, and never the URL.
     fn describe(&self, error: reqwest::Error) -> String {
         let error = error.without_url();
-        let mut cause: &dyn std::error::Error = &error;
+        let mut cause: &dyn Error = &error;
         while let Some(source) = cause.source() {
             cause = source;
         }
@@ -274,7 +311,9 @@ impl Target {
             .headers()
             .get(LOCATION)
             .and_then(|location| location.to_str().ok())
-            .and_then(|location| self.template.url().join(location).ok());
+            .and_then(|location| self.template.url().join(location).ok())
+            // Such as mailto: or data:, of which nothing is known to be fit to be shown.
+            .filter(|url| url.has_host());
         let status = response.status();
         match target {
             Some(url) => format!(
@@ -318,6 +357,27 @@ fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
         .map(async_nats::HeaderValue::as_str)
 }
 
+/// Whether a request failed because its connection had been closed by then.
+fn met_dead_connection(error: &reqwest::Error) -> bool {
+    let mut cause: Option<&dyn Error> = Some(error);
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<hyper::Error>()
+            && (error.is_incomplete_message() || error.is_canceled())
+        {
+            return true;
+        }
+        if let Some(error) = error.downcast_ref::<io::Error>() {
+            use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset};
+            return matches!(
+                error.kind(),
+                BrokenPipe | ConnectionAborted | ConnectionReset
+            );
+        }
+        cause = error.source();
+    }
+    false
+}
+
 fn temporary(reason: String) -> Failure {
     Failure::Temporary {
         reason,
@@ -359,12 +419,15 @@ fn retry_after(response: &Response) -> Option<Duration> {
 }
 
 fn parse_retry_after(value: &str, now: SystemTime) -> Option<Duration> {
-    let wait = match value.trim().parse() {
-        Ok(seconds) => Duration::from_secs(seconds),
-        Err(_) => httpdate::parse_http_date(value)
+    let value = value.trim();
+    let wait = if !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit()) {
+        // A number that is too large to be read is a long wait as well.
+        value.parse().map_or(Duration::MAX, Duration::from_secs)
+    } else {
+        httpdate::parse_http_date(value)
             .ok()?
             .duration_since(now)
-            .unwrap_or_default(),
+            .unwrap_or_default()
     };
     Some(wait.min(LONGEST_RETRY_AFTER))
 }
@@ -380,6 +443,7 @@ mod tests {
             ("0", Some(0)),
             (" 7 ", Some(7)),
             ("3600", Some(60)),
+            ("99999999999999999999999", Some(60)),
             ("Sun, 06 Nov 1994 08:49:47 GMT", Some(10)),
             ("Sun, 06 Nov 1994 08:49:27 GMT", Some(0)),
             ("Sun, 06 Nov 1994 09:49:37 GMT", Some(60)),

@@ -1,6 +1,10 @@
 //! Whatever a destination does: success, another attempt, or given up.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::HashSet,
+    sync::Mutex,
+    time::{Duration, Instant},
+};
 
 use async_nats::Client;
 use tokio::net::TcpListener;
@@ -274,4 +278,87 @@ async fn a_connection_that_the_front_end_closed_meanwhile_costs_no_message() {
     assert_eq!(next(&mut scene.relayed).await.payload, "second");
     assert_eq!(scene.webhook.requests()[1].connection, 1);
     assert_eq!(scene.relay.lines("WARN"), [""; 0]);
+}
+
+#[tokio::test]
+async fn a_connection_that_died_while_it_was_idle_uses_up_no_attempt() {
+    const COUNT: usize = 10;
+    let nats = NatsServer::start().await;
+    let client = nats.client().await;
+    let mut relayed = client.subscribe("relayed.>").await.unwrap();
+    // Each connection is closed when the second request comes on it.
+    let used = Mutex::new(HashSet::new());
+    let webhook =
+        Webhook::start(
+            move |_, request| match used.lock().unwrap().insert(request.connection) {
+                true => Answer::OK,
+                false => Answer::Close,
+            },
+        )
+        .await;
+    let relay = Relay::listening(&nats, &webhook, &[("WEBHOOK_MAX_ATTEMPTS", "1")]).await;
+    for n in 0..COUNT {
+        client
+            .publish("cms.cache.x", n.to_string().into())
+            .await
+            .unwrap();
+    }
+    for n in 0..COUNT {
+        assert_eq!(next(&mut relayed).await.payload, n.to_string());
+    }
+    assert_eq!(relay.lines("is not relayed"), [""; 0]);
+    assert_eq!(relay.lines("attempts"), [""; 0], "it counts as none");
+}
+
+#[tokio::test]
+async fn a_success_may_have_hundreds_of_headers() {
+    let headers: String = (0..500).map(|n| format!("x-{n}: {n}\r\n")).collect();
+    let head = format!("200 OK\r\n{}", headers.trim_end());
+    let mut scene = Scene::script([Answer::full(&head, "")], &[]).await;
+    assert_eq!(scene.relayed().await.len(), 1);
+}
+
+#[tokio::test]
+async fn what_a_webhook_quotes_of_the_relay_s_secrets_goes_nowhere() {
+    let nats = NatsServer::start().await;
+    let client = nats.client().await;
+    let mut failed = client.subscribe("failed.>").await.unwrap();
+    let webhook = Webhook::start(|n, request| {
+        let quoted: Vec<_> = ["authorization", "x-key"]
+            .iter()
+            .filter_map(|name| request.header(name))
+            .chain([&request.line[..]])
+            .collect();
+        let quoted = quoted.join(" ");
+        match n {
+            0 => Answer::full("403 No", &quoted),
+            1 => Answer::full("302 Found\r\nlocation: /hunter2/x?y=hunter2", ""),
+            _ => Answer::full("302 Found\r\nlocation: mailto:hunter2@example.com", ""),
+        }
+    })
+    .await;
+    let destination = format!(
+        "http://user:hunter2@{}/hook?token=hunter2",
+        webhook.address()
+    );
+    let variables = [
+        ("NATS_FAILED_SUBJECT_PREFIX", "failed"),
+        ("WEBHOOK_HEADER_X_KEY", "hunter2-too"),
+    ];
+    let relay = Relay::between(&nats, &destination, &variables);
+    relay.logged("listening on").await;
+    for (payload, reason) in [
+        (
+            "quoted",
+            "answered 403 Forbidden: Basic *** *** POST /hook?*** HTTP/1.1",
+        ),
+        ("in the path", "/***/x; redirects are not followed"),
+        ("opaque", "answered 302 Found without a target"),
+    ] {
+        client.publish("cms.cache.x", payload.into()).await.unwrap();
+        let headers = next(&mut failed).await.headers.unwrap();
+        let error = headers.get("Relay-Error").unwrap().as_str();
+        assert!(error.contains(reason), "{payload}: {error}");
+    }
+    assert_eq!(relay.lines("hunter2"), [""; 0]);
 }

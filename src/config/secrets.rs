@@ -1,0 +1,125 @@
+//! The secrets that the relay sends to destinations, which none of what they answer may bring into a
+//! log: some quote what they were sent.
+
+use std::{borrow::Cow, fmt};
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use percent_encoding::percent_decode_str;
+use reqwest::{Url, header::HeaderMap};
+
+use super::Destination;
+
+/// A shorter text is no secret, and blotting it out would make others unreadable.
+const SHORTEST: usize = 4;
+
+/// What stands where a secret was.
+const BLOT: &str = "***";
+
+/// Secrets in each form in which they are sent. `Debug` does not show them.
+#[derive(Clone, Default)]
+pub struct Secrets(Vec<String>);
+
+impl Secrets {
+    pub(super) fn of(destinations: &[Destination], headers: &HeaderMap) -> Self {
+        let mut secrets = Self::default();
+        for destination in destinations {
+            secrets.add_url(destination.expose_url());
+            if let Some(proxy) = destination.proxy() {
+                secrets.add_url(proxy.expose_url());
+            }
+        }
+        for value in headers.values() {
+            let value = String::from_utf8_lossy(value.as_bytes());
+            // As in `Bearer <token>`.
+            secrets.add(value.split_once(' ').map_or("", |(_, rest)| rest));
+            secrets.add(&value);
+        }
+        // What holds another goes first, so that nothing of it remains.
+        secrets
+            .0
+            .sort_by_key(|secret| std::cmp::Reverse(secret.len()));
+        secrets.0.dedup();
+        secrets
+    }
+
+    /// The login and the query.
+    fn add_url(&mut self, url: &Url) {
+        let password = url.password().unwrap_or_default();
+        self.add(password);
+        let (user, decoded) = (decode(url.username()), decode(password));
+        if url.password().is_some() || !user.is_empty() {
+            self.add(&STANDARD.encode(format!("{user}:{decoded}")));
+        }
+        self.add(url.query().unwrap_or_default());
+        for (_, value) in url.query_pairs() {
+            self.add(&value);
+        }
+        for pair in url.query().unwrap_or_default().split('&') {
+            self.add(pair.split_once('=').map_or(pair, |(_, value)| value));
+        }
+    }
+
+    /// Adds a secret, and what it is once decoded.
+    fn add(&mut self, secret: &str) {
+        for form in [secret, &decode(secret)] {
+            if form.len() >= SHORTEST {
+                self.0.push(form.to_owned());
+            }
+        }
+    }
+
+    /// A text from elsewhere without any of the secrets.
+    #[must_use]
+    pub fn blot_out<'a>(&self, text: &'a str) -> Cow<'a, str> {
+        let mut text = Cow::Borrowed(text);
+        for secret in &self.0 {
+            if text.contains(secret) {
+                text = Cow::Owned(text.replace(secret, BLOT));
+            }
+        }
+        text
+    }
+}
+
+impl fmt::Debug for Secrets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secrets")
+    }
+}
+
+fn decode(text: &str) -> Cow<'_, str> {
+    percent_decode_str(text).decode_utf8_lossy()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_sent_is_blotted_out_in_each_form() {
+        let url = "http://user:p%C3%A4ssword@host/?key=s%20ecret&plain=hunter2&x=1";
+        let destination = Destination {
+            url: url.parse().unwrap(),
+            proxy: None,
+        };
+        let mut headers = HeaderMap::new();
+        headers.insert("authorization", "Bearer token-1234".parse().unwrap());
+        let secrets = Secrets::of(&[destination], &headers);
+        for (text, expected) in [
+            ("no such page", "no such page"),
+            ("bad p%C3%A4ssword", "bad ***"),
+            ("bad pässword", "bad ***"),
+            // user:pässword
+            ("got Basic dXNlcjpww6Rzc3dvcmQ=", "got Basic ***"),
+            ("POST /?key=s%20ecret&plain=hunter2&x=1", "POST /?***"),
+            ("key is s ecret, or s%20ecret", "key is ***, or ***"),
+            ("plain: hunter2", "plain: ***"),
+            ("x: 1", "x: 1"),
+            ("Bearer token-1234, token-1234", "***, ***"),
+        ] {
+            assert_eq!(secrets.blot_out(text), expected);
+        }
+        assert_eq!(format!("{secrets:?}"), "Secrets");
+    }
+}
