@@ -1,19 +1,13 @@
 //! The heart: take a message, POST it until that succeeded, republish it; then the next one.
 
-use std::{
-    fmt,
-    ops::ControlFlow,
-    pin::pin,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{fmt, future::pending, ops::ControlFlow, pin::pin, sync::Arc, time::Duration};
 
 use anyhow::{anyhow, bail};
 use async_nats::{Client, HeaderMap, connection::State};
 use futures::{Stream, StreamExt, future::join_all};
 use log::{error, info, warn};
 use reqwest::{StatusCode, header::HeaderValue};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::{
     backoff::Backoff,
@@ -23,6 +17,7 @@ use crate::{
     republish::{GivenUp, failed_headers, relayed_headers, target_subject},
     source::{Delivery, Origin, Source, Verdict, settle},
     status::{Cause, DestinationMetrics, Outcome, Status},
+    text::count,
     webhook::{Failure, Target, Webhook, message_id},
 };
 
@@ -104,7 +99,9 @@ impl Relay {
         }
     }
 
-    /// Relays one message after the other until the first item of `stop`.
+    /// Relays one message after the other. The first item of `stop` lets the current message finish, and
+    /// those that wait and that no server keeps, within [`Config::shutdown_timeout`]; the second one ends
+    /// it at once.
     ///
     /// # Errors
     /// When it cannot go on.
@@ -145,25 +142,37 @@ impl Relay {
         );
         status.set_subscribed(true);
         self.heartbeat.ready(status);
+        // When a stop has waited long enough; none while nobody wants it to stop.
+        let mut deadline = None;
         loop {
             let delivery = tokio::select! {
                 biased;
-                _ = stop.next() => return Ok(()),
-                delivery = self.source.next() => delivery?,
+                _ = stop.next() => match deadline {
+                    None => {
+                        deadline = Some(begin_to_stop(&mut self.source, &mut self.heartbeat, &self.worker, None).await);
+                        continue;
+                    }
+                    Some(_) => return Ok(()),
+                },
+                () = reached(deadline) => return Ok(()),
+                delivery = self.source.next() => match delivery? {
+                    Some(delivery) => delivery,
+                    None => return Ok(()),
+                },
                 never = self.heartbeat.beat(&self.worker.status) => match never {},
             };
-            if self.relay(&delivery, stop).await?.is_break() {
+            if self.relay(&delivery, stop, &mut deadline).await?.is_break() {
                 return Ok(());
             }
         }
     }
 
-    /// Relays one message; whether there is a next one to take. A request to stop meanwhile leaves it
-    /// a while to finish, and is a break.
+    /// Relays one message; whether there is a next one to take.
     async fn relay(
         &mut self,
         delivery: &Delivery,
         stop: &mut (impl Stream<Item = ()> + Unpin),
+        deadline: &mut Option<Instant>,
     ) -> anyhow::Result<ControlFlow<()>> {
         let Self {
             source,
@@ -171,38 +180,65 @@ impl Relay {
             worker,
         } = self;
         let mut work = pin!(worker.work(delivery));
-        tokio::select! {
-            biased;
-            is_settled = &mut work => {
-                source.done(is_settled);
-                return Ok(ControlFlow::Continue(()));
+        loop {
+            tokio::select! {
+                biased;
+                is_settled = &mut work => {
+                    source.done(is_settled);
+                    return Ok(ControlFlow::Continue(()));
+                }
+                reason = meanwhile(source, heartbeat, &worker.status) => {
+                    worker.leave(delivery, "the relay cannot go on");
+                    return Err(reason);
+                }
+                _ = stop.next() => match deadline {
+                    None => {
+                        *deadline = Some(begin_to_stop(source, heartbeat, worker, Some(delivery)).await);
+                    }
+                    Some(_) => {
+                        worker.leave(delivery, "stopped at once");
+                        return Ok(ControlFlow::Break(()));
+                    }
+                },
+                () = reached(*deadline) => {
+                    let timeout = worker.config.shutdown_timeout;
+                    worker.leave(delivery, &format!("not finished within SHUTDOWN_TIMEOUT, {timeout:?}"));
+                    return Ok(ControlFlow::Break(()));
+                }
             }
-            reason = meanwhile(source, heartbeat, &worker.status) => {
-                worker.leave(delivery, "the relay cannot go on");
-                return Err(reason);
-            }
-            _ = stop.next() => {}
         }
-        let patience = worker.config.shutdown_timeout;
+    }
+}
+
+/// Takes no more messages, and says what is still to be done, and until when.
+async fn begin_to_stop(
+    source: &mut Source,
+    heartbeat: &mut Heartbeat,
+    worker: &Worker,
+    current: Option<&Delivery>,
+) -> Instant {
+    let timeout = worker.config.shutdown_timeout;
+    worker.status.set_subscribed(false);
+    heartbeat.stopping(&worker.status);
+    source.retire().await;
+    if let Some(delivery) = current {
+        let waiting = match source.waiting() {
+            0 => String::new(),
+            waiting => format!(" and {} still waiting", count(waiting, "message")),
+        };
         info!(
-            "stopping; {} is in hand and has {patience:?} to finish",
+            "stopping within {timeout:?}, for {} is being relayed{waiting}",
             delivery.subject
         );
-        heartbeat.stopping(&worker.status);
-        source.retire().await;
-        tokio::select! {
-            biased;
-            is_settled = work => source.done(is_settled),
-            reason = meanwhile(source, heartbeat, &worker.status) => {
-                worker.leave(delivery, "the relay cannot go on");
-                return Err(reason);
-            }
-            _ = stop.next() => worker.leave(delivery, "stopped at once"),
-            () = sleep(patience) => {
-                worker.leave(delivery, &format!("not finished within SHUTDOWN_TIMEOUT, {patience:?}"));
-            }
-        }
-        Ok(ControlFlow::Break(()))
+    }
+    Instant::now() + timeout
+}
+
+/// Resolves at the deadline, if there is one.
+async fn reached(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => sleep_until(deadline).await,
+        None => pending().await,
     }
 }
 

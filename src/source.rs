@@ -97,11 +97,11 @@ impl Source {
         }
     }
 
-    /// The next message.
+    /// The next message; none if the source was [retired](Self::retire) and has no other.
     ///
     /// # Errors
     /// If there can be no further one.
-    pub async fn next(&mut self) -> anyhow::Result<Delivery> {
+    pub async fn next(&mut self) -> anyhow::Result<Option<Delivery>> {
         match self {
             Self::Core(core) => core.next().await,
             Self::Durable(durable) => durable.next().await,
@@ -126,10 +126,21 @@ impl Source {
         }
     }
 
-    /// No further message is wanted.
+    /// How many messages have arrived and are not handed out yet.
+    #[must_use]
+    pub fn waiting(&self) -> u64 {
+        match self {
+            Self::Core(core) => core.waiting(),
+            // They stay in the stream.
+            Self::Durable(_) => 0,
+        }
+    }
+
+    /// No further message is wanted from the server. What has arrived is still handed out where no
+    /// server keeps it.
     pub async fn retire(&mut self) {
         match self {
-            Self::Core(_) => {}
+            Self::Core(core) => core.retire().await,
             Self::Durable(durable) => durable.retire().await,
         }
     }

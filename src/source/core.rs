@@ -2,8 +2,8 @@
 
 use std::{future::pending, sync::Arc, time::Duration};
 
-use anyhow::Context;
-use async_nats::{Client, Message, Subscriber};
+use anyhow::{Context, bail};
+use async_nats::{Client, Message, Subscriber, connection::State};
 use futures::{FutureExt, StreamExt};
 use log::error;
 use tokio::{
@@ -27,6 +27,8 @@ pub struct Core {
     subject: String,
     queue_group: Option<String>,
     subscriber: Option<Subscriber>,
+    /// Whether the subscription has been ended by ourselves.
+    is_retired: bool,
     waiting: Buffer,
     drops: Drops,
     status: Arc<Status>,
@@ -53,6 +55,7 @@ impl Core {
             subject,
             queue_group,
             subscriber: None,
+            is_retired: false,
             waiting: Buffer::default(),
             drops: Drops::default(),
             status,
@@ -69,13 +72,41 @@ impl Core {
         self.faults.confirm(&self.client).await
     }
 
-    pub(super) async fn next(&mut self) -> anyhow::Result<Delivery> {
+    pub(super) async fn next(&mut self) -> anyhow::Result<Option<Delivery>> {
         loop {
             if let Some(delivery) = self.waiting.pop() {
                 self.show_waiting();
-                return Ok(delivery);
+                return Ok(Some(delivery));
+            }
+            if self.subscriber.is_none() {
+                return Ok(None);
             }
             self.step().await?;
+        }
+    }
+
+    pub(super) fn waiting(&self) -> u64 {
+        self.waiting.len() as u64
+    }
+
+    /// Unsubscribes, so that the other members of the queue group get what follows.
+    pub(super) async fn retire(&mut self) {
+        self.is_retired = true;
+        let is_connected = self.client.connection_state() == State::Connected;
+        if let Some(subscriber) = &mut self.subscriber {
+            // What is under way still arrives; without a connection nothing is.
+            if !is_connected || subscriber.drain().await.is_err() {
+                self.end_subscription();
+            }
+        }
+    }
+
+    /// Takes what has arrived already, and nothing more.
+    fn end_subscription(&mut self) {
+        if let Some(mut subscriber) = self.subscriber.take() {
+            while let Some(Some(message)) = arrived(&mut subscriber).now_or_never() {
+                self.take(message);
+            }
         }
     }
 
@@ -95,9 +126,11 @@ impl Core {
         tokio::select! {
             biased;
             reason = self.faults.fatal() => return Err(reason),
-            message = arrived(subscriber) => {
-                self.take(message.context("the subscription ended by itself")?);
-            }
+            message = arrived(subscriber) => match message {
+                Some(message) => self.take(message),
+                None if self.is_retired => self.subscriber = None,
+                None => bail!("the subscription ended by itself"),
+            },
             () = self.drops.report_due() => self.drops.report(&self.status),
         }
         Ok(())
@@ -118,11 +151,7 @@ impl Core {
     }
 
     pub(super) fn close(mut self) {
-        if let Some(mut subscriber) = self.subscriber.take() {
-            while let Some(Some(message)) = arrived(&mut subscriber).now_or_never() {
-                self.take(message);
-            }
-        }
+        self.end_subscription();
         self.drops.report(&self.status);
         if self.waiting.len() > 0 {
             error!(

@@ -191,8 +191,11 @@ impl Durable {
         }
     }
 
-    pub(super) async fn next(&mut self) -> anyhow::Result<Delivery> {
+    pub(super) async fn next(&mut self) -> anyhow::Result<Option<Delivery>> {
         loop {
+            if self.subscriber.is_none() {
+                return Ok(None);
+            }
             self.request_next().await?;
             let Some((delivery, receipt)) = self.arrived.pop_front() else {
                 self.step().await?;
@@ -210,7 +213,7 @@ impl Durable {
             self.in_hand = Some(receipt);
             // The next request is with the server before the ack is, so that no time is lost.
             self.request_next().await?;
-            return Ok(delivery);
+            return Ok(Some(delivery));
         }
     }
 

@@ -29,7 +29,7 @@ async fn it_stops_also_while_it_waits_for_a_server() {
 }
 
 #[tokio::test]
-async fn the_message_in_hand_is_finished_retries_included_and_no_other_is_taken() {
+async fn what_has_arrived_is_relayed_retries_included_and_nothing_more_is_taken() {
     let nats = NatsServer::start().await;
     let client = nats.client().await;
     let mut relayed = client.subscribe("relayed.>").await.unwrap();
@@ -42,16 +42,80 @@ async fn the_message_in_hand_is_finished_retries_included_and_no_other_is_taken(
     for payload in ["first", "second", "third"] {
         client.publish("cms.cache.x", payload.into()).await.unwrap();
     }
-    // All three are with the relay, which has the first one in hand.
+    // All three are with the relay, which works on the first one.
     client.flush().await.unwrap();
     webhook.received(1).await;
     relay.signal("TERM");
-    assert_eq!(next(&mut relayed).await.payload, "first");
+    let line = relay
+        .logged("stopping within 20s, for cms.cache.x is being relayed")
+        .await;
+    assert!(line.ends_with("and 2 messages still waiting"), "{line}");
+    nats.publish("cms.cache.x", "too late").await;
+    for payload in ["first", "second", "third"] {
+        assert_eq!(next(&mut relayed).await.payload, payload);
+    }
     let (code, log) = relay.ended().await;
     assert_eq!(code, Some(0), "{log:#?}");
-    assert_eq!(webhook.count(), 2);
+    assert_eq!(webhook.count(), 4);
+    assert!(log.last().unwrap().ends_with("] stopped"), "{log:#?}");
+}
+
+#[tokio::test]
+async fn what_still_waits_after_the_shutdown_timeout_is_counted() {
+    let nats = NatsServer::start().await;
+    let client = nats.client().await;
+    let webhook = Webhook::script([Answer::Hang]).await;
+    let relay = Relay::listening(&nats, &webhook, &[("SHUTDOWN_TIMEOUT", "300ms")]).await;
+    for payload in ["first", "second", "third"] {
+        client.publish("cms.cache.x", payload.into()).await.unwrap();
+    }
+    client.flush().await.unwrap();
+    webhook.received(1).await;
+    relay.signal("TERM");
+    let (code, log) = relay.ended().await;
+    assert_eq!(code, Some(0), "{log:#?}");
     let left = "stopped with 2 messages still waiting";
     assert!(log.iter().any(|line| line.contains(left)), "{log:#?}");
+}
+
+#[tokio::test]
+async fn a_replica_that_stops_leaves_what_follows_to_its_queue_group() {
+    const COUNT: usize = 100;
+    let nats = NatsServer::start().await;
+    let client = nats.client().await;
+    let mut relayed = client.subscribe("relayed.>").await.unwrap();
+    let webhook = Webhook::start(|_, _| Answer::ok_after(Duration::from_millis(10))).await;
+    let group = [("NATS_QUEUE_GROUP", "relays")];
+    let stopping = Relay::listening(&nats, &webhook, &group).await;
+    let staying = Relay::listening(&nats, &webhook, &group).await;
+    let publish = async |numbers: std::ops::Range<usize>| {
+        for n in numbers {
+            client
+                .publish("cms.cache.x", n.to_string().into())
+                .await
+                .unwrap();
+        }
+        client.flush().await.unwrap();
+    };
+    publish(0..COUNT).await;
+    stopping.logged(" -> ").await;
+    stopping.signal("TERM");
+    // It is told to the server before this is logged, so what follows is not for it.
+    stopping.logged("stopping within").await;
+    publish(COUNT..2 * COUNT).await;
+    let mut numbers: Vec<usize> = Vec::new();
+    for _ in 0..2 * COUNT {
+        let payload = next(&mut relayed).await.payload;
+        numbers.push(String::from_utf8_lossy(&payload).parse().unwrap());
+    }
+    numbers.sort_unstable();
+    assert!(numbers.into_iter().eq(0..2 * COUNT), "each message once");
+    let (code, log) = stopping.ended().await;
+    assert_eq!(code, Some(0), "{log:#?}");
+    assert!(
+        staying.lines(" -> ").len() >= COUNT,
+        "it got all that followed"
+    );
 }
 
 #[tokio::test]
@@ -78,7 +142,9 @@ async fn a_second_signal_stops_at_once() {
     nats.publish("cms.cache.x", "x").await;
     webhook.received(1).await;
     relay.signal("INT");
-    relay.logged("stopping; cms.cache.x is in hand").await;
+    relay
+        .logged("stopping within 600s, for cms.cache.x is being relayed")
+        .await;
     relay.signal("INT");
     let (code, log) = relay.ended().await;
     assert_eq!(code, Some(0), "{log:#?}");
