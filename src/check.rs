@@ -19,7 +19,7 @@ use crate::{
     nats::{Faults, Notice, cannot_look, connect_once, show},
     source::{Consumer, Trouble, fatal, inbox_refused, try_to_look},
     status::Status,
-    text::{count, reasons},
+    text::{self, count, reasons},
     tls,
 };
 
@@ -45,8 +45,9 @@ impl Report<'_> {
                 ("FAILED", reasons(&reason))
             }
         };
+        let line = format!("{mark}  {what}: {words}");
         // Whoever does not listen any more does not want to know.
-        let _ = writeln!(self.out, "{mark}  {what}: {words}");
+        let _ = writeln!(self.out, "{}", text::one_line(&line, text::LONGEST_LINE));
         let _ = self.out.flush();
     }
 }

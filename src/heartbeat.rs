@@ -42,12 +42,12 @@ impl Heartbeat {
 
     /// The relay is subscribed.
     pub fn ready(&mut self, status: &Status) {
-        self.tell(&[NotifyState::Ready], status);
+        self.tell(Some(NotifyState::Ready), status);
     }
 
     /// The relay was asked to stop.
     pub fn stopping(&mut self, status: &Status) {
-        self.tell(&[NotifyState::Stopping], status);
+        self.tell(Some(NotifyState::Stopping), status);
     }
 
     /// Gives a sign of life whenever one is due; never ends.
@@ -59,31 +59,33 @@ impl Heartbeat {
             due.as_mut().await;
             due.as_mut().reset(Instant::now() + *every);
             status.add_turn();
-            let alive: &[_] = if self.watchdog {
-                &[NotifyState::Watchdog]
-            } else {
-                &[]
-            };
-            self.tell(alive, status);
+            if self.watchdog {
+                // On its own: whatever is wrong with the status line must not look like a hang.
+                notify(&[NotifyState::Watchdog]);
+            }
+            self.tell(None, status);
         }
     }
 
-    /// Sends `states`, and the status line if it has changed.
-    fn tell(&mut self, states: &[NotifyState<'_>], status: &Status) {
+    /// Sends `state`, and the status line if it has changed.
+    fn tell(&mut self, state: Option<NotifyState<'_>>, status: &Status) {
         if !self.systemd {
             return;
         }
         let line = status.line();
-        let mut states = states.to_vec();
-        if line != self.known {
-            states.push(NotifyState::Status(&line));
-        }
-        if states.is_empty() {
-            return;
-        }
-        if let Err(error) = sd_notify::notify(&states) {
-            warn!("systemd cannot be told how we are: {error}");
+        let changed = (line != self.known).then_some(NotifyState::Status(&line));
+        let states: Vec<_> = state.into_iter().chain(changed).collect();
+        if !states.is_empty() {
+            notify(&states);
         }
         self.known = line;
+    }
+}
+
+/// Sends `states` in one datagram, which systemd drops as a whole if it has more than 4,096 bytes or
+/// a NUL.
+fn notify(states: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        warn!("systemd cannot be told how we are: {error}");
     }
 }

@@ -1,9 +1,11 @@
 //! How log lines look: for a person on a terminal, or for systemd's journal.
 
-use std::io::Write;
+use std::{borrow::Cow, io::Write};
 
 use env_logger::Builder;
 use log::{Level, Record};
+
+use crate::text;
 
 /// Starts logging to standard error, as `filter` says (see `env_logger`).
 pub fn start(filter: &str) {
@@ -30,14 +32,13 @@ pub fn start(filter: &str) {
     builder.init();
 }
 
-/// The text of a record, on one line. A subject may hold any control character, and none is to reach a
-/// terminal.
+/// The text of a record, on one line.
 fn line(record: &Record<'_>) -> String {
-    let mut line = record.args().to_string();
-    if line.contains(char::is_control) {
-        line = line.replace(char::is_control, " ");
+    let line = record.args().to_string();
+    match text::one_line(&line, text::LONGEST_LINE) {
+        Cow::Borrowed(_) => line,
+        Cow::Owned(fit) => fit,
     }
-    line
 }
 
 /// Whether standard error is the stream that systemd names in `JOURNAL_STREAM`; the variable alone

@@ -6,6 +6,7 @@ use crate::{
     source::{Delivery, Origin},
     status::Cause,
     subject::{LONGEST_SUBJECT, Prefix},
+    text,
 };
 
 /// Why a message is given up.
@@ -94,16 +95,9 @@ pub fn failed_headers(delivery: &Delivery, given_up: &GivenUp, max_payload: usiz
         ..
     } = given_up;
     let own = carried_over(delivery);
-    let reason: String = reason
-        .chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .collect();
-    for length in [usize::MAX, 100, 20] {
+    for length in [text::LONGEST_NOTE, 100, 20] {
         let mut headers = own.clone();
-        headers.insert(
-            "Relay-Error",
-            reason.chars().take(length).collect::<String>(),
-        );
+        headers.insert("Relay-Error", &*text::one_line(reason, length));
         headers.insert("Relay-Attempts", attempts.to_string());
         if let Some(status) = status {
             headers.insert("Relay-Status", status.to_string());

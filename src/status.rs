@@ -15,6 +15,8 @@ use prometheus::{
     TextEncoder,
 };
 
+use crate::text;
+
 /// What all names of metrics begin with.
 const NAMESPACE: &str = "nats_webhook_relay";
 
@@ -338,7 +340,7 @@ impl Status {
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
 
-    /// The essence in one line, without secrets.
+    /// The essence in one bounded line, without secrets.
     #[must_use]
     pub fn line(&self) -> String {
         let mut line = match &*lock(&self.server) {
@@ -359,7 +361,7 @@ impl Status {
         if let Some(failure) = &*lock(&self.last_failure) {
             let _ = write!(line, "; last failure: {failure}");
         }
-        line
+        text::one_line(&line, text::LONGEST_NOTE).into_owned()
     }
 }
 

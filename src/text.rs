@@ -1,4 +1,48 @@
-//! Text as people read it.
+//! Text as people read it. What comes from elsewhere is made fit for one line: subjects, answers, URLs
+//! and errors can hold anything.
+
+use std::borrow::Cow;
+
+/// The most bytes of one piece of text from elsewhere, such as a URL.
+pub const LONGEST_PIECE: usize = 500;
+
+/// The most bytes of what is said about one event, in a header or a status line.
+pub const LONGEST_NOTE: usize = 1000;
+
+/// The most bytes of a line of the log, or of a report.
+pub const LONGEST_LINE: usize = 3500;
+
+/// Stands for what was cut out.
+const ELLIPSIS: &str = "…";
+
+/// `text` without what would break the line, drive a terminal or reorder what is shown, and in at
+/// most `max` bytes. What is too long is cut out of the middle: the subject is at the beginning of a
+/// line, and the reason at its end.
+#[must_use]
+pub fn one_line(text: &str, max: usize) -> Cow<'_, str> {
+    if text.len() > max {
+        let room = max.saturating_sub(ELLIPSIS.len());
+        let (mut head, mut tail) = (room.div_ceil(2), text.len() - room / 2);
+        while !text.is_char_boundary(head) {
+            head -= 1;
+        }
+        while !text.is_char_boundary(tail) {
+            tail += 1;
+        }
+        let cut = [&text[..head], ELLIPSIS, &text[tail..]].concat();
+        Cow::Owned(cut.replace(is_unfit, " "))
+    } else if text.contains(is_unfit) {
+        Cow::Owned(text.replace(is_unfit, " "))
+    } else {
+        Cow::Borrowed(text)
+    }
+}
+
+/// Control characters, line and paragraph separators, and what changes the direction of the text.
+fn is_unfit(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
 
 /// The causes of an error, each named once: many an error repeats its cause.
 #[must_use]
@@ -25,6 +69,7 @@ pub fn count(number: u64, thing: &str) -> String {
 mod tests {
     use super::*;
     use anyhow::anyhow;
+    use proptest::prelude::*;
 
     #[test]
     fn a_cause_that_was_named_already_is_not_named_again() {
@@ -39,5 +84,38 @@ mod tests {
     fn one_thing_is_no_plural() {
         assert_eq!(count(1, "message"), "1 message");
         assert_eq!(count(0, "message"), "0 messages");
+    }
+
+    #[test]
+    fn what_fits_is_left_alone() {
+        for text in ["", "cms.cache.a b", "größer 日本 👩‍👩‍👧 می‌خواهم"] {
+            assert!(matches!(one_line(text, 100), Cow::Borrowed(same) if same == text));
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_becomes_a_space() {
+        for unfit in [
+            '\0', '\t', '\n', '\r', '\u{1b}', '\u{7f}', '\u{9b}', '\u{200f}', '\u{2028}',
+            '\u{202e}', '\u{2066}',
+        ] {
+            assert_eq!(one_line(&format!("a{unfit}b"), 100), "a b", "{unfit:?}");
+        }
+    }
+
+    #[test]
+    fn long_text_keeps_its_beginning_and_its_end() {
+        assert_eq!(one_line("0123456789abcdef", 16), "0123456789abcdef");
+        assert_eq!(one_line("0123456789abcdef\n", 16), "0123456…bcdef ");
+        assert_eq!(one_line("ääääääää", 12), "ää…ää");
+    }
+
+    proptest! {
+        #[test]
+        fn the_result_is_one_bounded_line(text in any::<String>(), max in 3_usize..50) {
+            let line = one_line(&text, max);
+            prop_assert!(line.len() <= max);
+            prop_assert!(!line.contains(is_unfit));
+        }
     }
 }

@@ -24,7 +24,7 @@ use crate::{
     config::{self, Destination, Secrets},
     signing::SigningSecret,
     source::{Delivery, Origin},
-    tls,
+    text, tls,
 };
 
 const USER_AGENT: &str = concat!("nats-webhook-relay/", env!("CARGO_PKG_VERSION"));
@@ -318,7 +318,7 @@ impl Target {
         match target {
             Some(url) => format!(
                 "answered {status} to {}; redirects are not followed, set WEBHOOK_DESTINATION to it",
-                config::without_secrets(&url)
+                text::one_line(&config::without_secrets(&url), text::LONGEST_PIECE)
             ),
             None => format!("answered {status} without a target; check WEBHOOK_DESTINATION"),
         }
@@ -399,17 +399,13 @@ async fn read(mut response: Response, bound: usize, deadline: Instant) -> Vec<u8
     body
 }
 
-/// Text from elsewhere, fit for one line of a log.
+/// The beginning of an answer, fit for one line.
 fn printable(bytes: &[u8]) -> String {
-    let text = String::from_utf8_lossy(bytes);
-    let words: Vec<_> = text
-        .split(|c: char| c.is_whitespace() || c.is_control())
-        .collect();
-    let mut line = words.join(" ").trim().to_owned();
-    if line.is_empty() {
-        line.push_str("(no body)");
+    let body = String::from_utf8_lossy(bytes);
+    match text::one_line(&body, text::LONGEST_PIECE).trim() {
+        "" => "(no body)".to_owned(),
+        line => line.to_owned(),
     }
-    line
 }
 
 /// The wait that a `Retry-After` header asks for, in seconds or as a date (RFC 9110, 10.2.3).

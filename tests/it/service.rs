@@ -36,7 +36,7 @@ impl Manager {
 
     /// The next notification, if one comes within a moment.
     fn poll(&self) -> Option<String> {
-        let mut buffer = [0; 4096];
+        let mut buffer = vec![0; 1 << 17];
         let length = self.socket.recv(&mut buffer).ok()?;
         Some(String::from_utf8_lossy(&buffer[..length]).into_owned())
     }
@@ -103,6 +103,47 @@ async fn readiness_status_watchdog_and_stopping_are_told() {
     relay.signal("TERM");
     manager.heard("STOPPING=1").await;
     assert_eq!(relay.ended().await.0, Some(0));
+}
+
+#[tokio::test]
+async fn no_message_makes_systemd_drop_what_it_is_told() {
+    let nats = NatsServer::start().await;
+    let elsewhere = format!(
+        "302 Found\r\nlocation: http://x.example/{}",
+        "y".repeat(100_000)
+    );
+    let webhook = Webhook::script([
+        Answer::full(&elsewhere, ""),
+        Answer::full("404 Not Found", "no\0body"),
+        Answer::status(404),
+    ])
+    .await;
+    let manager = Manager::new();
+    let path = manager.path();
+    let variables = [("NOTIFY_SOCKET", &path[..]), ("WATCHDOG_USEC", "200000")];
+    let relay = Relay::listening(&nats, &webhook, &variables).await;
+    let long = format!("cms.cache.{}", "x".repeat(4000));
+    let mut told = Vec::new();
+    for (subject, reason) in [
+        ("cms.cache.x", "set WEBHOOK_DESTINATION to it"),
+        ("cms.cache.x", "no body"),
+        (&long, "answered 404 Not Found: (no body)"),
+    ] {
+        nats.publish_raw(subject.as_bytes(), b"", b"x").await;
+        told.extend(manager.heard(reason).await);
+        for _ in 0..3 {
+            told.extend(manager.heard("WATCHDOG=1").await);
+        }
+    }
+    for datagram in &told {
+        assert!(datagram.len() < 2048, "{} bytes", datagram.len());
+        assert!(!datagram.contains('\0'), "{datagram:?}");
+        let alone = !datagram.contains("WATCHDOG") || datagram == "WATCHDOG=1\n";
+        assert!(alone, "{datagram:?}");
+    }
+    for line in relay.log() {
+        assert!(line.len() < 4096, "{} bytes", line.len());
+    }
 }
 
 #[tokio::test]
