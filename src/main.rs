@@ -15,13 +15,30 @@ use nats_webhook_relay::{
     environment::Environment,
     logging, run, text,
 };
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    runtime,
+    signal::unix::{SignalKind, signal},
+};
 
 /// The exit code for a bad configuration, EX_CONFIG of sysexits(3): restarting does not help.
 const EX_CONFIG: u8 = 78;
 
-#[tokio::main(flavor = "current_thread")]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
+    let runtime = match runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "cannot start: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let code = runtime.block_on(run_as_told());
+    // Names are looked up on threads, and a resolver that does not answer would keep the process alive.
+    runtime.shutdown_background();
+    code
+}
+
+/// Does what the arguments say.
+async fn run_as_told() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     match arguments
         .iter()

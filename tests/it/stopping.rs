@@ -164,3 +164,68 @@ async fn it_outlives_its_terminal_where_it_was_told_to() {
     relay.signal("TERM");
     assert_eq!(relay.ended().await.0, Some(0));
 }
+
+/// glibc's resolver reads the file that `RESOLV_HOST_CONF` names first; from a pipe that somebody has
+/// open for writing and never writes to, it reads for ever.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+#[tokio::test]
+async fn a_resolver_that_does_not_answer_delays_no_end() {
+    use std::{fs::OpenOptions, os::unix::fs::OpenOptionsExt, path::Path, process::Command};
+
+    use crate::support::until;
+    use rustix::fs::OFlags;
+
+    let nats = NatsServer::start().await;
+    let directory = tempfile::tempdir().unwrap();
+    let pipe = |name: &str| {
+        let path = directory.path().join(name);
+        assert!(
+            Command::new("mkfifo")
+                .arg(&path)
+                .status()
+                .unwrap()
+                .success()
+        );
+        path
+    };
+    let asked = async |pipe: &Path| {
+        let mut options = OpenOptions::new();
+        // Without blocking, a pipe opens for writing only once somebody reads it.
+        options
+            .write(true)
+            .custom_flags(OFlags::NONBLOCK.bits() as i32);
+        let mut writer = None;
+        until("the resolver reads its pipe", || {
+            writer = options.open(pipe).ok();
+            writer.is_some()
+        })
+        .await;
+        writer
+    };
+
+    let resolver = pipe("a");
+    let changes = [
+        ("RESOLV_HOST_CONF", resolver.to_str().unwrap()),
+        ("NATS_HOST", "nats://name.invalid"),
+    ];
+    let relay = Relay::between(&nats, "http://127.0.0.1:1/", &changes);
+    let _writer = asked(&resolver).await;
+    relay.signal("TERM");
+    let (code, log) = relay.ended().await;
+    assert_eq!(code, Some(0), "{log:#?}");
+
+    let resolver = pipe("b");
+    let changes = [
+        ("RESOLV_HOST_CONF", resolver.to_str().unwrap()),
+        ("SHUTDOWN_TIMEOUT", "10m"),
+    ];
+    let relay = Relay::between(&nats, "http://name.invalid/", &changes);
+    relay.logged("listening on").await;
+    nats.publish("cms.cache.x", "x").await;
+    let _writer = asked(&resolver).await;
+    relay.signal("TERM");
+    relay.logged("stopping within 600s, for cms.cache.x is being relayed").await;
+    relay.signal("TERM");
+    let (code, log) = relay.ended().await;
+    assert_eq!(code, Some(0), "{log:#?}");
+}
