@@ -18,6 +18,7 @@ rustPlatform.buildRustPackage {
       ../Cargo.lock
       ../Cargo.toml
       ../README.md
+      ../benches
       ../examples/systemd
       (lib.fileset.fileFilter (file: file.hasExt "rs") ../examples)
       ./hardening.nix
