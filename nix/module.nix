@@ -22,11 +22,51 @@ let
     variables.${lib.findFirst inFamily variable families} or null;
   known = lib.concatStringsSep ", " (lib.attrNames variables);
 
+  # What a log filter may name; the same test compares the crates.
+  logCrates = lib.importJSON ./log-crates.json;
+  levels = [
+    "off"
+    "error"
+    "warn"
+    "info"
+    "debug"
+    "trace"
+  ];
+
   # Files that anyone may read, unlike those with a key.
   publicFiles = [
     "NATS_CA"
     "NATS_CERT"
+    "SSL_CERT_FILE"
   ];
+
+  # Variables that hold URLs, each with what stands between two of them.
+  urlSeparators = {
+    HTTP_PROXY = space;
+    HTTPS_PROXY = space;
+    NATS_ADDRESS = "[,[:space:]]+";
+    NATS_HOST = "[,[:space:]]+";
+    WEBHOOK_DESTINATION = space;
+  };
+  space = "[[:space:]]+";
+
+  # What decides to which server, and to which account there, a relay connects.
+  connectionVariables = lib.genAttrs [
+    "NATS_ADDRESS"
+    "NATS_CREDS"
+    "NATS_HOST"
+    "NATS_NKEY"
+    "NATS_TOKEN"
+    "NATS_USER"
+  ] (_: null);
+
+  # Whether any of these URLs has a login or a query.
+  holdsSecret =
+    variable: value:
+    lib.any (
+      url:
+      lib.isString url && (builtins.match "[^/?#]*(//)?[^/?#]*@.*" url != null || lib.hasInfix "?" url)
+    ) (builtins.split urlSeparators.${variable} (asText value));
 
   # Without what is not set. The program takes an empty value as not set, too.
   given = lib.filterAttrs (_: value: value != null && value != "");
@@ -208,16 +248,72 @@ let
     "is in the Nix store, where everyone can read it. Put the file elsewhere, and write its path in "
     + "quotes, such as \"/run/secrets/name\".";
 
+  # What is wrong with a log filter. The program refuses the same: a word that is no level is taken for
+  # a module, of which everything is logged, and nothing of any other.
+  logFaults =
+    filter:
+    let
+      directives = lib.filter (directive: directive != "") (
+        map lib.trim (lib.splitString "," (lib.head (lib.splitString "/" filter)))
+      );
+      parts = directive: map lib.trim (lib.splitString "=" directive);
+      isLevel = word: lib.elem (lib.toLower word) levels;
+      # env_logger compares only how a name begins.
+      names =
+        crate: directive:
+        let
+          module = lib.head (parts directive);
+        in
+        lib.hasPrefix "${crate}::" module || lib.hasPrefix module crate;
+      isKnown =
+        directive:
+        isLevel directive
+        || (
+          lib.any (crate: names crate directive) logCrates
+          && lib.all (level: level == "" || isLevel level) (lib.tail (parts directive))
+        );
+      isLike =
+        word: level:
+        lib.hasPrefix word level || lib.hasPrefix level word || lib.strings.levenshteinAtMost 1 word level;
+      meant =
+        directive:
+        lib.filter isKnown [ (lib.replaceStrings [ "-" ] [ "_" ] directive) ]
+        ++ lib.filter (isLike (lib.toLower directive)) levels;
+      unknown = lib.filter (directive: !isKnown directive) directives;
+      tellsOfMessages = directive: isLevel directive || names "nats_webhook_relay" directive;
+    in
+    map (
+      directive:
+      "`${directive}` is neither a level (${lib.concatStringsSep ", " levels}) nor a module that logs, "
+      + "such as nats_webhook_relay=debug."
+      + lib.optionalString (meant directive != [ ]) " Did you mean `${lib.head (meant directive)}`?"
+    ) unknown
+    ++ lib.optional (unknown == [ ] && directives != [ ] && !lib.any tellsOfMessages directives) (
+      "`${filter}` would silence the relay's own log. Write `info,${filter}`."
+    );
+
   overlap = a: b: lib.hasPrefix "${a}." "${b}." || lib.hasPrefix "${b}." "${a}.";
+
+  # Whether two addresses can't both be listened on. Port 0 is any that is free.
+  clash =
+    a: b:
+    let
+      port = address: lib.last (lib.splitString ":" address);
+      isEverywhere = address: lib.hasPrefix "0.0.0.0:" address || lib.hasPrefix "[::]:" address;
+    in
+    port a == port b && port a != "0" && (a == b || isEverywhere a || isEverywhere b);
 
   # systemd replaces %d and the like in what a unit says.
   literally = lib.replaceStrings [ "%" ] [ "%%" ];
+
+  scopeOf =
+    name: "services.nats-webhook-relay" + lib.optionalString (name != null) ".instances.${name}";
 
   # From the options of one relay to what they add to the system.
   relay =
     name: cfg:
     let
-      scope = "services.nats-webhook-relay" + lib.optionalString (name != null) ".instances.${name}";
+      scope = scopeOf name;
 
       # The password is no secret any more, but even so it stays out of the unit.
       storedPassword = lib.mapAttrs (_: pkgs.writeText "nats-password") (given {
@@ -254,6 +350,15 @@ let
           "settings.${variable} is secret, but everyone could read it there. Put the value into a "
           + "file outside of the Nix store, and set credentials.${variable} to its path."
         ) settings)
+        (refuse (variable: urlSeparators ? ${variable} && holdsSecret variable cfg.settings.${variable}) (
+          variable:
+          "settings.${variable} holds a URL with a login or a query, and everyone could read it there. "
+          + "Put the whole value into a file outside of the Nix store, and set credentials.${variable} "
+          + "to its path instead."
+        ) settings)
+        (refuse (_: true) (fault: "settings.RUST_LOG (log): ${fault}") (
+          logFaults (asText cfg.settings.RUST_LOG)
+        ))
         (refuse (variable: cfg.settings ? ${variable}) (
           variable: "credentials.${variable} is set, and so is settings.${variable}. Keep one of them."
         ) secrets)
@@ -357,6 +462,62 @@ let
     ++ lib.mapAttrsToList (name: cfg: { inherit name cfg; }) top.instances
   );
   system = map ({ name, cfg }: relay name cfg) relays;
+
+  # Each two of them.
+  pairs = lib.concatLists (
+    lib.imap1 (index: a: map (b: { inherit a b; }) (lib.drop index relays)) relays
+  );
+
+  # What each relay is right about by itself may be wrong beside the others.
+  assertions =
+    lib.concatMap (relay: relay.assertions) system
+    ++ map (
+      { name, ... }:
+      {
+        assertion = name == null || builtins.match "[A-Za-z0-9_.-]+" name != null;
+        message =
+          "services.nats-webhook-relay.instances: the name of a systemd unit can't hold "
+          + "${builtins.toJSON name}. Use letters, digits, `_`, `.` and `-` only.";
+      }
+    ) relays
+    ++ lib.concatMap (
+      { a, b }:
+      let
+        both = "${scopeOf a.name} and ${scopeOf b.name}";
+        agree =
+          test: name:
+          a.cfg.settings ? ${name}
+          && b.cfg.settings ? ${name}
+          && test a.cfg.settings.${name} b.cfg.settings.${name};
+        same = agree (a: b: a == b);
+
+        # Another login may be another account, where the same subject is another one.
+        connection =
+          { cfg, ... }: builtins.intersectAttrs connectionVariables (cfg.credentials // cfg.settings);
+        relayTheSame =
+          connection a != { }
+          && connection a == connection b
+          && agree overlap "NATS_SUBJECT_PREFIX"
+          && agree overlap "NATS_RELAYED_SUBJECT_PREFIX";
+        takeTurns = same "NATS_QUEUE_GROUP" || same "NATS_STREAM" && same "NATS_CONSUMER";
+      in
+      [
+        {
+          assertion = relayTheSame -> takeTurns;
+          message =
+            "${both} republish the same messages under the same prefix, so that browsers would hear "
+            + "of a change before their own server has. Give each relay a natsRelayedSubjectPrefix "
+            + "of its own; replicas need the same settings.NATS_QUEUE_GROUP, or the same "
+            + "settings.NATS_STREAM and settings.NATS_CONSUMER.";
+        }
+        {
+          assertion = !agree clash "STATUS_LISTEN";
+          message =
+            "${both} can't both listen on ${b.cfg.settings.STATUS_LISTEN}. Give each a "
+            + "settings.STATUS_LISTEN with a port of its own.";
+        }
+      ]
+    ) pairs;
 in
 {
   options.services.nats-webhook-relay = mkOption {
@@ -382,7 +543,7 @@ in
   };
 
   config = {
-    assertions = lib.concatMap (relay: relay.assertions) system;
+    inherit assertions;
     warnings = lib.concatMap (relay: relay.warnings) system;
     systemd.services = lib.mkMerge (map (relay: relay.systemd.services) system);
   };

@@ -22,6 +22,7 @@ rustPlatform.buildRustPackage {
       ../examples/systemd
       (lib.fileset.fileFilter (file: file.hasExt "rs") ../examples)
       ./hardening.nix
+      ./log-crates.json
       ./variables.json
       ../src
       ../tests

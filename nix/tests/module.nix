@@ -34,6 +34,10 @@ let
     natsSubjectPrefix = "cms.cache";
     natsRelayedSubjectPrefix = "relayed.cache";
   };
+  # Another relay beside that.
+  preview = minimal // {
+    natsRelayedSubjectPrefix = "relayed-preview.cache";
+  };
   evaluateWith = changes: evaluate (lib.recursiveUpdate minimal changes);
 
   refused =
@@ -114,6 +118,98 @@ let
       message = "overlap";
     }
     {
+      change.webhookDestination = [
+        "http://localhost/hook"
+        "http://localhost/hook?secret=hunter2"
+      ];
+      message = "set credentials.WEBHOOK_DESTINATION to its path instead";
+    }
+    {
+      change.webhookDestination = "https://relay:hunter2@localhost/hook";
+      message = "set credentials.WEBHOOK_DESTINATION to its path instead";
+    }
+    {
+      change.natsAddress = [
+        "nats://localhost"
+        "nats://relay:hunter2@localhost"
+      ];
+      message = "set credentials.NATS_HOST to its path instead";
+    }
+    {
+      change.natsAddress = "hunter2@localhost";
+      message = "set credentials.NATS_HOST to its path instead";
+    }
+    {
+      change.settings.HTTPS_PROXY = "relay:hunter2@proxy:3128";
+      message = "set credentials.HTTPS_PROXY to its path instead";
+    }
+    {
+      change.settings.HTTP_PROXY = "http://relay:hunter2@proxy:3128\n";
+      message = "set credentials.HTTP_PROXY to its path instead";
+    }
+    {
+      change.log = "warning";
+      message = "Did you mean `warn`?";
+    }
+    {
+      change.log = "Infoo";
+      message = "Did you mean `info`?";
+    }
+    {
+      change.settings.RUST_LOG = "warn,nats-webhook-relay=info";
+      message = "Did you mean `nats_webhook_relay=info`?";
+    }
+    {
+      change.log = "nats_webhook_relay=loud";
+      message = "`nats_webhook_relay=loud` is neither a level (off, error, ";
+    }
+    {
+      change.log = "verbose";
+      message = "`verbose` is neither a level";
+    }
+    {
+      change.log = "info,loud::module=debug";
+      message = "nor a module that logs";
+    }
+    {
+      change.log = "reqwest=debug,hyper/x";
+      message = "Write `info,reqwest=debug,hyper/x`";
+    }
+    {
+      change.instances.preview = minimal // {
+        webhookDestination = "http://localhost:4000/hook";
+      };
+      message = "republish the same messages under the same prefix";
+    }
+    {
+      change.instances.preview = minimal // {
+        natsRelayedSubjectPrefix = "relayed.cache.preview";
+      };
+      message = "Give each relay a natsRelayedSubjectPrefix of its own";
+    }
+    {
+      change = {
+        settings.STATUS_LISTEN = "127.0.0.1:9642";
+        instances.preview = preview // {
+          settings.STATUS_LISTEN = "127.0.0.1:9642";
+        };
+      };
+      message = "can't both listen on 127.0.0.1:9642";
+    }
+    {
+      change = {
+        settings.STATUS_LISTEN = "0.0.0.0:9642";
+        instances.preview = preview // {
+          settings.STATUS_LISTEN = "127.0.0.1:9642";
+        };
+      };
+      message = "with a port of its own";
+    }
+    {
+      change.instances."a b/c" = preview;
+      message = "the name of a systemd unit can't hold \"a b/c\"";
+    }
+    {
       change.instances.preview = { };
       message = "services.nats-webhook-relay.instances.preview.";
     }
@@ -139,8 +235,7 @@ let
     natsPasswordFile = "/run/secrets/100%";
     settings.SHUTDOWN_TIMEOUT = "1m";
     instances = {
-      preview = minimal // {
-        natsRelayedSubjectPrefix = "relayed-preview.cache";
+      preview = preview // {
         natsUser = "relay";
         natsPassword = "hunter2";
       };
@@ -151,7 +246,6 @@ let
   };
   inherit (full.systemd) services;
   unnamed = services.nats-webhook-relay;
-  preview = services.nats-webhook-relay-preview;
 
   failures =
     map (refusal: "accepted, or refused for another reason: ${builtins.toJSON refusal.change}") (
@@ -180,6 +274,77 @@ let
             webhookDestination = null;
             environmentFiles = [ "/run/secrets/x" ];
           };
+          expected = [ ];
+        };
+        "test a path with an @ is no login" = {
+          expr = refused { webhookDestination = "http://localhost/@editor/hook"; };
+          expected = [ ];
+        };
+        "test what the program takes as a log filter is accepted" = {
+          expr = lib.concatMap (log: refused { inherit log; }) [
+            "DEBUG"
+            "info, nats_webhook_relay=Trace,async_nats::connector=off,hyper=,/published"
+            "async_nats,nats_webhook_relay::webhook/a,b=c"
+            "error,tokio"
+            ""
+          ];
+          expected = [ ];
+        };
+        "test certificates may be in the store, a proxy with a login in a file" = {
+          expr = refused {
+            settings = {
+              SSL_CERT_FILE = "${pkgs.writeText "ca" "ca"}";
+              SSL_CERT_DIR = "/etc/ssl/certs";
+              HTTP_PROXY = "http://proxy:3128";
+              NO_PROXY = "localhost,.internal";
+            };
+            credentials.HTTPS_PROXY = "/run/secrets/proxy";
+          };
+          expected = [ ];
+        };
+        "test replicas and lanes may share the relayed prefix, and all any free port" = {
+          expr = lib.concatMap refused [
+            {
+              settings = {
+                NATS_QUEUE_GROUP = "relays";
+                STATUS_LISTEN = "127.0.0.1:0";
+              };
+              instances.second = minimal // {
+                settings = {
+                  NATS_QUEUE_GROUP = "relays";
+                  STATUS_LISTEN = "127.0.0.1:0";
+                };
+              };
+            }
+            {
+              settings = {
+                NATS_STREAM = "CMS";
+                NATS_CONSUMER = "relay";
+              };
+              instances.second = minimal // {
+                settings = {
+                  NATS_STREAM = "CMS";
+                  NATS_CONSUMER = "relay";
+                };
+              };
+            }
+            {
+              natsSubjectPrefix = "lane.0.cms.cache";
+              instances."lane-1.b" = minimal // {
+                natsSubjectPrefix = "lane.1.cms.cache";
+              };
+            }
+            {
+              instances.elsewhere = minimal // {
+                natsAddress = "nats://elsewhere";
+              };
+            }
+            {
+              instances.other-account = minimal // {
+                credentials.NATS_TOKEN = "/run/secrets/token";
+              };
+            }
+          ];
           expected = [ ];
         };
         "test one service for each relay that is enabled" = {
@@ -211,7 +376,11 @@ let
           expected = [ "NATS_PASS:/run/secrets/100%%" ];
         };
         "test not even a password in the configuration is in the unit" = {
-          expr = lib.hasInfix "hunter2" (builtins.toJSON { inherit (preview) environment serviceConfig; });
+          expr = lib.hasInfix "hunter2" (
+            builtins.toJSON {
+              inherit (services.nats-webhook-relay-preview) environment serviceConfig;
+            }
+          );
           expected = false;
         };
         "test a stop is given the time that the program takes" = {
