@@ -3,7 +3,6 @@
 use std::{
     ffi::OsString,
     io::{self, Write},
-    process::ExitCode,
     task::Poll,
 };
 
@@ -15,30 +14,29 @@ use nats_webhook_relay::{
     environment::Environment,
     logging, run, text,
 };
-use tokio::{
-    runtime,
-    signal::unix::{SignalKind, signal},
-};
+use tokio::signal::unix::{SignalKind, signal};
 
-/// The exit code for a bad configuration, EX_CONFIG of sysexits(3): restarting does not help.
-const EX_CONFIG: u8 = 78;
+/// How the process ends: its exit code.
+#[derive(Clone, Copy)]
+enum End {
+    /// By its operator's wish, or with nothing to complain about.
+    Good = 0,
+    /// It cannot go on.
+    Failed = 1,
+    /// A bad configuration, EX_CONFIG of sysexits(3): restarting does not help.
+    BadConfiguration = 78,
+}
 
-fn main() -> ExitCode {
-    let runtime = match runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            let _ = writeln!(io::stderr(), "cannot start: {error}");
-            return ExitCode::FAILURE;
-        }
-    };
-    let code = runtime.block_on(run_as_told());
-    // Names are looked up on threads, and a resolver that does not answer would keep the process alive.
-    runtime.shutdown_background();
-    code
+#[tokio::main(flavor = "current_thread")]
+async fn main() {
+    let end = run_as_told().await;
+    // The runtime would wait for its threads, and on these a name is looked up, maybe by a resolver
+    // that does not answer.
+    std::process::exit(end as i32);
 }
 
 /// Does what the arguments say.
-async fn run_as_told() -> ExitCode {
+async fn run_as_told() -> End {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     match arguments
         .iter()
@@ -47,13 +45,13 @@ async fn run_as_told() -> ExitCode {
     {
         // A task of its own: whenever something else wakes the main future, the runtime asks the
         // kernel for events first, which would be two more system calls for each message.
-        [] => tokio::spawn(relay()).await.unwrap_or(ExitCode::FAILURE),
+        [] => tokio::spawn(relay()).await.unwrap_or(End::Failed),
         [Some("--help" | "-h")] => print(&help()),
         [Some("--check")] => check().await,
         [Some("--version" | "-V")] => print(&format!("{}\n", version())),
         _ => {
             let _ = writeln!(io::stderr(), "{}", not_understood(&arguments));
-            EX_CONFIG.into()
+            End::BadConfiguration
         }
     }
 }
@@ -78,14 +76,14 @@ fn not_understood(arguments: &[OsString]) -> String {
     )
 }
 
-async fn relay() -> ExitCode {
+async fn relay() -> End {
     let config = match configure() {
         Ok(config) => config,
         Err(problems) => {
             for problem in problems {
                 error!("bad configuration: {problem}");
             }
-            return EX_CONFIG.into();
+            return End::BadConfiguration;
         }
     };
     let outcome = match stop_requests() {
@@ -95,21 +93,21 @@ async fn relay() -> ExitCode {
     match outcome {
         Ok(()) => {
             info!("stopped");
-            ExitCode::SUCCESS
+            End::Good
         }
         Err(reason) => {
             if reason.is::<BadConfiguration>() {
                 error!("bad configuration: {reason}");
-                return EX_CONFIG.into();
+                return End::BadConfiguration;
             }
             error!("cannot go on: {}", text::reasons(&reason));
-            ExitCode::FAILURE
+            End::Failed
         }
     }
 }
 
 /// Says what of the configuration holds.
-async fn check() -> ExitCode {
+async fn check() -> End {
     let (environment, config) = read();
     print(&format!("ok      environment: {}\n", environment.files()));
     for misnamed in config::misnamed(&environment) {
@@ -121,15 +119,15 @@ async fn check() -> ExitCode {
             for problem in problems {
                 print(&format!("FAILED  configuration: {problem}\n"));
             }
-            return EX_CONFIG.into();
+            return End::BadConfiguration;
         }
     };
     match check::check(&config, &mut io::stdout()).await {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
+        Ok(true) => End::Good,
+        Ok(false) => End::Failed,
         Err(reason) => {
             print(&format!("FAILED  {}\n", text::reasons(&reason)));
-            ExitCode::FAILURE
+            End::Failed
         }
     }
 }
@@ -226,9 +224,9 @@ Exit codes: 0 stopped by its operator; 1 cannot go on; 78 bad configuration.
     )
 }
 
-fn print(text: &str) -> ExitCode {
+fn print(text: &str) -> End {
     match io::stdout().write_all(text.as_bytes()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(_) => ExitCode::FAILURE,
+        Ok(()) => End::Good,
+        Err(_) => End::Failed,
     }
 }

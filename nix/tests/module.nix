@@ -294,7 +294,6 @@ let
           expr = refused {
             settings = {
               SSL_CERT_FILE = "${pkgs.writeText "ca" "ca"}";
-              SSL_CERT_DIR = "/etc/ssl/certs";
               HTTP_PROXY = "http://proxy:3128";
               NO_PROXY = "localhost,.internal";
             };

@@ -90,6 +90,7 @@ fn unknown(directive: &str, name: &str, level: Option<&str>) -> String {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
@@ -122,6 +123,12 @@ mod tests {
             let problem = parse(text).err().unwrap_or_default();
             assert!(problem.contains(meant), "{text}: {problem:?}");
         }
+    }
+
+    #[test]
+    fn the_nixos_module_knows_the_same_crates() {
+        let crates = include_str!("../../nix/log-crates.json");
+        assert_eq!(serde_json::from_str::<Vec<String>>(crates).unwrap(), CRATES);
     }
 
     #[test]

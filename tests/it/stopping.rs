@@ -224,7 +224,9 @@ async fn a_resolver_that_does_not_answer_delays_no_end() {
     nats.publish("cms.cache.x", "x").await;
     let _writer = asked(&resolver).await;
     relay.signal("TERM");
-    relay.logged("stopping within 600s, for cms.cache.x is being relayed").await;
+    relay
+        .logged("stopping within 600s, for cms.cache.x is being relayed")
+        .await;
     relay.signal("TERM");
     let (code, log) = relay.ended().await;
     assert_eq!(code, Some(0), "{log:#?}");
