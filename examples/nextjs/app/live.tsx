@@ -51,9 +51,7 @@ export function Live() {
       await connection.flush();
       if (subscription.isClosed()) return setState("offline"); // No permission.
       setState("live");
-      // A refresh that fails would put the browser's error page in place of this one.
-      while (!(await serverAnswers())) await new Promise((done) => setTimeout(done, 2_000));
-      if (!unmounted) refresh();
+      refresh();
     }
 
     listen()
@@ -72,27 +70,42 @@ export function Live() {
   );
 }
 
-async function serverAnswers() {
-  try {
-    const response = await fetch(location.href, { method: "HEAD", cache: "no-store" });
-    return response.status < 500;
-  } catch {
-    return false;
-  }
-}
-
 /** A function that refreshes the page. Calls during a refresh share one that follows it. */
 function useRefresh() {
   const router = useRouter();
   const [wanted, setWanted] = useState(0);
+  const [asking, setAsking] = useState(false);
   const [refreshing, startTransition] = useTransition();
   const done = useRef(0);
 
   useEffect(() => {
-    if (refreshing || done.current === wanted) return;
+    if (asking || refreshing || done.current === wanted) return;
     done.current = wanted;
-    startTransition(() => router.refresh());
-  }, [wanted, refreshing, router]);
+    setAsking(true);
+    canBeServed().then((yes) => {
+      if (yes) startTransition(() => router.refresh());
+      setAsking(false);
+    });
+  }, [wanted, asking, refreshing, router]);
 
   return useCallback(() => setWanted((count) => count + 1), []);
+}
+
+/**
+ * Waits until the server answers for this page, since a refresh that fails puts an error in its place.
+ * False if the answer is that there is nothing to show, such as 404, where Next.js would reload.
+ */
+export async function canBeServed() {
+  for (let wait = 500; ; wait = Math.min(2 * wait, 10_000)) {
+    try {
+      // The whole page: to what router.refresh() requests, Next.js answers 200 even if it then fails.
+      const { ok, status } = await fetch(location.href, { method: "HEAD", cache: "no-store" });
+      if (ok) return true;
+      if (status < 500 && status !== 429) return false;
+    } catch {
+      // The server can't be reached.
+    }
+    // Not every browser at the same moment.
+    await new Promise((done) => setTimeout(done, wait * (0.5 + Math.random() / 2)));
+  }
 }
