@@ -5,13 +5,15 @@ import { revalidateTag } from "next/cache";
 import { Webhook, WebhookVerificationError } from "standardwebhooks";
 
 export async function POST(request: Request) {
-  // 500 makes the relay try again: no edit is lost to a forgotten setting.
+  // A 500 makes the relay try again, so no edit is lost to a wrong setting. A malformed secret throws,
+  // which is a 500 too.
   const secret = process.env.WEBHOOK_SECRET;
   if (!secret) return new Response("WEBHOOK_SECRET is not set", { status: 500 });
+  const webhook = new Webhook(secret);
 
   let message: unknown;
   try {
-    message = new Webhook(secret).verify(await request.text(), Object.fromEntries(request.headers));
+    message = webhook.verify(await request.text(), Object.fromEntries(request.headers));
   } catch (error) {
     if (error instanceof WebhookVerificationError) return new Response(error.message, { status: 401 });
     return new Response("the payload is not JSON", { status: 400 });
