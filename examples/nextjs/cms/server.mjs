@@ -54,10 +54,10 @@ async function save(slug, form) {
 
 const server = createServer(async (request, response) => {
   try {
-    const { pathname } = new URL(request.url ?? "/", CMS_URL);
+    const { pathname, searchParams } = new URL(request.url ?? "/", CMS_URL);
     const slug = pathname.match(/\/pages\/([a-z]+)$/)?.[1] ?? "";
     if (pathname === "/") {
-      response.setHeader("content-type", "text/html; charset=utf-8").end(editor());
+      response.setHeader("content-type", "text/html; charset=utf-8").end(editor(searchParams.get("saved")));
     } else if (!Object.hasOwn(pages, slug)) {
       response.writeHead(404).end("no such page\n");
     } else if (request.method !== "POST") {
@@ -65,7 +65,7 @@ const server = createServer(async (request, response) => {
     } else {
       const saved = await save(slug, new URLSearchParams(await read(request)));
       if (pathname.startsWith("/api/")) response.end(JSON.stringify(saved));
-      else response.writeHead(303, { location: `/#${slug}` }).end();
+      else response.writeHead(303, { location: `/?saved=${slug}#${slug}` }).end();
     }
   } catch (error) {
     console.error(error);
@@ -95,7 +95,17 @@ function escape(text) {
   return text.replace(/[&<>"]/g, (character) => `&#${character.charCodeAt(0)};`);
 }
 
-function editor() {
+/**
+ * @param {number} version
+ * @param {number | null} savedAt
+ */
+function status(version, savedAt) {
+  if (!savedAt) return "Not edited yet";
+  return `Version ${version}, saved at ${new Date(savedAt).toISOString().slice(11, 19)} UTC`;
+}
+
+/** @param {string | null} saved the page that was saved just now */
+function editor(saved) {
   const forms = Object.entries(pages).map(
     ([slug, { path, title, text, version, savedAt }]) => `
     <form method="post" action="/pages/${slug}" id="${slug}" aria-labelledby="${slug}-name">
@@ -104,7 +114,7 @@ function editor() {
       <label>Text <textarea name="text" rows="3" required>\n${escape(text)}</textarea></label>
       <p>
         <button>Save</button>
-        <span role="status">${savedAt ? `Version ${version}, saved at ${new Date(savedAt).toISOString().slice(11, 19)} UTC` : "Not edited yet"}</span>
+        <span role="status"${slug === saved ? ' class="saved"' : ""}>${status(version, savedAt)}</span>
         <a href="${SITE_URL}${path}" target="_blank">Open the page</a>
       </p>
     </form>`,
@@ -113,12 +123,13 @@ function editor() {
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'><rect width='32' height='32' rx='7' fill='%231a56db'/><path d='M8 24l2-6L21 7l4 4L14 22z' fill='white'/></svg>">
 <title>CMS of the Corner Bakery</title>
 <style>
-  :root { color-scheme: light dark; --quiet: light-dark(#57606a, #9ea7b3); --line: light-dark(#8c959f, #6e7681); --accent: light-dark(#1a56db, #8ab4f8) }
+  :root { color-scheme: light dark; --quiet: light-dark(#57606a, #9ea7b3); --line: light-dark(#8c959f, #6e7681); --accent: light-dark(#1a56db, #8ab4f8); --good: light-dark(#15803d, #4ade80) }
   * { box-sizing: border-box }
   body { margin: 0 auto; max-width: 40rem; padding: 1.25rem 1.5rem 3rem; background: light-dark(#fff, #16181c); color: light-dark(#1f2328, #e6e9ee); font: 1rem/1.5 system-ui, "Liberation Sans", sans-serif }
-  h1 { margin: 0; font-size: 1rem }
+  h1 { margin: 0; font-size: 1.625rem; line-height: 1.2 }
   h2 { margin: 0 0 .75rem; font-size: 1.25rem }
   form { padding: 1.5rem 0 .5rem }
   form + form { border-top: 1px solid light-dark(#d1d9e0, #33383f) }
@@ -126,10 +137,12 @@ function editor() {
   input, textarea { display: block; width: 100%; padding: .5rem .625rem; border: 1px solid var(--line); border-radius: 6px; background: transparent; color: light-dark(#1f2328, #e6e9ee); font: inherit; resize: vertical }
   form p { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center }
   button { padding: .5rem 1.25rem; border: 0; border-radius: 6px; background: var(--accent); color: light-dark(#fff, #16181c); font: inherit; font-weight: 600; cursor: pointer }
+  .saved { padding: .125rem .625rem; border-radius: 6px; background: color-mix(in srgb, var(--good) 15%, transparent); color: var(--good); font-weight: 600 }
+  .saved::before { content: "✓ " }
   a { margin-left: auto; color: var(--accent) }
   :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
 </style>
-<h1>CMS of the Corner Bakery</h1>
+<header><h1>CMS of the Corner Bakery</h1></header>
 <main>${forms.join("")}</main>
 </html>`;
 }
