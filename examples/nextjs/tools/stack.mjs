@@ -3,7 +3,7 @@
 
 import { spawn } from "node:child_process";
 import { createHash } from "node:crypto";
-import { cpSync, existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { cpSync, existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join, resolve } from "node:path";
@@ -63,8 +63,7 @@ export class Stack {
   constructor(ports, onLine = () => {}) {
     this.ports = ports;
     this.onLine = onLine;
-    // The example's own settings, with the ports put in.
-    this.settings = /** @type {Variables} */ (parseEnv(this.#withPorts(readFileSync(join(HERE, ".env.example"), "utf8"))));
+    this.settings = /** @type {Variables} */ (parseEnv(this.#example(".env.example")));
     // Whatever happens: no process survives this one.
     process.once("exit", () => this.#kill());
   }
@@ -73,14 +72,20 @@ export class Stack {
    * @param {(config: string) => string} change
    */
   async nats(change = (config) => config) {
-    const config = join(this.directory, "nats.conf");
-    writeFileSync(config, change(this.#withPorts(readFileSync(join(HERE, "nats.conf"), "utf8"))));
-    const part = this.#start("nats", "nats-server", ["-c", config], this.settings);
+    const config = change(this.#example("nats.conf"));
+    const directory = join(this.directory, "nats");
+    mkdirSync(directory, { recursive: true });
+    writeFileSync(join(directory, "nats.conf"), config);
+    writeFileSync(join(directory, ".env"), this.#example(".env.example"));
+    // The command that nats.conf itself names.
+    const command = config.match(/^# (.*)/)?.[1] ?? "";
+    const part = this.#start("nats", "sh", ["-c", command], {}, { cwd: directory });
     await part.says("Server is ready");
   }
 
-  async cms() {
-    const part = this.#start("cms", process.execPath, [join(HERE, "cms/server.mjs")], this.settings);
+  /** @param {Variables} changes */
+  async cms(changes = {}) {
+    const part = this.#start("cms", process.execPath, [join(HERE, "cms/server.mjs")], { ...this.settings, ...changes });
     await part.says("CMS at");
   }
 
@@ -90,7 +95,7 @@ export class Stack {
     const hash = this.#buildHash();
     if (existsSync(stamp) && readFileSync(stamp, "utf8") === hash) return;
     rmSync(stamp, { force: true });
-    const part = this.#start("build", process.execPath, [NEXT, "build"], this.settings, { mayEnd: true });
+    const part = this.#start("build", process.execPath, [NEXT, "build"], this.settings, { cwd: HERE, mayEnd: true });
     if ((await part.ended) !== 0) throw new Error(`next build failed:\n${part.output}`);
     writeFileSync(stamp, hash);
   }
@@ -99,21 +104,35 @@ export class Stack {
    * Next.js, on a copy of the build.
    * @param {number} port
    * @param {string} name
+   * @param {Variables} changes
    */
-  async site(port = this.ports.site, name = "site") {
+  async site(port = this.ports.site, name = "site", changes = {}) {
     const copy = `.next-${name}-${process.pid}`;
     if (!this.copies.includes(copy)) {
       this.copies.push(copy);
       cpSync(join(HERE, ".next"), join(HERE, copy), { recursive: true, filter: (path) => !path.endsWith(".next/cache/turbopack") });
     }
     const args = [NEXT, "start", "--port", String(port), "--hostname", "127.0.0.1"];
-    const part = this.#start(name, process.execPath, args, { ...this.settings, DIST_DIR: copy });
+    const part = this.#start(name, process.execPath, args, { ...this.settings, DIST_DIR: copy, ...changes }, { cwd: HERE });
     await part.says("Ready in");
   }
 
   /** @param {Variables} changes */
   async relay(changes = {}) {
     const part = this.#start("relay", RELAY, [], { ...this.settings, ...changes });
+    await part.says("listening on");
+  }
+
+  /**
+   * The receiver without a framework.
+   * @param {number} port
+   * @param {Variables} changes
+   */
+  async receiver(port, changes = {}) {
+    // Where it finds the packages.
+    const file = join(HERE, ".next/receiver.mjs");
+    cpSync(resolve(HERE, "../receivers/node.mjs"), file);
+    const part = this.#start("receiver", process.execPath, [file], { ...this.settings, PORT: String(port), ...changes });
     await part.says("listening on");
   }
 
@@ -154,10 +173,9 @@ export class Stack {
    * @param {string[]} args
    * @param {Variables} variables
    */
-  #start(name, program, args, variables, { mayEnd = false } = {}) {
+  #start(name, program, args, variables, { cwd = this.directory, mayEnd = false } = {}) {
     if (this.stopping) throw new Error("stopping");
-    // The relay and nats-server find no .env and leave no data where the example is.
-    const cwd = args[0] === NEXT ? HERE : this.directory;
+    // Unless told otherwise, a part finds no .env and leaves no data where the example is.
     const part = new Part(name, program, args, { cwd, env: { ...process.env, NEXT_TELEMETRY_DISABLED: "1", ...variables } }, this.onLine);
     this.parts.set(name, part);
     part.ended.then((code) => {
@@ -175,11 +193,12 @@ export class Stack {
     this.stop().then(() => process.exit());
   }
 
-  /** @param {string} text */
-  #withPorts(text) {
+  /** One of the example's files, with the ports put in. @param {string} name */
+  #example(name) {
     const { site, cms, nats, websocket } = this.ports;
     /** @type {Record<string, number>} */
     const ports = { 3000: site, 3001: cms, 4222: nats, 4223: websocket };
+    const text = readFileSync(join(HERE, name), "utf8");
     return text.replaceAll(/(?<=:)(3000|3001|4222|4223)\b/g, (port) => String(ports[port]));
   }
 

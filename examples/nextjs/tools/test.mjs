@@ -1,13 +1,17 @@
 // Drives the example with a real browser and counts stale pages: through the relay, and for
 // comparison with browsers that listen to the CMS directly. Prints the table, writes screenshot.png.
+// What else it checks throws at once: the receivers' answers, a 404, pages opened while the CMS is down.
 
 import { execFileSync } from "node:child_process";
+import { readFileSync } from "node:fs";
 import { createServer, request as httpRequest } from "node:http";
 import { createRequire } from "node:module";
 import { connect, createServer as createTcpServer } from "node:net";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
+import { connect as connectToNats } from "@nats-io/transport-node";
 import { chromium } from "playwright-core";
+import { Webhook } from "standardwebhooks";
 import { Stack, demandFreePorts, ports } from "./stack.mjs";
 
 /** @typedef {import("playwright-core").Page} BrowserPage */
@@ -21,18 +25,24 @@ const STALE_AFTER = 2_000;
 /** The same after an outage, counted from its end: the relay's backoff grows up to 30 s. */
 const STALE_AFTER_OUTAGE = 40_000;
 const SLOWED_BY = 50;
+/** More often than this no page asks for itself during one outage. */
+const MANY_REQUESTS = 20;
 const FLAGS = [
   "--no-sandbox --disable-gpu --disable-quic --no-first-run",
   "--disable-background-networking --disable-component-update --disable-sync",
 ].flatMap((flags) => flags.split(" "));
+const LIVE = '[role="status"][data-state="live"]';
 const CORE = { NATS_STREAM: "", NATS_CONSUMER: "" };
 
 // Other ports than `start` has, so that both run side by side.
 const chosen = ports({ site: 13000, cms: 13001, nats: 14222, websocket: 14223 });
 const natsWebsocket = await freePort();
+const cmsBehindCable = await freePort();
 const secondSite = await freePort();
 // Not localhost: nats-server 2.9 keeps only one allowed port per host name.
 const SECOND_ORIGIN = `http://127.0.0.1:${secondSite}`;
+/** The site's way to the CMS is a cable that can be cut; the editors' way is not. */
+const CMS = `http://localhost:${cmsBehindCable}`;
 const stack = new Stack(chosen);
 for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"]) {
   process.on(signal, () => stack.stop().then(() => process.exit(130)));
@@ -66,15 +76,28 @@ process.exit(report() && complete ? 0 : 1);
 async function throughTheRelay() {
   step("starting");
   const cable = await tcpProxy(chosen.websocket, natsWebsocket);
+  const cmsCable = await tcpProxy(chosen.cms, cmsBehindCable);
   await stack.nats(testConfig);
-  await stack.cms();
+  await stack.cms({ CMS_URL: CMS });
   await stack.build();
   await stack.site();
+
+  step("what the receivers answer");
+  await receivers();
 
   step("through the relay, durable mode");
   await stack.relay();
   for (const document of DOCUMENTS) await manyEdits(`${document.kind} page, through the relay`, document);
+  await mayReadStream();
   await screenshot();
+  await looks();
+
+  step("a page that does not exist");
+  await notFound();
+
+  step("front end cut off from the CMS during an edit");
+  await outages("front end cut off from the CMS during an edit", async () => cmsCable.cut(), async () => cmsCable.mend(), 5_000);
+  await openedWithoutCms(cmsCable);
 
   step("front end stopped during an edit");
   await outages("front end stopped during an edit, started again", () => stack.end("site"), () => stack.site());
@@ -102,12 +125,17 @@ async function throughTheRelay() {
 
 /** The same with browsers that hear of an edit when the relay does. */
 async function directly() {
-  step("browsers listening to the CMS directly, handler slowed");
+  step("browsers listening to the CMS directly");
   stack.settings.NEXT_PUBLIC_NATS_SUBJECT = "cms.cache.>";
   const cable = await tcpProxy(chosen.websocket, natsWebsocket);
   await stack.nats((config) => testConfig(config).replace('subscribe: "relayed.cache.>"', 'subscribe: "cms.cache.>"'));
   await stack.build();
   await stack.site(chosen.site, "direct");
+  await stack.relay(CORE);
+  for (const document of DOCUMENTS) {
+    await manyEdits(`${document.kind} page, listening directly, handler not slowed`, document, false);
+  }
+  await stack.end("relay");
   await stack.relay({ WEBHOOK_DESTINATION: await slowProxy(chosen.site), ...CORE });
   for (const document of DOCUMENTS) {
     await manyEdits(`${document.kind} page, listening directly, handler slowed by ${SLOWED_BY} ms`, document, false);
@@ -132,23 +160,139 @@ async function manyEdits(what, document, relayed = true) {
   await page.context().close();
 }
 
+/** The relay's user may look at a message in the stream, as it must for one that no client can read. */
+async function mayReadStream() {
+  const { NATS_HOST, NATS_USER, NATS_PASS, NATS_STREAM } = stack.settings;
+  const nats = await connectToNats({ servers: NATS_HOST, user: NATS_USER, pass: NATS_PASS });
+  const answer = await nats.request(`$JS.API.STREAM.MSG.GET.${NATS_STREAM}`, '{"seq":1}');
+  await nats.close();
+  const { error } = /** @type {{ error?: { description: string } }} */ (answer.json());
+  if (error) throw new Error(`the relay’s user can’t read the stream: ${error.description}`);
+}
+
+/** The route handler and the receiver without a framework answer the same. */
+async function receivers() {
+  const secret = stack.settings.WEBHOOK_SECRET;
+  const port = await freePort();
+  const route = `http://localhost:${secondSite}/api/cache/webhook`;
+  const signed = (/** @type {string} */ body, at = new Date()) => ({
+    body,
+    headers: {
+      "webhook-id": "test",
+      "webhook-timestamp": String(Math.floor(at.getTime() / 1_000)),
+      "webhook-signature": new Webhook(secret).sign("test", at, body),
+    },
+  });
+  const good = signed('{"tags":["loaf"]}');
+  /** @type {[number, string, RequestInit][]} */
+  const cases = [
+    [204, "tags", good],
+    [204, "no tags", signed('{"tags":[]}')],
+    [401, "another payload than the one signed", { ...good, body: '{"tags":["counter"]}' }],
+    [401, "no signature", { body: good.body }],
+    [401, "half a signature", { ...good, headers: { ...good.headers, "webhook-signature": "v1" } }],
+    [401, "an old signature", signed(good.body, new Date(Date.now() - 3_600_000))],
+    [400, "no JSON", signed("tags")],
+    [400, "an empty payload", signed("")],
+    [400, "null", signed("null")],
+    [400, "a string for tags", signed('{"tags":"home"}')],
+    [400, "a tag that is no string", signed('{"tags":["home",1]}')],
+  ];
+
+  await expectAnswers(`http://localhost:${chosen.site}/api/cache/webhook`, cases);
+  await stack.receiver(port);
+  await expectAnswers(`http://localhost:${port}`, cases);
+  await stack.end("receiver");
+
+  for (const WEBHOOK_SECRET of ["", "whsec_not base64"]) {
+    await stack.site(secondSite, "second-site", { WEBHOOK_SECRET });
+    await expectAnswers(route, [[500, `WEBHOOK_SECRET=${WEBHOOK_SECRET}`, good]]);
+    await stack.end("second-site");
+    await stack.receiver(port, { WEBHOOK_SECRET });
+    await expectAnswers(`http://localhost:${port}`, [[500, `WEBHOOK_SECRET=${WEBHOOK_SECRET}`, good]]);
+    await stack.end("receiver");
+  }
+
+  const [source, readme] = ["../app/api/cache/webhook/route.ts", "../../../README.md"].map((path) =>
+    readFileSync(join(import.meta.dirname, path), "utf8"),
+  );
+  if (!readme.includes(source.slice(source.indexOf("export async function POST")))) {
+    throw new Error("README.md shows another route handler than the example has");
+  }
+}
+
+/**
+ * @param {string} url
+ * @param {[number, string, RequestInit][]} cases
+ */
+async function expectAnswers(url, cases) {
+  for (const [expected, what, request] of cases) {
+    const { status } = await fetch(url, { method: "POST", ...request });
+    if (status !== expected) throw new Error(`${url} answered ${status} instead of ${expected} to: ${what}`);
+  }
+}
+
+/** Where there is nothing to refresh, neither getting live nor a message makes the page reload. */
+async function notFound() {
+  const path = "/no-such-page";
+  const page = await newPage();
+  const requests = requestsFor(page, path);
+  await page.goto(`http://localhost:${chosen.site}${path}`);
+  await page.waitForSelector(LIVE);
+  await edit(DOCUMENTS[0], "Edit beside a page that does not exist");
+  await sleep(5_000);
+  step(`  ${requests.length} requests for the page in 5 s`);
+  if (requests.length > MANY_REQUESTS) throw new Error(`a page that does not exist was requested ${requests.length} times in 5 s`);
+  const loads = requests.filter((request) => request.resourceType() === "document").length;
+  if (loads !== 1) throw new Error(`a page that does not exist was loaded ${loads} times`);
+  // It lives: its links work without a load.
+  await page.getByRole("link", { name: "At the counter" }).click();
+  await page.waitForSelector("[data-version]");
+  await page.context().close();
+}
+
+/**
+ * Who opens a page while it can't be rendered gets an error, and then the page, without doing anything.
+ * @param {{ cut: () => void, mend: () => void }} cmsCable
+ */
+async function openedWithoutCms(cmsCable) {
+  for (const document of DOCUMENTS) {
+    cmsCable.cut();
+    const version = await edit(document, "Edit before a visit without the CMS");
+    // The relay needs a moment to have the old page dropped.
+    while ((await fetch(document.at)).ok) await sleep(50);
+    const page = await newPage();
+    const requests = requestsFor(page, document.path);
+    await page.goto(document.at);
+    await page.getByRole("heading", { name: "One moment, please" }).waitFor();
+    cmsCable.mend();
+    await page.waitForSelector(`[data-version="${version}"]`, { timeout: STALE_AFTER_OUTAGE });
+    if (requests.length > MANY_REQUESTS) throw new Error(`${document.at} was requested ${requests.length} times`);
+    await page.context().close();
+  }
+}
+
 /**
  * An edit while something is down.
  * @param {string} what
  * @param {() => Promise<void>} begin
  * @param {() => Promise<void>} end
+ * @param {number} lasting in milliseconds
  */
-async function outages(what, begin, end) {
+async function outages(what, begin, end, lasting = 500) {
   const row = addRow(what);
   for (const document of DOCUMENTS) {
     const page = await open(document.at);
+    const requests = requestsFor(page, document.path);
     for (let count = 0; count < OUTAGES; count++) {
       await begin();
       const version = await edit(document, `Edit ${count + 1} during an outage`);
-      await sleep(500);
+      await sleep(lasting);
       await end();
       await look(row, page, version, STALE_AFTER_OUTAGE);
     }
+    step(`  ${requests.length} requests for the ${document.kind} page in ${OUTAGES} outages`);
+    if (requests.length > OUTAGES * MANY_REQUESTS) throw new Error(`${document.at} was requested ${requests.length} times`);
     await page.context().close();
   }
   // They tell how long the outage was, not how fast the way is.
@@ -169,13 +313,32 @@ async function twoInstances() {
   }
 }
 
-/** @param {string} address */
-async function open(address) {
+/** A page of a visitor of its own. */
+async function newPage() {
   if (!browser) throw new Error("no browser");
   const context = await browser.newContext();
-  const page = await context.newPage();
+  return context.newPage();
+}
+
+/**
+ * What the page requests of its own path from now on: the list grows.
+ * @param {BrowserPage} page
+ * @param {string} path
+ */
+function requestsFor(page, path) {
+  /** @type {import("playwright-core").Request[]} */
+  const requests = [];
+  page.on("request", (request) => {
+    if (new URL(request.url()).pathname === path) requests.push(request);
+  });
+  return requests;
+}
+
+/** @param {string} address */
+async function open(address) {
+  const page = await newPage();
   await page.goto(address);
-  await page.waitForSelector('[role="status"][data-state="live"]');
+  await page.waitForSelector(LIVE);
   // The refresh that follows upon getting live is no part of what is measured.
   await page.waitForLoadState("networkidle");
   return page;
@@ -197,7 +360,7 @@ async function visit(address) {
  * @returns {Promise<number>} the new version
  */
 async function edit(document, title) {
-  const url = `${stack.settings.CMS_URL}/api/pages/${document.slug}`;
+  const url = `${CMS}/api/pages/${document.slug}`;
   const response = await fetch(url, { method: "POST", body: new URLSearchParams({ title }) });
   if (!response.ok) throw new Error(await response.text());
   return (await response.json()).version;
@@ -220,16 +383,37 @@ async function look(row, page, version, timeout) {
   }
 }
 
+/** On a telephone no page is wider than the screen, and the CMS's headings are in order. */
+async function looks() {
+  const longWord = "Rindfleischetikettierungsüberwachungsaufgabenübertragungsgesetz";
+  const version = await edit(DOCUMENTS[1], longWord);
+  const page = await newPage();
+  await page.setViewportSize({ width: 390, height: 844 });
+  // The CMS comes last, and stays open.
+  for (const address of [DOCUMENTS[1].at, `${DOCUMENTS[0].at}no-such-page`, CMS]) {
+    await page.goto(address);
+    if (address === DOCUMENTS[1].at) await page.waitForSelector(`[data-version="${version}"]`, { timeout: STALE_AFTER });
+    const width = await page.evaluate(() => document.documentElement.scrollWidth);
+    if (width > 390) throw new Error(`${address} is ${width} pixels wide on a screen of 390`);
+  }
+  const [h1, h2] = await Promise.all(
+    ["header h1", "h2"].map((heading) => page.locator(heading).first().evaluate((each) => parseFloat(getComputedStyle(each).fontSize))),
+  );
+  if (h1 <= h2) throw new Error(`the CMS’s first heading has ${h1} pixels, its second ${h2}`);
+  await page.context().close();
+}
+
 /** An editor at work, and the page of somebody who has it open. */
 async function screenshot() {
   const page = await open(DOCUMENTS[0].at);
   const cms = await page.context().newPage();
   for (const each of [page, cms]) await each.setViewportSize({ width: 640, height: 378 });
-  await cms.goto(stack.settings.CMS_URL);
+  await cms.goto(CMS);
   const form = cms.getByRole("form", { name: "Today’s loaf" });
   await form.getByLabel("Title").fill("Walnut and honey");
   await form.getByLabel("Text").fill("Light and nutty, with honey from Ana’s bees. Still warm until ten.");
   await form.getByRole("button", { name: "Save" }).click();
+  await form.locator(".saved").waitFor();
   await page.getByRole("heading", { name: "Walnut and honey" }).waitFor();
   await page.waitForSelector("[data-took]");
   await cms.evaluate(() => scrollTo(0, 0));
