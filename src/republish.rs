@@ -63,14 +63,14 @@ pub fn target_subject(delivery: &Delivery, prefix: &Prefix, to: &Prefix) -> Resu
     Ok(target)
 }
 
-/// The headers of the relayed message: its own. In durable mode without those that tell a stream
-/// what to do, and with an id by which a stream behind the relayed prefix recognises a duplicate.
+/// The headers of the relayed message: its own, in durable mode with an id by which a stream behind the
+/// relayed prefix recognises a duplicate.
 #[must_use]
 pub fn relayed_headers(delivery: &Delivery, max_payload: usize) -> HeaderMap {
-    let Origin::Stream { id, .. } = &delivery.origin else {
-        return delivery.headers.clone();
-    };
     let headers = carried_over(delivery);
+    let Origin::Stream { id, .. } = &delivery.origin else {
+        return headers;
+    };
     if headers.get(NATS_MESSAGE_ID).is_some() {
         return headers;
     }
@@ -97,10 +97,10 @@ pub fn failed_headers(delivery: &Delivery, given_up: &GivenUp, max_payload: usiz
     let own = carried_over(delivery);
     for length in [text::LONGEST_NOTE, 100, 20] {
         let mut headers = own.clone();
-        headers.insert("Relay-Error", &*text::one_line(reason, length));
-        headers.insert("Relay-Attempts", attempts.to_string());
+        headers.insert(RELAY_ERROR, &*text::one_line(reason, length));
+        headers.insert(RELAY_ATTEMPTS, attempts.to_string());
         if let Some(status) = status {
-            headers.insert("Relay-Status", status.to_string());
+            headers.insert(RELAY_STATUS, status.to_string());
         }
         if fits(&headers, delivery, max_payload) {
             return headers;
@@ -114,15 +114,13 @@ pub fn failed_headers(delivery: &Delivery, given_up: &GivenUp, max_payload: usiz
     }
 }
 
-/// The headers of a message, without those by which its publisher told its stream what to do: the
-/// stream behind another prefix would refuse the message, or drop all others (ADR-4, ADR-22, ADR-43,
-/// ADR-49, ADR-50, ADR-51).
+/// The headers of a message, without those that speak to a stream or of one: the stream behind another
+/// prefix would refuse the message, drop all others, or take it for one of its own sources'.
 fn carried_over(delivery: &Delivery) -> HeaderMap {
-    if matches!(delivery.origin, Origin::Core)
-        || !delivery
-            .headers
-            .iter()
-            .any(|(name, _)| instructs(name.as_ref()))
+    if !delivery
+        .headers
+        .iter()
+        .any(|(name, _)| is_shed(name.as_ref()))
     {
         return delivery.headers.clone();
     }
@@ -130,7 +128,7 @@ fn carried_over(delivery: &Delivery) -> HeaderMap {
     for (name, values) in delivery
         .headers
         .iter()
-        .filter(|(name, _)| !instructs(name.as_ref()))
+        .filter(|(name, _)| !is_shed(name.as_ref()))
     {
         for value in values {
             headers.append(name.clone(), value.clone());
@@ -139,12 +137,45 @@ fn carried_over(delivery: &Delivery) -> HeaderMap {
     headers
 }
 
-/// Whether a header tells a stream what to do.
-fn instructs(name: &str) -> bool {
-    ["Nats-Expected-", "Nats-Batch-", "Nats-Schedule"]
-        .iter()
-        .any(|start| name.starts_with(start))
-        || ["Nats-Rollup", "Nats-TTL", "Nats-Incr"].contains(&name)
+/// Families of headers by which a publisher tells a stream what to do (ADR-4, ADR-50, ADR-51).
+const SHED_FAMILIES: [&str; 3] = ["Nats-Expected-", "Nats-Batch-", "Nats-Schedule"];
+
+/// Headers that are not carried over.
+const SHED: [&str; 18] = [
+    // By these a publisher tells a stream what to do (ADR-4, ADR-43, ADR-44, ADR-49).
+    "Nats-Rollup",
+    "Nats-TTL",
+    "Nats-Incr",
+    "Nats-Required-Api-Level",
+    // By these a stream tells what became of the message before (ADR-28, ADR-31, ADR-43, ADR-49).
+    "Nats-Marker-Reason",
+    "Nats-Counter-Sources",
+    "Nats-Stream-Source",
+    "Nats-Stream",
+    "Nats-Sequence",
+    "Nats-Subject",
+    "Nats-Time-Stamp",
+    "Nats-Last-Sequence",
+    "Nats-Num-Pending",
+    "Nats-UpTo-Sequence",
+    "Nats-Msg-Size",
+    // By these a relay told why it gave up a message that was published again.
+    RELAY_ERROR,
+    RELAY_STATUS,
+    RELAY_ATTEMPTS,
+];
+
+const RELAY_ERROR: &str = "Relay-Error";
+const RELAY_STATUS: &str = "Relay-Status";
+const RELAY_ATTEMPTS: &str = "Relay-Attempts";
+
+/// Whether a header is not carried over, however it is capitalised.
+fn is_shed(name: &str) -> bool {
+    let begins = |family: &&str| {
+        name.get(..family.len())
+            .is_some_and(|start| start.eq_ignore_ascii_case(family))
+    };
+    SHED_FAMILIES.iter().any(begins) || SHED.iter().any(|shed| name.eq_ignore_ascii_case(shed))
 }
 
 /// Whether the server accepts the payload with these headers: `NATS/1.0`, a line for each, and an
@@ -165,19 +196,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn instructions_to_a_stream_are_told_from_other_headers() {
+    fn what_speaks_to_a_stream_or_of_one_is_told_from_other_headers() {
         for (name, expected) in [
             ("Nats-Expected-Last-Sequence", true),
             ("Nats-Rollup", true),
             ("Nats-TTL", true),
+            ("nats-ttl", true),
             ("Nats-Incr", true),
             ("Nats-Batch-Id", true),
             ("Nats-Schedule-TTL", true),
+            ("Nats-Scheduler", true),
+            ("Nats-Stream-Source", true),
+            ("Nats-Stream", true),
+            ("RELAY-ERROR", true),
             ("Nats-Msg-Id", false),
             ("Nats-Expected", false),
+            ("Nats-Streams", false),
             ("X-Nats-TTL", false),
+            ("Relay-Race", false),
+            ("\u{e9}\u{e9}\u{e9}\u{e9}\u{e9}\u{e9}\u{e9}\u{e9}", false),
         ] {
-            assert_eq!(instructs(name), expected, "{name}");
+            assert_eq!(is_shed(name), expected, "{name}");
         }
     }
 }

@@ -16,3 +16,4 @@ mod relaying;
 mod service;
 mod slow;
 mod stopping;
+mod streams;

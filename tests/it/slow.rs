@@ -150,31 +150,7 @@ async fn a_server_that_is_killed_and_restarted_loses_nothing() {
 #[tokio::test]
 async fn a_cluster_that_loses_the_consumer_s_leader_goes_on_within_fifteen_seconds() {
     const COUNT: usize = 200;
-    let routes: Vec<_> = {
-        let listeners: Vec<_> = (0..3)
-            .map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap())
-            .collect();
-        listeners
-            .iter()
-            .map(|listener| listener.local_addr().unwrap())
-            .collect()
-    };
-    let mut servers = Vec::new();
-    for (n, route) in routes.iter().enumerate() {
-        let others = routes
-            .iter()
-            .map(|route| format!("nats://{route}"))
-            .collect::<Vec<_>>();
-        servers.push(
-            NatsServer::with_config(&format!(
-                "server_name: n{n}
-                 jetstream {{ store_dir: \"$DIR/jetstream\" }}
-                 cluster {{ name: c, listen: \"{route}\", routes: [{}] }}",
-                others.join(", ")
-            ))
-            .await,
-        );
-    }
+    let mut servers = NatsServer::cluster().await;
     servers[0].create_stream("CMS", "cms.cache.>", 3).await;
     let webhook = Webhook::start(|_, _| Answer::ok_after(Duration::from_millis(5))).await;
     let urls = servers

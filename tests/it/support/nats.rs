@@ -55,6 +55,30 @@ impl NatsServer {
         server
     }
 
+    /// Three with JetStream in one cluster: `n0`, `n1` and `n2`.
+    pub async fn cluster() -> Vec<Self> {
+        let listeners: Vec<_> = (0..3)
+            .map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap())
+            .collect();
+        let routes: Vec<_> = listeners
+            .iter()
+            .map(|listener| format!("nats://{}", listener.local_addr().unwrap()))
+            .collect();
+        drop(listeners);
+        let mut servers = Vec::new();
+        for (n, route) in routes.iter().enumerate() {
+            let config = format!(
+                "server_name: n{n}
+                 jetstream {{ store_dir: \"$DIR/jetstream\" }}
+                 cluster {{ name: c, listen: \"{}\", routes: [{}] }}",
+                route.trim_start_matches("nats://"),
+                routes.join(", ")
+            );
+            servers.push(Self::with_config(&config).await);
+        }
+        servers
+    }
+
     pub async fn jetstream(&self) -> jetstream::Context {
         jetstream::new(self.client().await)
     }
