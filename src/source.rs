@@ -48,7 +48,7 @@ pub enum Origin {
     Core,
     /// A stream, which wants to know what becomes of it.
     Stream {
-        /// `<stream>-<sequence>`.
+        /// `<stream>-<sequence>-<time>`, see [`Receipt::id`].
         id: String,
         /// What the server knows the delivery by.
         receipt: Receipt,

@@ -105,6 +105,12 @@ pub struct Receipt {
 }
 
 impl Receipt {
+    /// What the message is known by to a webhook and to the stream behind the relay. The sequence alone
+    /// would do until the stream is created anew, and then new messages would pass for old ones.
+    pub(super) fn id(&self, stream: &str) -> String {
+        format!("{stream}-{}-{}", self.sequence, self.time)
+    }
+
     /// Whether both are of one message. The sequence alone does not tell: a stream that was restored
     /// gives it away again.
     fn is_of_the_same(&self, other: &Self) -> bool {
@@ -402,7 +408,7 @@ impl Durable {
             headers: message.headers.unwrap_or_default(),
             payload: message.payload,
             origin: Origin::Stream {
-                id: format!("{}-{sequence}", self.consumer.stream),
+                id: receipt.id(&self.consumer.stream),
                 receipt: receipt.clone(),
             },
             fault: None,

@@ -52,14 +52,14 @@ pub(super) async fn find(consumer: &Consumer) -> Option<(Delivery, Receipt)> {
         )
         .into(),
         sequence,
-        time: 0,
+        time: message.time.unix_timestamp_nanos().try_into().ok()?,
     };
     let delivery = Delivery {
         subject: message.subject.into(),
         headers: Default::default(),
         payload: STANDARD.decode(message.payload).ok()?.into(),
         origin: Origin::Stream {
-            id: format!("{}-{sequence}", consumer.stream),
+            id: receipt.id(&consumer.stream),
             receipt: receipt.clone(),
         },
         fault: Some(fault),

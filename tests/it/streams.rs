@@ -117,3 +117,31 @@ async fn kept(nats: &NatsServer, stream: &str, count: u64) {
         sleep(Duration::from_millis(10)).await;
     }
 }
+
+#[tokio::test]
+async fn messages_of_a_stream_that_was_created_anew_are_no_duplicates() {
+    let nats = NatsServer::with_stream().await;
+    nats.create_stream("RELAYED", "relayed.>", 1).await;
+    let jetstream = nats.jetstream().await;
+    let webhook = Webhook::ok().await;
+    for round in 1..=2 {
+        let relay = Relay::durable(&nats, &webhook, &[]).await;
+        jetstream
+            .publish("cms.cache.x", "x".into())
+            .await
+            .unwrap()
+            .await
+            .unwrap();
+        relay.logged(" -> ").await;
+        kept(&nats, "RELAYED", round).await;
+        relay.signal("TERM");
+        relay.ended().await;
+        jetstream.delete_stream("CMS").await.unwrap();
+        nats.create_stream("CMS", "cms.cache.>", 1).await;
+    }
+    let requests = webhook.requests();
+    assert_ne!(
+        requests[0].header("webhook-id"),
+        requests[1].header("webhook-id")
+    );
+}
