@@ -16,8 +16,10 @@ use tokio_rustls::TlsConnector;
 
 use crate::{
     config::{self, Config, Destination, Login, Mode, Proxy},
-    nats::{Faults, Notice, cannot_look, connect_once, show},
-    source::{Consumer, Trouble, fatal, inbox_refused, try_to_look},
+    keeper::Failure,
+    nats::{Faults, Notice, cannot_look, connect_once, inbox_refused, jetstream, show},
+    outlet::Outlets,
+    source::{Consumer, Trouble, try_to_look},
     status::Status,
     text::{self, count, reasons},
     tls,
@@ -61,19 +63,23 @@ pub async fn check(config: &Config, out: &mut dyn Write) -> anyhow::Result<bool>
     tls::install_provider();
     let mut report = Report { out, good: true };
     report.add("configuration", Ok("valid".to_owned()));
-    if let Some((client, faults)) = check_servers(config, &mut report).await? {
+    let status = Arc::new(Status::new()?);
+    if let Some((client, mut faults)) = check_servers(config, &status, &mut report).await? {
+        let jetstream = jetstream(&client);
+        let outlets = Outlets::new(client.clone(), jetstream.clone(), config, &status);
         match &config.mode {
-            Mode::Core { .. } => check_subscription(config, client, faults, &mut report).await,
+            Mode::Core { .. } => check_subscription(config, client, &mut faults, &mut report).await,
             Mode::Durable { stream, consumer } => {
                 let consumer = Consumer {
-                    client,
+                    jetstream,
                     stream: stream.clone(),
                     name: consumer.clone(),
                     filter: config.prefix.wildcard(),
                 };
-                check_consumer(&consumer, faults, &mut report).await;
+                check_consumer(&consumer, &mut faults, &mut report).await;
             }
         }
+        check_keepers(&outlets, &mut faults, &mut report).await;
     }
     let tls = config
         .webhook
@@ -99,16 +105,16 @@ async fn within_patience<T>(what: impl Future<Output = anyhow::Result<T>>) -> an
 /// Connects to each server; the first connection that there is.
 async fn check_servers(
     config: &Config,
+    status: &Arc<Status>,
     report: &mut Report<'_>,
 ) -> anyhow::Result<Option<(Client, Faults)>> {
-    let status = Arc::new(Status::new()?);
     let welcome = match config.nats.login {
         Login::Anonymous => "connected, without a login",
         _ => "connected, the login is accepted",
     };
     let mut reached = None;
     for server in &config.nats.servers {
-        let connecting = connect_once(&config.nats, server, &config.prefix, &status);
+        let connecting = connect_once(&config.nats, server, &config.prefix, status);
         let found = within_patience(connecting).await.map(|connection| {
             reached.get_or_insert(connection);
             welcome.to_owned()
@@ -121,7 +127,7 @@ async fn check_servers(
 async fn check_subscription(
     config: &Config,
     client: Client,
-    mut faults: Faults,
+    faults: &mut Faults,
     report: &mut Report<'_>,
 ) {
     let subject = config.prefix.wildcard();
@@ -136,11 +142,11 @@ async fn check_subscription(
     );
 }
 
-async fn check_consumer(consumer: &Consumer, mut faults: Faults, report: &mut Report<'_>) {
+async fn check_consumer(consumer: &Consumer, faults: &mut Faults, report: &mut Report<'_>) {
     let Consumer { stream, name, .. } = consumer;
     let found = tokio::select! {
         biased;
-        reason = fatal(&mut faults) => Err(reason),
+        reason = faults.fatal(true) => Err(reason),
         found = consumer.verify() => match found {
             Ok(waiting) => Ok(format!(
                 "is there and as it must be; waiting in the stream: {}", count(waiting, "message")
@@ -156,13 +162,30 @@ async fn check_consumer(consumer: &Consumer, mut faults: Faults, report: &mut Re
     if is_usable {
         let found = tokio::select! {
             biased;
-            reason = look_refused(&mut faults, stream) => Err(reason),
+            reason = look_refused(faults, stream) => Err(reason),
             found = try_to_look(consumer) => found.map_err(anyhow::Error::from),
         };
         report.add(
             &format!("messages of the stream {stream}"),
             found.map(|()| "can be looked at".to_owned()),
         );
+    }
+}
+
+/// Looks at the streams that are to keep what is published.
+async fn check_keepers(outlets: &Outlets, faults: &mut Faults, report: &mut Report<'_>) {
+    for (prefix, keeper) in outlets.keepers() {
+        let found = tokio::select! {
+            biased;
+            reason = faults.fatal(true) => Err(reason),
+            found = keeper.open(prefix) => match found {
+                Ok(_) => Ok(format!("is there, and keeps {prefix}.>")),
+                Err(Failure::Permanent(reason) | Failure::Temporary(reason)) => {
+                    Err(anyhow!(reason))
+                }
+            },
+        };
+        report.add(&format!("stream {}", keeper.stream()), found);
     }
 }
 
@@ -178,7 +201,7 @@ async fn look_refused(faults: &mut Faults, stream: &str) -> anyhow::Error {
             }
             Notice::Fatal(reason) => return reason,
             Notice::InboxRefused => return inbox_refused(),
-            Notice::Connected => {}
+            Notice::Connected | Notice::ProbeRefused => {}
         }
     }
 }

@@ -90,6 +90,8 @@ const QUEUE_GROUP: &str = "NATS_QUEUE_GROUP";
 const STREAM: &str = "NATS_STREAM";
 const CONSUMER: &str = "NATS_CONSUMER";
 const FAILED_PREFIX: &str = "NATS_FAILED_SUBJECT_PREFIX";
+pub(crate) const RELAYED_STREAM: &str = "NATS_RELAYED_STREAM";
+pub(crate) const FAILED_STREAM: &str = "NATS_FAILED_STREAM";
 const TIMEOUT: &str = "WEBHOOK_TIMEOUT";
 const MAX_ATTEMPTS: &str = "WEBHOOK_MAX_ATTEMPTS";
 const SECRET: &str = "WEBHOOK_SECRET";
@@ -218,6 +220,18 @@ pub const VARIABLES: &[Variable] = &[
         kind: Kind::Plain,
     },
     Variable {
+        name: RELAYED_STREAM,
+        meaning: "the stream that keeps what is republished, and must confirm each message",
+        default: Default::Off,
+        kind: Kind::Plain,
+    },
+    Variable {
+        name: FAILED_STREAM,
+        meaning: "the stream that keeps what is given up, and must confirm each message",
+        default: Default::Off,
+        kind: Kind::Plain,
+    },
+    Variable {
         name: TIMEOUT,
         meaning: "longest time for one attempt, connecting included",
         default: Default::Value("15s"),
@@ -302,6 +316,10 @@ pub struct Config {
     pub relayed_prefix: Prefix,
     /// Publishes under this one what is given up.
     pub failed_prefix: Option<Prefix>,
+    /// The stream that must confirm what is republished.
+    pub relayed_stream: Option<String>,
+    /// The stream that must confirm what is given up.
+    pub failed_stream: Option<String>,
     /// Where messages come from.
     pub mode: Mode,
     /// Where and how to POST.
@@ -517,6 +535,16 @@ impl Config {
         let republish_delay = reader.parsed(REPUBLISH_DELAY, parse_duration);
         let shutdown_timeout = reader.parsed(SHUTDOWN_TIMEOUT, parse_duration);
         let failed_prefix = reader.optional(FAILED_PREFIX, parse_own_prefix);
+        let relayed_stream = reader.optional(RELAYED_STREAM, parse_name);
+        let failed_stream = reader.optional(FAILED_STREAM, parse_name);
+        if let (Some(None), Some(Some(_))) = (&failed_prefix, &failed_stream) {
+            reader.problem(
+                FAILED_PREFIX,
+                &format!(
+                    "is not set, but {FAILED_STREAM} is; set it too, or unset {FAILED_STREAM}"
+                ),
+            );
+        }
         let prefixes = [
             (PREFIX, prefix.as_ref()),
             (RELAYED_PREFIX, relayed_prefix.as_ref()),
@@ -543,6 +571,8 @@ impl Config {
                 prefix: prefix?,
                 relayed_prefix: relayed_prefix?,
                 failed_prefix: failed_prefix?,
+                relayed_stream: relayed_stream?,
+                failed_stream: failed_stream?,
                 mode: mode?,
                 webhook: Webhook {
                     destinations: through(destinations?, &proxies?),
@@ -1274,6 +1304,12 @@ mod tests {
             (STREAM, "CMS", "NATS_CONSUMER is not set"),
             (CONSUMER, "relay", "NATS_STREAM is not set"),
             (STREAM, "C.M.S", "is no name"),
+            (RELAYED_STREAM, "RELAYED.>", "is no name"),
+            (
+                FAILED_STREAM,
+                "FAILED",
+                "NATS_FAILED_SUBJECT_PREFIX is not set",
+            ),
             (QUEUE_GROUP, "a b", "is no queue group"),
             (TIMEOUT, "15", "is no duration"),
             (TIMEOUT, "-1s", "is no duration"),

@@ -6,12 +6,12 @@
 //!              │                                                ▲
 //! NATS ──► source ──► relay ──► webhook ──► destination         │
 //! cms.cache.>  │        │  ▲ retry           POST, in order ────┤
-//!              │        └──┴──► republish ──► NATS relayed.cache.…
+//!              │        └──┴──► outlet ──► NATS relayed.cache.…
 //!              └── ack (durable mode only) ◄──┘
 //! ```
 //!
-//! Everything goes one way: [`relay`] knows [`source`], [`webhook`] and [`republish`]; none of them
-//! knows [`relay`]. There is no channel or task of ours between taking a message and republishing it,
+//! Everything goes one way: [`relay`] knows [`source`], [`webhook`] and [`outlet`], which publishes what
+//! [`republish`] makes; none of them knows [`relay`]. There is no channel or task of ours between taking a message and republishing it,
 //! and no timer unless there is something to wait for: the job is sequential, and so is the code.
 //!
 //! What it promises:
@@ -23,7 +23,8 @@
 //!    prefix only. The reply subject is not carried over.
 //! 4. No silent loss: a message given up is logged with its subject and the reason, counted, and
 //!    published on the failed prefix where one is set; what does not fit into the buffer of core mode
-//!    is counted. In durable mode whatever is not given up is relayed in the end.
+//!    is counted. In durable mode whatever is not given up is relayed in the end, and where a stream is to
+//!    keep it, it is relayed only once that stream has confirmed it.
 //! 5. Only its operator stops it, or a NATS server that refuses it.
 //! 6. No secret reaches a log, an error or `Debug`.
 
@@ -33,8 +34,10 @@ pub mod config;
 pub mod endpoints;
 pub mod environment;
 pub mod heartbeat;
+pub mod keeper;
 pub mod logging;
 pub mod nats;
+pub mod outlet;
 pub mod relay;
 pub mod republish;
 pub mod signing;
@@ -69,14 +72,9 @@ pub async fn run(config: Config, stop: impl Stream<Item = ()> + Unpin) -> anyhow
     }
     let webhook = Webhook::new(&config.webhook)?;
     let (client, faults) = nats::connect(&config.nats, &config.prefix, &status).await?;
-    let source = Source::new(
-        client.clone(),
-        faults,
-        &config.mode,
-        &config.prefix,
-        &status,
-    );
-    Relay::new(client, source, webhook, config, status)
+    let jetstream = nats::jetstream(&client);
+    let source = Source::new(client.clone(), jetstream.clone(), faults, &config, &status);
+    Relay::new(client, jetstream, source, webhook, config, status)
         .run(stop)
         .await
 }

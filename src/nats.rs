@@ -12,9 +12,9 @@ use std::{
 use anyhow::anyhow;
 use async_nats::{
     Client, ClientError, ConnectErrorKind, ConnectOptions, Event, ReconnectToServer, Server,
-    ServerAddr, ServerError, Statistics,
+    ServerAddr, ServerError, Statistics, jetstream,
 };
-use log::{error, info, warn};
+use log::{debug, error, info, warn};
 use secrecy::ExposeSecret;
 use tokio::sync::mpsc;
 
@@ -47,6 +47,9 @@ const LASTING: Duration = Duration::from_secs(5);
 /// How often the server is asked whether it is there. The third question without an answer ends a
 /// connection that went dead without a word, as after a change of networks.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
+
+/// How long a request to the JetStream API may take.
+const API_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How much the client reads at a time. It reads up to 128 times before anyone else has a turn, and
 /// what it has read by then is beyond the bound of [`crate::source`].
@@ -115,6 +118,15 @@ fn refusal(kind: impl Display, remedy: &str) -> String {
     format!("refused the login ({kind}); {remedy}")
 }
 
+/// The JetStream API, with a bound on how long a request takes. Each one has a task of its own, so there
+/// is to be only one.
+#[must_use]
+pub fn jetstream(client: &Client) -> jetstream::Context {
+    let mut jetstream = jetstream::new(client.clone());
+    jetstream.set_timeout(API_TIMEOUT);
+    jetstream
+}
+
 /// Login, TLS, and what every connection has in common.
 fn options(config: &config::Nats, observer: Arc<Observer>) -> anyhow::Result<ConnectOptions> {
     let login = ConnectOptions::new();
@@ -173,8 +185,10 @@ pub struct Faults(mpsc::UnboundedReceiver<Notice>);
 pub enum Notice {
     /// The relay cannot go on.
     Fatal(anyhow::Error),
-    /// Our user may not use an inbox, so a request gets no answer.
+    /// Our user may not subscribe to an inbox, so a request gets no answer.
     InboxRefused,
+    /// Our user may not publish to an inbox, which only [`Faults::confirm`] does.
+    ProbeRefused,
     /// There is a new connection.
     Connected,
     /// Our user may not look at the messages of the stream.
@@ -191,10 +205,15 @@ impl Faults {
     }
 
     /// Resolves when the relay cannot go on, with the reason.
-    pub async fn fatal(&mut self) -> anyhow::Error {
+    pub async fn fatal(&mut self, needs_inbox: bool) -> anyhow::Error {
         loop {
-            if let Notice::Fatal(reason) = self.notice().await {
-                return reason;
+            match self.notice().await {
+                Notice::Fatal(reason) => return reason,
+                Notice::InboxRefused if needs_inbox => return inbox_refused(),
+                Notice::InboxRefused
+                | Notice::ProbeRefused
+                | Notice::LookRefused
+                | Notice::Connected => {}
             }
         }
     }
@@ -212,7 +231,7 @@ impl Faults {
                 biased;
                 notice = self.notice() => match notice {
                     Notice::Fatal(reason) => return Err(reason),
-                    Notice::InboxRefused => return Ok(()),
+                    Notice::InboxRefused | Notice::ProbeRefused => return Ok(()),
                     Notice::Connected | Notice::LookRefused => continue,
                 },
                 answer = client.request(client.new_inbox(), "".into()) => match answer {
@@ -231,6 +250,12 @@ impl Faults {
             }
         }
     }
+}
+
+/// Why a relay that needs an inbox cannot go on without.
+#[must_use]
+pub fn inbox_refused() -> anyhow::Error {
+    anyhow!("no permission to use inboxes; allow _INBOX.> for this NATS user")
 }
 
 /// Chooses the server to connect to, logs what happens, and tells what is fatal.
@@ -366,16 +391,20 @@ impl Observer {
         }
         if let Some(refused) = refused_subject(text, "Publish to") {
             if refused.starts_with("_INBOX.") {
-                return self.tell(Notice::InboxRefused);
+                return self.tell(Notice::ProbeRefused);
             }
             if refused.starts_with("$JS.API.STREAM.MSG.GET.") {
                 warn!("{}", cannot_look(&refused));
                 return self.tell(Notice::LookRefused);
             }
+            if refused == "$JS.API.STREAM.NAMES" {
+                // Only wanted to recognise one stream with several prefixes.
+                return debug!("no permission to publish on {refused}");
+            }
             if refused.starts_with("$JS.") {
                 return self.fatal(anyhow!(
-                    "no permission to publish on {refused}, which durable mode needs; allow it \
-                     for this NATS user"
+                    "no permission to publish on {refused}, which the relay needs; allow it for \
+                     this NATS user"
                 ));
             }
             self.status.add_publish_refused();

@@ -3,7 +3,7 @@
 use std::{fmt, future::pending, ops::ControlFlow, pin::pin, sync::Arc, time::Duration};
 
 use anyhow::{anyhow, bail};
-use async_nats::{Client, HeaderMap, connection::State};
+use async_nats::{Client, HeaderMap, connection::State, jetstream::Context};
 use futures::{Stream, StreamExt, future::join_all};
 use log::{error, info, warn};
 use reqwest::{StatusCode, header::HeaderValue};
@@ -14,6 +14,7 @@ use crate::{
     config::Config,
     heartbeat::Heartbeat,
     nats::connections,
+    outlet::{Outlet, Outlets},
     republish::{GivenUp, failed_headers, relayed_headers, target_subject},
     source::{Delivery, Origin, Source, Verdict, settle},
     status::{Cause, DestinationMetrics, Outcome, Status},
@@ -37,11 +38,19 @@ pub struct Relay {
 /// What works on one message, while the source is attended to.
 struct Worker {
     client: Client,
+    outlets: Outlets,
     webhook: Webhook,
     config: Config,
     status: Arc<Status>,
     /// In the order of the webhook's targets.
     destinations: Vec<DestinationMetrics>,
+}
+
+/// What is published.
+struct Publication<'a> {
+    outlet: &'a Outlet,
+    subject: &'a str,
+    headers: HeaderMap,
 }
 
 /// A destination has succeeded.
@@ -78,6 +87,7 @@ impl Relay {
     #[must_use]
     pub fn new(
         client: Client,
+        jetstream: Context,
         source: Source,
         webhook: Webhook,
         config: Config,
@@ -85,9 +95,11 @@ impl Relay {
     ) -> Self {
         let heartbeat = Heartbeat::new(config.status_listen.is_some());
         let destinations = (0..webhook.targets().len()).map(|place| status.destination(place));
+        let outlets = Outlets::new(client.clone(), jetstream, &config, &status);
         let worker = Worker {
             destinations: destinations.collect(),
             client,
+            outlets,
             webhook,
             config,
             status,
@@ -122,6 +134,13 @@ impl Relay {
             _ = stop.next() => return Ok(()),
             opened = self.source.open() => opened?,
             never = self.heartbeat.beat(&self.worker.status) => match never {},
+        }
+        let status = Arc::clone(&self.worker.status);
+        tokio::select! {
+            biased;
+            _ = stop.next() => return Ok(()),
+            opened = self.worker.outlets.open() => opened?,
+            reason = meanwhile(&mut self.source, &mut self.heartbeat, &status) => return Err(reason),
         }
         let Worker {
             webhook,
@@ -261,7 +280,8 @@ impl Worker {
     async fn work(&self, delivery: &Delivery) -> bool {
         let start = Instant::now();
         self.status.add_received();
-        match self.try_relay(delivery).await {
+        let id = message_id(delivery);
+        match self.try_relay(delivery, &id).await {
             Ok(relayed) => {
                 if relayed.is_settled {
                     let elapsed = start.elapsed();
@@ -270,30 +290,31 @@ impl Worker {
                 }
                 relayed.is_settled
             }
-            Err(given_up) => self.give_up(delivery, given_up).await,
+            Err(given_up) => self.give_up(delivery, &id, given_up).await,
         }
     }
 
     /// POSTs a message until that succeeded, and only then republishes it.
-    async fn try_relay(&self, delivery: &Delivery) -> Result<Relayed, GivenUp> {
-        let Config {
-            prefix,
-            relayed_prefix,
-            republish_delay,
-            ..
-        } = &self.config;
-        let target =
-            target_subject(delivery, prefix, relayed_prefix).map_err(GivenUp::unpublishable)?;
+    async fn try_relay(&self, delivery: &Delivery, id: &HeaderValue) -> Result<Relayed, GivenUp> {
+        let outlet = &self.outlets.relayed;
+        let target = target_subject(delivery, &self.config.prefix, &outlet.prefix)
+            .map_err(GivenUp::unpublishable)?;
         if let Some(fault) = delivery.fault {
             return Err(GivenUp::unpublishable(fault.to_owned()));
         }
-        let posted = self.post(delivery).await?;
-        if !republish_delay.is_zero() {
-            sleep(*republish_delay).await;
+        let posted = self.post(delivery, id).await?;
+        let delay = self.config.republish_delay;
+        if !delay.is_zero() {
+            sleep(delay).await;
         }
-        let headers = relayed_headers(delivery, self.client.max_payload());
+        let marks = outlet.marks(delivery, id);
+        let publication = Publication {
+            outlet,
+            subject: &target,
+            headers: relayed_headers(delivery, marks, self.client.max_payload()),
+        };
         let is_settled = self
-            .conclude(delivery, Some((&target, headers)), Verdict::Ack)
+            .conclude(delivery, Some(publication), Verdict::Ack)
             .await
             .map_err(|error| {
                 GivenUp::unpublishable(format!("it cannot be published on {target}: {error:#}"))
@@ -306,10 +327,9 @@ impl Worker {
     }
 
     /// POSTs to all destinations at the same time, until each has succeeded or is to be given up.
-    async fn post(&self, delivery: &Delivery) -> Result<Vec<Posted>, GivenUp> {
-        let id = message_id(delivery);
+    async fn post(&self, delivery: &Delivery, id: &HeaderValue) -> Result<Vec<Posted>, GivenUp> {
         let targets = self.webhook.targets().iter().zip(&self.destinations);
-        let ends = join_all(targets.map(|target| self.post_to(target, delivery, &id))).await;
+        let ends = join_all(targets.map(|target| self.post_to(target, delivery, id))).await;
         let (mut posted, mut given_up) = (Vec::new(), Vec::new());
         for end in ends {
             match end {
@@ -378,17 +398,22 @@ impl Worker {
 
     /// Says that a message is not relayed, and why; publishes it on the failed prefix. Whether that is
     /// settled with the server.
-    async fn give_up(&self, delivery: &Delivery, given_up: GivenUp) -> bool {
+    async fn give_up(&self, delivery: &Delivery, id: &HeaderValue, given_up: GivenUp) -> bool {
         let line = format!("{} is not relayed: {}", delivery.subject, given_up.reason);
         error!("{line}");
         self.status.add_given_up(given_up.cause, line);
         let verdict = Verdict::Term(&given_up.reason);
-        if let Some(failed_prefix) = &self.config.failed_prefix {
-            let headers = failed_headers(delivery, &given_up, self.client.max_payload());
-            let published = match target_subject(delivery, &self.config.prefix, failed_prefix) {
+        if let Some(outlet) = &self.outlets.failed {
+            let published = match target_subject(delivery, &self.config.prefix, &outlet.prefix) {
                 Ok(target) => {
-                    let message = Some((&target[..], headers));
-                    self.conclude(delivery, message, verdict).await
+                    let marks = outlet.marks(delivery, id);
+                    let max_payload = self.client.max_payload();
+                    let publication = Publication {
+                        outlet,
+                        subject: &target,
+                        headers: failed_headers(delivery, &given_up, &marks, max_payload),
+                    };
+                    self.conclude(delivery, Some(publication), verdict).await
                 }
                 Err(reason) => Err(anyhow!(reason)),
             };
@@ -423,13 +448,24 @@ impl Worker {
 
     /// Publishes a message, if there is one to publish, and tells the source's server what has
     /// become of the delivery; whether it has confirmed that. Both on one connection and in this order,
-    /// so that a server that has seen the verdict has seen the message too.
+    /// so that a server that has seen the verdict has seen the message too; where a stream is to keep the
+    /// message, only once it has.
     async fn conclude(
         &self,
         delivery: &Delivery,
-        message: Option<(&str, HeaderMap)>,
+        mut message: Option<Publication<'_>>,
         verdict: Verdict<'_>,
     ) -> anyhow::Result<bool> {
+        if let Some(Publication {
+            outlet,
+            subject,
+            headers,
+        }) = &message
+            && let Some(keeper) = &outlet.keeper
+        {
+            keeper.keep(delivery, subject, headers).await?;
+            message = None;
+        }
         loop {
             if self.client.connection_state() != State::Connected {
                 // Completes only with a connection.
@@ -437,8 +473,8 @@ impl Worker {
             }
             let connection = connections(&self.client);
             let refused = self.status.publish_refused();
-            if let Some((subject, headers)) = &message {
-                let (subject, headers) = ((*subject).to_owned(), headers.clone());
+            if let Some(message) = &message {
+                let (subject, headers) = (message.subject.to_owned(), message.headers.clone());
                 let payload = delivery.payload.clone();
                 self.client
                     .publish_with_headers(subject, headers, payload)

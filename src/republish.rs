@@ -1,9 +1,12 @@
 //! What is published: the relayed message, or the one given up.
 
-use async_nats::{HeaderMap, header::NATS_MESSAGE_ID};
+use async_nats::{
+    HeaderMap,
+    header::{NATS_EXPECTED_STREAM, NATS_MESSAGE_ID},
+};
 
 use crate::{
-    source::{Delivery, Origin},
+    source::Delivery,
     status::Cause,
     subject::{LONGEST_SUBJECT, Prefix},
     text,
@@ -63,31 +66,58 @@ pub fn target_subject(delivery: &Delivery, prefix: &Prefix, to: &Prefix) -> Resu
     Ok(target)
 }
 
-/// The headers of the relayed message: its own, in durable mode with an id by which a stream behind the
-/// relayed prefix recognises a duplicate.
-#[must_use]
-pub fn relayed_headers(delivery: &Delivery, max_payload: usize) -> HeaderMap {
-    let headers = carried_over(delivery);
-    let Origin::Stream { id, .. } = &delivery.origin else {
-        return headers;
-    };
-    if headers.get(NATS_MESSAGE_ID).is_some() {
-        return headers;
-    }
-    let mut with_id = headers.clone();
-    with_id.insert(NATS_MESSAGE_ID, id.as_str());
-    // It must never become a message that can't be relayed at all.
-    if fits(&with_id, delivery, max_payload) {
-        with_id
-    } else {
+/// What streams are to know a message by.
+#[derive(Default)]
+pub struct Marks<'a> {
+    /// By which a stream recognises a duplicate.
+    pub id: Option<String>,
+    /// The only stream that is to take it.
+    pub stream: Option<&'a str>,
+}
+
+impl Marks<'_> {
+    fn added_to(&self, headers: &HeaderMap) -> HeaderMap {
+        let mut headers = headers.clone();
+        if let Some(id) = &self.id {
+            headers.insert(NATS_MESSAGE_ID, id.as_str());
+        }
+        if let Some(stream) = self.stream {
+            headers.insert(NATS_EXPECTED_STREAM, stream);
+        }
         headers
     }
 }
 
-/// The headers of a message given up: its own, and why. The reason is cut short, and then all of
-/// this left out, where the message would become larger than the server accepts.
+/// The headers of the relayed message: its own and the marks, as far as there is room for them. It must
+/// never become a message that can't be relayed at all.
 #[must_use]
-pub fn failed_headers(delivery: &Delivery, given_up: &GivenUp, max_payload: usize) -> HeaderMap {
+pub fn relayed_headers(delivery: &Delivery, marks: Marks<'_>, max_payload: usize) -> HeaderMap {
+    let own = carried_over(delivery);
+    let all = marks.added_to(&own);
+    if fits(&all, delivery, max_payload) {
+        return all;
+    }
+    let id = Marks {
+        stream: None,
+        ..marks
+    };
+    let with_id = id.added_to(&own);
+    if fits(&with_id, delivery, max_payload) {
+        with_id
+    } else {
+        own
+    }
+}
+
+/// The headers of a message given up: its own, the marks, and why. Where the message would become larger
+/// than the server accepts, the reason is cut short, and then left out bit by bit with all the rest.
+#[must_use]
+pub fn failed_headers(
+    delivery: &Delivery,
+    given_up: &GivenUp,
+    marks: &Marks<'_>,
+    max_payload: usize,
+) -> HeaderMap {
     let GivenUp {
         reason,
         status,
@@ -95,8 +125,10 @@ pub fn failed_headers(delivery: &Delivery, given_up: &GivenUp, max_payload: usiz
         ..
     } = given_up;
     let own = carried_over(delivery);
-    for length in [text::LONGEST_NOTE, 100, 20] {
-        let mut headers = own.clone();
+    let none = Marks::default();
+    let longest = text::LONGEST_NOTE;
+    for (length, marks) in [(longest, marks), (100, marks), (20, marks), (20, &none)] {
+        let mut headers = marks.added_to(&own);
         headers.insert(RELAY_ERROR, &*text::one_line(reason, length));
         headers.insert(RELAY_ATTEMPTS, attempts.to_string());
         if let Some(status) = status {
@@ -107,11 +139,10 @@ pub fn failed_headers(delivery: &Delivery, given_up: &GivenUp, max_payload: usiz
         }
     }
     // Their publisher may have written them more tightly than the client does.
-    if fits(&own, delivery, max_payload) {
-        own
-    } else {
-        HeaderMap::new()
-    }
+    [marks.added_to(&own), own]
+        .into_iter()
+        .find(|headers| fits(headers, delivery, max_payload))
+        .unwrap_or_default()
 }
 
 /// The headers of a message, without those that speak to a stream or of one: the stream behind another
@@ -141,7 +172,9 @@ fn carried_over(delivery: &Delivery) -> HeaderMap {
 const SHED_FAMILIES: [&str; 3] = ["Nats-Expected-", "Nats-Batch-", "Nats-Schedule"];
 
 /// Headers that are not carried over.
-const SHED: [&str; 18] = [
+const SHED: [&str; 19] = [
+    // The message gets it anew, see [`Marks`].
+    "Nats-Msg-Id",
     // By these a publisher tells a stream what to do (ADR-4, ADR-43, ADR-44, ADR-49).
     "Nats-Rollup",
     "Nats-TTL",
@@ -209,7 +242,7 @@ mod tests {
             ("Nats-Stream-Source", true),
             ("Nats-Stream", true),
             ("RELAY-ERROR", true),
-            ("Nats-Msg-Id", false),
+            ("Nats-Msg-Id", true),
             ("Nats-Expected", false),
             ("Nats-Streams", false),
             ("X-Nats-TTL", false),

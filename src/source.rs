@@ -11,14 +11,17 @@ mod unreadable;
 
 use std::sync::Arc;
 
-use async_nats::{Client, HeaderMap, Subject};
+use async_nats::{Client, HeaderMap, Subject, jetstream::Context};
 use bytes::Bytes;
 
-use crate::{config::Mode, nats::Faults, status::Status, subject::Prefix};
+use crate::{
+    config::{Config, Mode},
+    nats::Faults,
+    status::Status,
+};
 
 pub(crate) use self::{
     consumer::{Consumer, Trouble},
-    durable::{fatal, inbox_refused},
     unreadable::try_to_look,
 };
 pub use self::{
@@ -64,24 +67,30 @@ pub enum Source {
 }
 
 impl Source {
-    /// A source of everything below `prefix`. Must be called within a tokio runtime.
+    /// A source of everything below the prefix. Must be called within a tokio runtime.
     #[must_use]
     pub fn new(
         client: Client,
+        jetstream: Context,
         faults: Faults,
-        mode: &Mode,
-        prefix: &Prefix,
+        config: &Config,
         status: &Arc<Status>,
     ) -> Self {
-        let (subject, status) = (prefix.wildcard(), Arc::clone(status));
-        match mode.clone() {
+        let (subject, status) = (config.prefix.wildcard(), Arc::clone(status));
+        match config.mode.clone() {
             Mode::Core { queue_group } => {
-                let core = Core::new(client, faults, subject, queue_group, status);
+                let needs_inbox = config.relayed_stream.is_some() || config.failed_stream.is_some();
+                let core = Core::new(client, faults, subject, queue_group, needs_inbox, status);
                 Self::Core(Box::new(core))
             }
             Mode::Durable { stream, consumer } => {
-                let durable = Durable::new(client, faults, status, stream, consumer, subject);
-                Self::Durable(Box::new(durable))
+                let consumer = Consumer {
+                    jetstream,
+                    stream,
+                    name: consumer,
+                    filter: subject,
+                };
+                Self::Durable(Box::new(Durable::new(client, faults, status, consumer)))
             }
         }
     }

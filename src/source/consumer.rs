@@ -3,23 +3,17 @@
 use std::time::Duration;
 
 use anyhow::{anyhow, bail};
-use async_nats::{
-    Client,
-    jetstream::{
-        Context, ErrorCode,
-        consumer::{self, AckPolicy, pull},
-        context::ConsumerInfoErrorKind,
-        stream::{ConsumerErrorKind, Stream},
-    },
+use async_nats::jetstream::{
+    Context, ErrorCode,
+    consumer::{self, AckPolicy, pull},
+    context::ConsumerInfoErrorKind,
+    stream::{ConsumerErrorKind, Stream},
 };
 use log::info;
 
 /// How long the server waits for a sign of life about a message before it hands it out again. It
 /// bounds how long a dead replica holds up the others.
 const ACK_WAIT: Duration = Duration::from_secs(5);
-
-/// How long a request to the JetStream API may take.
-const API_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Why a consumer cannot be used.
 pub(crate) enum Trouble {
@@ -36,7 +30,7 @@ pub(crate) enum Trouble {
 /// The consumer that a relay needs.
 pub(crate) struct Consumer {
     /// By which it asks.
-    pub(crate) client: Client,
+    pub(crate) jetstream: Context,
     /// The stream that it consumes.
     pub(crate) stream: String,
     /// Its name.
@@ -99,15 +93,8 @@ impl Consumer {
     }
 
     async fn handle(&self) -> Result<Stream<()>, Trouble> {
-        let handle = self.context().get_stream_no_info(&self.stream).await;
+        let handle = self.jetstream.get_stream_no_info(&self.stream).await;
         handle.map_err(|error| Trouble::Fatal(error.into()))
-    }
-
-    /// The JetStream API, with a bound on how long a request takes.
-    pub(crate) fn context(&self) -> Context {
-        let mut context = async_nats::jetstream::new(self.client.clone());
-        context.set_timeout(API_TIMEOUT);
-        context
     }
 
     fn config(&self) -> pull::Config {

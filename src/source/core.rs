@@ -26,6 +26,8 @@ pub struct Core {
     faults: Faults,
     subject: String,
     queue_group: Option<String>,
+    /// Whether the relay is to hear what streams confirm.
+    needs_inbox: bool,
     subscriber: Option<Subscriber>,
     /// Whether the subscription has been ended by ourselves.
     is_retired: bool,
@@ -47,6 +49,7 @@ impl Core {
         faults: Faults,
         subject: String,
         queue_group: Option<String>,
+        needs_inbox: bool,
         status: Arc<Status>,
     ) -> Self {
         Self {
@@ -54,6 +57,7 @@ impl Core {
             faults,
             subject,
             queue_group,
+            needs_inbox,
             subscriber: None,
             is_retired: false,
             waiting: Buffer::default(),
@@ -125,7 +129,7 @@ impl Core {
         };
         tokio::select! {
             biased;
-            reason = self.faults.fatal() => return Err(reason),
+            reason = self.faults.fatal(self.needs_inbox) => return Err(reason),
             message = arrived(subscriber) => match message {
                 Some(message) => self.take(message),
                 None if self.is_retired => self.subscriber = None,

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     backoff::Backoff,
-    nats::{Faults, Notice, connections},
+    nats::{Faults, Notice, connections, inbox_refused},
     status::Status,
 };
 
@@ -132,18 +132,11 @@ impl Durable {
         client: Client,
         faults: Faults,
         status: Arc<Status>,
-        stream: String,
-        name: String,
-        filter: String,
+        consumer: Consumer,
     ) -> Self {
         Self {
             inbox: client.new_inbox(),
-            consumer: Consumer {
-                client: client.clone(),
-                stream,
-                name,
-                filter,
-            },
+            consumer,
             client,
             faults,
             status,
@@ -167,7 +160,7 @@ impl Durable {
         loop {
             let reason = tokio::select! {
                 biased;
-                reason = fatal(&mut self.faults) => return Err(reason),
+                reason = self.faults.fatal(true) => return Err(reason),
                 ready = self.consumer.ensure() => match ready {
                     Ok(()) => {
                         // What it means that there is no answer was said where it became known.
@@ -191,7 +184,7 @@ impl Durable {
             }
             tokio::select! {
                 biased;
-                reason = fatal(&mut self.faults) => return Err(reason),
+                reason = self.faults.fatal(true) => return Err(reason),
                 () = sleep(wait) => {}
             }
         }
@@ -296,7 +289,7 @@ impl Durable {
             notice = self.faults.notice() => match notice {
                 Notice::Fatal(reason) => return Err(reason),
                 Notice::InboxRefused => return Err(inbox_refused()),
-                Notice::LookRefused => {}
+                Notice::LookRefused | Notice::ProbeRefused => {}
                 Notice::Connected => {
                     if self.in_hand.is_none() {
                         self.arrived.extend(unreadable::find(&self.consumer).await);
@@ -463,23 +456,8 @@ async fn next_of(subscriber: &mut Option<Subscriber>) -> Option<Message> {
     }
 }
 
-/// Resolves when durable mode cannot go on, with the reason.
-pub(crate) async fn fatal(faults: &mut Faults) -> anyhow::Error {
-    loop {
-        match faults.notice().await {
-            Notice::Fatal(reason) => return reason,
-            Notice::InboxRefused => return inbox_refused(),
-            Notice::Connected | Notice::LookRefused => {}
-        }
-    }
-}
-
 fn deleted(consumer: &str) -> anyhow::Error {
     anyhow!("the consumer {consumer} was deleted; the next start creates it anew")
-}
-
-pub(crate) fn inbox_refused() -> anyhow::Error {
-    anyhow!("no permission to use inboxes; allow _INBOX.> for this NATS user")
 }
 
 /// Tells the server what has become of a message, until it has confirmed that; whether it has.

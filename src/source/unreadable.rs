@@ -26,7 +26,7 @@ async fn ask(consumer: &Consumer, sequence: u64) -> Result<Value, RequestError> 
 
 /// The message that is out and not acked, if it cannot be read.
 pub(super) async fn find(consumer: &Consumer) -> Option<(Delivery, Receipt)> {
-    let context = consumer.context();
+    let context = &consumer.jetstream;
     let stream = context.get_stream_no_info(&consumer.stream).await.ok()?;
     let info = stream.consumer_info(&consumer.name).await.ok()?;
     if info.num_ack_pending == 0 {

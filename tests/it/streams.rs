@@ -2,10 +2,24 @@
 
 use std::time::{Duration, Instant};
 
-use async_nats::{HeaderMap, jetstream::stream};
+use async_nats::{
+    HeaderMap,
+    jetstream::{
+        Context, consumer,
+        stream::{Config, DiscardPolicy, Source},
+    },
+};
+use futures::StreamExt;
 use tokio::time::sleep;
 
-use crate::support::{Answer, NatsServer, PATIENCE, Relay, Webhook, next};
+use crate::support::{Answer, NatsServer, PATIENCE, Relay, Webhook, next, until};
+
+/// The relayed stream, or both, named.
+const RELAYED: (&str, &str) = ("NATS_RELAYED_STREAM", "RELAYED");
+const FAILED: [(&str, &str); 2] = [
+    ("NATS_FAILED_SUBJECT_PREFIX", "failed.cache"),
+    ("NATS_FAILED_STREAM", "FAILED"),
+];
 
 /// What a message may have been through before it comes: it told a stream what to do, came out of
 /// another one, and was given up before.
@@ -59,9 +73,9 @@ async fn what_a_stream_or_an_earlier_failure_left_in_the_headers_is_not_carried_
             // The stream gets its messages out of another one, and the server notes that on them. The
             // first few headers would be refused there.
             nats.create_stream("OTHER", "cms.cache.>", 1).await;
-            let config = stream::Config {
+            let config = Config {
                 name: "CMS".to_owned(),
-                sources: Some(vec![stream::Source {
+                sources: Some(vec![Source {
                     name: "OTHER".to_owned(),
                     ..Default::default()
                 }]),
@@ -106,14 +120,16 @@ async fn what_a_stream_or_an_earlier_failure_left_in_the_headers_is_not_carried_
 
 /// Waits until a stream has so many messages.
 async fn kept(nats: &NatsServer, stream: &str, count: u64) {
-    let stream = nats.jetstream().await.get_stream(stream).await.unwrap();
+    let jetstream = nats.jetstream().await;
+    let stream = jetstream.get_stream_no_info(stream).await.unwrap();
     let deadline = Instant::now() + PATIENCE;
     loop {
-        let messages = stream.get_info().await.unwrap().state.messages;
-        if messages == count {
+        // In a cluster it may be without a leader.
+        let messages = stream.get_info().await.map(|info| info.state.messages);
+        if matches!(messages, Ok(messages) if messages == count) {
             return;
         }
-        assert!(Instant::now() < deadline, "{messages}, not {count}");
+        assert!(Instant::now() < deadline, "{messages:?}, not {count}");
         sleep(Duration::from_millis(10)).await;
     }
 }
@@ -144,4 +160,425 @@ async fn messages_of_a_stream_that_was_created_anew_are_no_duplicates() {
         requests[0].header("webhook-id"),
         requests[1].header("webhook-id")
     );
+}
+
+/// A stream `RELAYED` that refuses what is more than `max_messages`, or longer than `max_message_size`.
+fn small(max_messages: i64, max_message_size: i32) -> Config {
+    Config {
+        name: "RELAYED".to_owned(),
+        subjects: vec!["relayed.>".to_owned()],
+        discard: DiscardPolicy::New,
+        max_messages,
+        max_message_size,
+        ..Default::default()
+    }
+}
+
+/// Publishes numbered messages, each once the stream has it, through whatever happens to servers.
+async fn publish(jetstream: &Context, numbers: std::ops::Range<usize>) {
+    for n in numbers {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let mut headers = HeaderMap::new();
+            headers.insert("Nats-Msg-Id", n.to_string());
+            let sent = jetstream.publish_with_headers("cms.cache.x", headers, n.to_string().into());
+            match sent.await.unwrap().await {
+                Ok(_) => break,
+                Err(error) => assert!(Instant::now() < deadline, "{error}"),
+            }
+        }
+    }
+}
+
+/// The payloads of all that a stream has, once it has `count` messages.
+async fn payloads(nats: &NatsServer, stream: &str, count: u64) -> Vec<String> {
+    kept(nats, stream, count).await;
+    let stream = nats.jetstream().await.get_stream(stream).await.unwrap();
+    let config = consumer::pull::OrderedConfig::default();
+    let consumer = stream.create_consumer(config).await.unwrap();
+    let messages = consumer.messages().await.unwrap();
+    messages
+        .take(count.try_into().unwrap())
+        .map(|message| String::from_utf8_lossy(&message.unwrap().payload).into_owned())
+        .collect()
+        .await
+}
+
+/// The message that the consumer `relay` counts as out is not acked.
+async fn is_out(jetstream: &Context) -> bool {
+    let stream = jetstream.get_stream("CMS").await.unwrap();
+    stream.consumer_info("relay").await.unwrap().num_ack_pending == 1
+}
+
+#[tokio::test]
+async fn a_full_stream_holds_messages_up_with_a_warning_until_it_has_room() {
+    for durable in [false, true] {
+        let nats = NatsServer::with_stream().await;
+        let jetstream = nats.jetstream().await;
+        jetstream.create_stream(small(1, -1)).await.unwrap();
+        let webhook = Webhook::ok().await;
+        let relay = if durable {
+            Relay::durable(&nats, &webhook, &[RELAYED]).await
+        } else {
+            Relay::listening(&nats, &webhook, &[RELAYED]).await
+        };
+        publish(&jetstream, 0..3).await;
+        // Longer than a message may be out without a sign of life.
+        let warnings = relay.logged_times("maximum messages exceeded", 6).await;
+        assert!(
+            warnings[0].contains("WARN") && warnings[0].contains("the stream RELAYED has not"),
+            "{warnings:?}"
+        );
+        assert_eq!(
+            webhook.count(),
+            2,
+            "nothing is POSTed twice, nothing overtakes"
+        );
+        assert_eq!(relay.lines(" -> ").len(), 1);
+        if durable {
+            assert!(is_out(&jetstream).await);
+        }
+        jetstream.update_stream(small(2, -1)).await.unwrap();
+        relay.logged_times(" -> ", 2).await;
+        jetstream
+            .get_stream("RELAYED")
+            .await
+            .unwrap()
+            .purge()
+            .await
+            .unwrap();
+        relay.logged_times(" -> ", 3).await;
+        assert_eq!(payloads(&nats, "RELAYED", 1).await, ["2"]);
+        assert_eq!(webhook.count(), 3);
+    }
+}
+
+#[tokio::test]
+async fn what_a_stream_refuses_for_good_is_given_up_with_the_reason() {
+    for durable in [false, true] {
+        let nats = NatsServer::with_stream().await;
+        nats.create_stream("FAILED", "failed.>", 1).await;
+        let jetstream = nats.jetstream().await;
+        jetstream.create_stream(small(-1, 300)).await.unwrap();
+        let webhook = Webhook::ok().await;
+        let changes = [&[RELAYED][..], &FAILED].concat();
+        let relay = if durable {
+            Relay::durable(&nats, &webhook, &changes).await
+        } else {
+            Relay::listening(&nats, &webhook, &changes).await
+        };
+        let client = nats.client().await;
+        for payload in ["large ".repeat(100), "small".to_owned()] {
+            client.publish("cms.cache.x", payload.into()).await.unwrap();
+        }
+        assert_eq!(payloads(&nats, "RELAYED", 1).await, ["small"]);
+        assert_eq!(payloads(&nats, "FAILED", 1).await, ["large ".repeat(100)]);
+        relay
+            .logged("the stream RELAYED refuses it: message size exceeds maximum allowed")
+            .await;
+
+        // Another stream has the subjects now.
+        jetstream.delete_stream("RELAYED").await.unwrap();
+        nats.create_stream("OTHER", "relayed.>", 1).await;
+        client.publish("cms.cache.x", "x".into()).await.unwrap();
+        relay.logged("expected stream does not match").await;
+        kept(&nats, "FAILED", 2).await;
+        kept(&nats, "OTHER", 0).await;
+    }
+}
+
+#[tokio::test]
+async fn a_stream_that_goes_away_is_waited_for_and_a_stop_leaves_the_message_to_the_next_start() {
+    let nats = NatsServer::with_stream().await;
+    nats.create_stream("RELAYED", "relayed.>", 1).await;
+    let jetstream = nats.jetstream().await;
+    let webhook = Webhook::ok().await;
+    let changes = [RELAYED, ("SHUTDOWN_TIMEOUT", "100ms")];
+    let relay = Relay::durable(&nats, &webhook, &changes).await;
+    jetstream.delete_stream("RELAYED").await.unwrap();
+    publish(&jetstream, 0..2).await;
+    relay.logged("no stream takes it just now").await;
+    relay.signal("TERM");
+    let (code, log) = relay.ended().await;
+    assert_eq!(code, Some(0), "{log:#?}");
+    nats.create_stream("RELAYED", "relayed.>", 1).await;
+    let _relay = Relay::durable(&nats, &webhook, &changes).await;
+    assert_eq!(payloads(&nats, "RELAYED", 2).await, ["0", "1"]);
+}
+
+#[tokio::test]
+async fn nothing_is_missing_in_the_streams_of_a_cluster_that_loses_their_leaders() {
+    const COUNT: usize = 600;
+    let mut servers = NatsServer::cluster().await;
+    for (stream, subject) in [
+        ("CMS", "cms.cache.>"),
+        ("RELAYED", "relayed.>"),
+        ("FAILED", "failed.>"),
+    ] {
+        servers[0].create_stream(stream, subject, 3).await;
+    }
+    // Every third is refused.
+    let webhook = Webhook::start(|_, request| {
+        let number: usize = request.text().parse().unwrap();
+        Answer::Status(
+            if number.is_multiple_of(3) { 422 } else { 200 },
+            Duration::from_millis(3),
+        )
+    })
+    .await;
+    let urls: Vec<_> = servers.iter().map(NatsServer::url).collect();
+    let urls = urls.join(",");
+    let changes = [&[RELAYED, ("NATS_HOST", &urls)][..], &FAILED].concat();
+    let relay = Relay::durable(&servers[0], &webhook, &changes).await;
+    let jetstream = servers[0].jetstream().await;
+    let info = |name: &'static str| {
+        let jetstream = jetstream.clone();
+        async move {
+            let stream = jetstream.get_stream_no_info(name).await.unwrap();
+            let cluster = stream.get_info().await.ok()?.cluster?;
+            cluster.leader?.trim_start_matches('n').parse().ok()
+        }
+    };
+    publish(&jetstream, 0..COUNT).await;
+    for (enough, stream) in [
+        (40, "RELAYED"),
+        (80, "FAILED"),
+        (120, "RELAYED"),
+        (160, "FAILED"),
+    ] {
+        until("some more were POSTed", || webhook.count() >= enough).await;
+        let client = servers[0].client().await;
+        let subject = format!("$JS.API.STREAM.LEADER.STEPDOWN.{stream}");
+        client.request(subject, "".into()).await.unwrap();
+    }
+    // The relay keeps its own server.
+    for (enough, stream) in [(250, "RELAYED"), (400, "FAILED")] {
+        until("some more were POSTed", || webhook.count() >= enough).await;
+        let leader: usize = loop {
+            match info(stream).await {
+                Some(leader) => break leader,
+                None => sleep(Duration::from_millis(50)).await,
+            }
+        };
+        servers[leader].kill();
+        sleep(Duration::from_secs(1)).await;
+        servers[leader].restart();
+        servers[leader].client().await;
+    }
+    let is_failed = |n: &usize| n.is_multiple_of(3);
+    let (failed, relayed): (Vec<_>, Vec<_>) = (0..COUNT).partition(is_failed);
+    for (stream, expected) in [("RELAYED", relayed), ("FAILED", failed)] {
+        let expected: Vec<_> = expected.iter().map(usize::to_string).collect();
+        let count = expected.len().try_into().unwrap();
+        let found = payloads(&servers[0], stream, count).await;
+        assert_eq!(found, expected, "{stream}: {:#?}", relay.lines("WARN"));
+    }
+}
+
+#[tokio::test]
+async fn someone_else_s_answer_is_no_confirmation() {
+    let nats = NatsServer::with_stream().await;
+    let jetstream = nats.jetstream().await;
+    jetstream.create_stream(small(1, -1)).await.unwrap();
+    let client = nats.client().await;
+    let mut service = client.subscribe("relayed.>").await.unwrap();
+    let answering = client.clone();
+    tokio::spawn(async move {
+        while let Some(message) = service.next().await {
+            let reply = message.reply.unwrap();
+            answering.publish(reply, "understood".into()).await.unwrap();
+        }
+    });
+    let webhook = Webhook::ok().await;
+    let relay = Relay::durable(&nats, &webhook, &[RELAYED]).await;
+    publish(&jetstream, 0..2).await;
+    relay.logged_times("maximum messages exceeded", 2).await;
+    assert!(is_out(&jetstream).await);
+    assert_eq!(relay.lines(" -> ").len(), 1);
+}
+
+#[tokio::test]
+async fn a_stream_that_cannot_keep_what_is_published_ends_it_and_check_says_so() {
+    let webhook = Webhook::ok().await;
+    let no_ack = Config {
+        name: "MUTE".to_owned(),
+        subjects: vec!["relayed.>".to_owned()],
+        no_ack: true,
+        ..Default::default()
+    };
+    let nats = NatsServer::with_stream().await;
+    nats.create_stream("PART", "relayed.cache.pages.>", 1).await;
+    nats.create_stream("FAILED", "failed.>", 1).await;
+    let mute = NatsServer::with_stream().await;
+    let jetstream = mute.jetstream().await;
+    jetstream.create_stream(no_ack).await.unwrap();
+    let plain = NatsServer::start().await;
+    let durable = [("NATS_STREAM", "CMS"), ("NATS_CONSUMER", "relay")];
+    let relayed = |stream| vec![("NATS_RELAYED_STREAM", stream)];
+    let failed = |stream| vec![FAILED[0], ("NATS_FAILED_STREAM", stream)];
+    for (nats, changes, reason) in [
+        (
+            &nats,
+            relayed("NONE"),
+            "there is no stream NONE; create it, or set NATS_RELAYED_STREAM",
+        ),
+        (
+            &nats,
+            failed("NONE"),
+            "there is no stream NONE; create it, or set NATS_FAILED_STREAM",
+        ),
+        (
+            &nats,
+            relayed("PART"),
+            "the stream PART does not keep relayed.cache.>",
+        ),
+        (
+            &nats,
+            failed("PART"),
+            "the stream PART does not keep failed.cache.>",
+        ),
+        (&mute, relayed("MUTE"), "the stream MUTE confirms nothing"),
+        (&plain, relayed("RELAYED"), "JetStream is not enabled"),
+    ] {
+        for mode in [&[][..], &durable] {
+            let changes = [&changes, mode].concat();
+            let relay = Relay::between(nats, &webhook.url(), &changes);
+            let (code, log) = relay.ended().await;
+            assert_eq!(code, Some(1), "{log:#?}");
+            assert!(log.last().unwrap().contains(reason), "{log:#?}");
+            assert!(!log.concat().contains("listening on"), "{log:#?}");
+            let report = check(nats, &webhook, &changes);
+            let stream = changes[changes.len() - mode.len() - 1].1;
+            let line = format!("FAILED  stream {stream}: {reason}");
+            if !mode.is_empty() && std::ptr::eq(nats, &plain) {
+                continue;
+            }
+            assert!(report.contains(&line), "{report}");
+        }
+    }
+    let report = check(&nats, &webhook, &failed("FAILED"));
+    assert!(
+        report.contains("ok      stream FAILED: is there, and keeps failed.cache.>"),
+        "{report}"
+    );
+}
+
+/// What `--check` prints.
+fn check(nats: &NatsServer, webhook: &Webhook, changes: &[(&str, &str)]) -> String {
+    let output = std::process::Command::new(Relay::program())
+        .arg("--check")
+        .env_clear()
+        .env("WEBHOOK_DESTINATION", webhook.url())
+        .env("NATS_HOST", nats.url())
+        .env("NATS_SUBJECT_PREFIX", "cms.cache")
+        .env("NATS_RELAYED_SUBJECT_PREFIX", "relayed.cache")
+        .envs(changes.iter().copied())
+        .output()
+        .unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[tokio::test]
+async fn missing_permissions_for_a_stream_that_keeps_end_it_with_their_names() {
+    let webhook = Webhook::ok().await;
+    for (permissions, missing) in [
+        (
+            "publish: [\"relayed.>\"], subscribe: \">\"",
+            "$JS.API.STREAM.INFO.RELAYED",
+        ),
+        (
+            "publish: [\"relayed.>\", \"$JS.API.>\"], subscribe: \"cms.cache.>\"",
+            "_INBOX",
+        ),
+        // All that it needs in core mode.
+        (
+            "publish: [\"relayed.>\", \"$JS.API.STREAM.INFO.RELAYED\"],
+             subscribe: [\"cms.cache.>\", \"_INBOX.>\"]",
+            "",
+        ),
+    ] {
+        let nats = NatsServer::with_config(&format!(
+            "jetstream {{ store_dir: \"$DIR/jetstream\" }}
+             authorization {{ users = [
+                {{ user: admin, password: good }},
+                {{ user: relay, password: good, permissions: {{ {permissions} }} }}
+             ] }}
+             no_auth_user: admin"
+        ))
+        .await;
+        nats.create_stream("RELAYED", "relayed.>", 1).await;
+        let variables = [RELAYED, ("NATS_USER", "relay"), ("NATS_PASS", "good")];
+        let relay = Relay::between(&nats, &webhook.url(), &variables);
+        if missing.is_empty() {
+            relay.logged("listening on").await;
+            nats.publish("cms.cache.x", "x").await;
+            assert_eq!(payloads(&nats, "RELAYED", 1).await, ["x"]);
+            assert_eq!(relay.lines("ERROR"), [""; 0]);
+            continue;
+        }
+        let (code, log) = relay.ended().await;
+        assert_eq!(code, Some(1), "{log:#?}");
+        assert!(log.last().unwrap().contains(missing), "{log:#?}");
+    }
+}
+
+#[tokio::test]
+async fn a_message_that_nats_does_not_let_be_kept_is_given_up() {
+    let nats = NatsServer::with_config(
+        r#"jetstream { store_dir: "$DIR/jetstream" }
+           authorization { users = [
+               { user: admin, password: good }
+               { user: mute, password: good, permissions: { publish: { deny: "relayed.>" } } }
+           ] }
+           no_auth_user: admin"#,
+    )
+    .await;
+    nats.create_stream("RELAYED", "relayed.>", 1).await;
+    nats.create_stream("FAILED", "failed.>", 1).await;
+    let webhook = Webhook::ok().await;
+    let user = [RELAYED, ("NATS_USER", "mute"), ("NATS_PASS", "good")];
+    let relay = Relay::listening(&nats, &webhook, &[&user[..], &FAILED].concat()).await;
+    nats.publish("cms.cache.x", "x").await;
+    relay.logged("cms.cache.x is not relayed: ").await;
+    kept(&nats, "FAILED", 1).await;
+}
+
+#[tokio::test]
+async fn one_stream_may_keep_all_prefixes() {
+    const ALL: [&str; 3] = ["cms.cache.>", "relayed.cache.>", "failed.cache.>"];
+    let config = Config {
+        name: "CMS".to_owned(),
+        subjects: ALL.map(str::to_owned).into(),
+        ..Default::default()
+    };
+    let named = [
+        ("NATS_RELAYED_STREAM", "CMS"),
+        FAILED[0],
+        ("NATS_FAILED_STREAM", "CMS"),
+    ];
+    for (durable, changes) in [(false, &named[..]), (true, &named), (true, &[FAILED[0]])] {
+        let nats = NatsServer::with_config("jetstream { store_dir: \"$DIR/jetstream\" }").await;
+        let jetstream = nats.jetstream().await;
+        jetstream.create_stream(config.clone()).await.unwrap();
+        let webhook = Webhook::start(|_, request| match request.text().as_str() {
+            "1" => Answer::status(422),
+            _ => Answer::OK,
+        })
+        .await;
+        let _relay = if durable {
+            Relay::durable(&nats, &webhook, changes).await
+        } else {
+            Relay::listening(&nats, &webhook, changes).await
+        };
+        publish(&jetstream, 0..2).await;
+        let mut found = payloads(&nats, "CMS", 4).await;
+        found.sort();
+        assert_eq!(found, ["0", "0", "1", "1"]);
+        let ids: Vec<_> = webhook
+            .requests()
+            .iter()
+            .map(|request| request.headers["webhook-id"].clone())
+            .collect();
+        assert_eq!(ids, ["0", "1"], "a webhook knows them by their own ids");
+    }
 }

@@ -1,0 +1,334 @@
+//! A stream that keeps what is published under a prefix. A plain publish is fire and forget; such a stream
+//! has to confirm each message (its publish acknowledgement), and until then it is published again, with
+//! the same `Nats-Msg-Id`.
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::bail;
+use async_nats::{
+    Client, HeaderMap, Message, StatusCode, Subscriber,
+    connection::State,
+    jetstream::{
+        Context, ErrorCode, context::RequestErrorKind, publish::PublishAck, response::Response,
+        stream::Info,
+    },
+};
+use futures::StreamExt;
+use log::warn;
+use tokio::{
+    sync::Mutex,
+    time::{sleep, timeout},
+};
+
+use crate::{backoff::Backoff, source::Delivery, status::Status, subject::Prefix};
+
+/// How long a stream may take to confirm a message.
+const CONFIRMATION_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Growing waits for a stream that does not confirm, as without a leader, or that is full.
+pub const BACKOFF: Backoff = Backoff {
+    first: Duration::from_millis(250),
+    longest: Duration::from_secs(5),
+};
+
+/// A stream that keeps what is published under a prefix, and has to confirm it.
+pub struct Keeper {
+    client: Client,
+    jetstream: Context,
+    status: Arc<Status>,
+    /// The variable that names the stream.
+    variable: &'static str,
+    /// The stream.
+    stream: String,
+    answers: Mutex<Answers>,
+}
+
+/// The stream's answers. Others that listen to the prefix may answer as well, so one subscription takes
+/// them all, and what is no confirmation is left aside.
+struct Answers {
+    /// Message `n` is answered on `<inbox>.<n>`.
+    inbox: String,
+    last: u64,
+    subscriber: Option<Subscriber>,
+}
+
+/// Why a stream cannot be used, or does not confirm a message.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// Later it may.
+    Temporary(String),
+    /// It never will.
+    Permanent(String),
+}
+
+impl Keeper {
+    /// The stream that `variable` names.
+    #[must_use]
+    pub fn new(
+        client: Client,
+        jetstream: Context,
+        status: Arc<Status>,
+        variable: &'static str,
+        stream: String,
+    ) -> Self {
+        let answers = Answers {
+            inbox: client.new_inbox(),
+            last: 0,
+            subscriber: None,
+        };
+        Self {
+            client,
+            jetstream,
+            status,
+            variable,
+            stream,
+            answers: Mutex::new(answers),
+        }
+    }
+
+    /// The name of the stream.
+    #[must_use]
+    pub fn stream(&self) -> &str {
+        &self.stream
+    }
+
+    /// Verifies that the stream is there and keeps all that is published under `prefix`; its subjects.
+    ///
+    /// # Errors
+    /// If it is not, or does not.
+    pub async fn open(&self, prefix: &Prefix) -> Result<Vec<String>, Failure> {
+        let mut answers = self.answers.lock().await;
+        if answers.subscriber.is_none() {
+            let subscriber = self.client.subscribe(format!("{}.*", answers.inbox)).await;
+            let subscriber = subscriber.map_err(|error| Failure::Permanent(error.to_string()))?;
+            answers.subscriber = Some(subscriber);
+        }
+        let Self {
+            variable, stream, ..
+        } = self;
+        let request = format!("STREAM.INFO.{stream}");
+        let config = match self.jetstream.request(request, &()).await {
+            Ok(Response::Ok(Info { config, .. })) => config,
+            Ok(Response::Err { error }) => {
+                return Err(match error.error_code() {
+                    ErrorCode::STREAM_NOT_FOUND => Failure::Permanent(format!(
+                        "there is no stream {stream}; create it, or set {variable} to one that exists"
+                    )),
+                    ErrorCode::JETSTREAM_NOT_ENABLED
+                    | ErrorCode::JETSTREAM_NOT_ENABLED_FOR_ACCOUNT => Failure::Permanent(format!(
+                        "JetStream is not enabled: {error}; enable it, or unset {variable}"
+                    )),
+                    _ if error.code() >= 500 => Failure::Temporary(error.to_string()),
+                    _ => Failure::Permanent(format!("the stream {stream} cannot be used: {error}")),
+                });
+            }
+            Err(error) => {
+                return Err(match error.kind() {
+                    RequestErrorKind::NoResponders => Failure::Permanent(format!(
+                        "JetStream is not enabled on the NATS server; enable it, or unset {variable}"
+                    )),
+                    _ => Failure::Temporary(error.to_string()),
+                });
+            }
+        };
+        if config.no_ack {
+            return Err(Failure::Permanent(format!(
+                "the stream {stream} confirms nothing (no_ack); change that, or unset {variable}"
+            )));
+        }
+        if !prefix.is_covered_by(&config.subjects) {
+            return Err(Failure::Permanent(format!(
+                "the stream {stream} does not keep {prefix}.>, but {:?}; add it to its subjects, or \
+                 set {variable} to the stream that does",
+                config.subjects
+            )));
+        }
+        Ok(config.subjects)
+    }
+
+    /// Publishes a message on `subject` until the stream has confirmed it.
+    ///
+    /// # Errors
+    /// If the stream, or the server, refuses it for good.
+    pub async fn keep(
+        &self,
+        delivery: &Delivery,
+        subject: &str,
+        headers: &HeaderMap,
+    ) -> anyhow::Result<()> {
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            let reason = match self.publish(delivery, subject, headers).await {
+                Ok(()) => return Ok(()),
+                Err(Failure::Permanent(reason)) => bail!(reason),
+                Err(Failure::Temporary(reason)) => reason,
+            };
+            let wait = BACKOFF.wait(attempts);
+            let failure = format!(
+                "{}: the stream {} has not confirmed {subject}, attempt {attempts}: {reason}",
+                delivery.subject, self.stream
+            );
+            warn!("{failure}; next attempt in {wait:.1?}");
+            self.status.set_last_failure(failure);
+            sleep(wait).await;
+        }
+    }
+
+    /// Publishes a message once, and waits for the stream to confirm it.
+    async fn publish(
+        &self,
+        delivery: &Delivery,
+        subject: &str,
+        headers: &HeaderMap,
+    ) -> Result<(), Failure> {
+        let ended = || Failure::Permanent("the NATS client has ended".to_owned());
+        if self.client.connection_state() != State::Connected {
+            // Completes only with a connection.
+            self.client.flush().await.map_err(|_| ended())?;
+        }
+        let mut answers = self.answers.lock().await;
+        let Answers {
+            inbox,
+            last,
+            subscriber: Some(subscriber),
+        } = &mut *answers
+        else {
+            return Err(ended());
+        };
+        *last += 1;
+        let reply = format!("{inbox}.{last}");
+        let refused = self.status.publish_refused();
+        let (headers, payload) = (headers.clone(), delivery.payload.clone());
+        self.client
+            .publish_with_reply_and_headers(subject.to_owned(), reply.clone(), headers, payload)
+            .await
+            .map_err(|error| Failure::Permanent(error.to_string()))?;
+        let answer = async {
+            loop {
+                let message = subscriber.next().await.ok_or_else(ended)?;
+                if message.subject.as_str() == reply
+                    && let Some(confirmed) = judge(&message, &self.stream)
+                {
+                    return confirmed;
+                }
+            }
+        };
+        match timeout(CONFIRMATION_TIMEOUT, answer).await {
+            Ok(confirmed) => confirmed,
+            Err(_) if self.status.publish_refused() > refused => {
+                Err(Failure::Permanent("NATS refuses it".to_owned()))
+            }
+            Err(_) => Err(Failure::Temporary(format!(
+                "not confirmed within {CONFIRMATION_TIMEOUT:?}"
+            ))),
+        }
+    }
+}
+
+/// What an answer to a message says about whether `stream` has it; nothing if it is none of a stream.
+fn judge(answer: &Message, stream: &str) -> Option<Result<(), Failure>> {
+    if answer.status == Some(StatusCode::NO_RESPONDERS) {
+        let reason = "no stream takes it just now";
+        return Some(Err(Failure::Temporary(reason.to_owned())));
+    }
+    Some(match serde_json::from_slice(&answer.payload).ok()? {
+        Response::Ok(PublishAck { stream: found, .. }) if found == stream => Ok(()),
+        Response::Ok(PublishAck { stream: found, .. }) => Err(Failure::Permanent(format!(
+            "it went into the stream {found}, not into {stream}"
+        ))),
+        Response::Err { error } => {
+            let is_temporary = match error.error_code() {
+                // An account at its limit is like a full stream: it drains, or is given more room.
+                ErrorCode::ACCOUNT_RESOURCES_EXCEEDED => true,
+                // Such as no leader (503), a full stream (503), too many at a time (429), the same
+                // message just on its way (409).
+                _ => matches!(error.code(), 408 | 409 | 429 | 500..),
+            };
+            Err(if is_temporary {
+                Failure::Temporary(error.to_string())
+            } else {
+                Failure::Permanent(format!("the stream {stream} refuses it: {error}"))
+            })
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_publish_acknowledgement_of_the_right_stream_confirms() {
+        let (confirmed, temporary, permanent) = ("confirmed", "temporary", "permanent");
+        for (payload, expected) in [
+            (r#"{"stream":"RELAYED","seq":7}"#, confirmed),
+            (
+                r#"{"stream":"RELAYED","seq":7,"domain":"hub","duplicate":true}"#,
+                confirmed,
+            ),
+            (r#"{"stream":"OTHER","seq":7}"#, permanent),
+            // What else listens to the prefix may answer too.
+            ("", "nothing"),
+            ("ok", "nothing"),
+            ("{}", "nothing"),
+            (r#"{"stream":"RELAYED"}"#, "nothing"),
+            (r#"{"error":"no"}"#, "nothing"),
+            (
+                r#"{"error":{"code":503,"err_code":10077,"description":"maximum messages exceeded"}}"#,
+                temporary,
+            ),
+            (
+                r#"{"error":{"code":503,"err_code":10008,"description":"unavailable"}}"#,
+                temporary,
+            ),
+            (
+                r#"{"error":{"code":400,"err_code":10002,"description":"limits exceeded"}}"#,
+                temporary,
+            ),
+            (
+                r#"{"error":{"code":429,"err_code":10167,"description":"too many requests"}}"#,
+                temporary,
+            ),
+            (
+                r#"{"error":{"code":409,"err_code":10158,"description":"conflict"}}"#,
+                temporary,
+            ),
+            (
+                r#"{"error":{"code":400,"err_code":10060,"description":"expected stream"}}"#,
+                permanent,
+            ),
+            (
+                r#"{"error":{"code":400,"err_code":10054,"description":"message size"}}"#,
+                permanent,
+            ),
+            (
+                r#"{"error":{"code":400,"err_code":10109,"description":"sealed"}}"#,
+                permanent,
+            ),
+        ] {
+            let answer = message(payload, None);
+            let found = match judge(&answer, "RELAYED") {
+                None => "nothing",
+                Some(Ok(())) => confirmed,
+                Some(Err(Failure::Temporary(_))) => temporary,
+                Some(Err(Failure::Permanent(_))) => permanent,
+            };
+            assert_eq!(found, expected, "{payload}");
+        }
+        let nobody = judge(&message("", Some(StatusCode::NO_RESPONDERS)), "RELAYED");
+        assert!(matches!(nobody, Some(Err(Failure::Temporary(_)))));
+    }
+
+    fn message(payload: &'static str, status: Option<StatusCode>) -> Message {
+        Message {
+            subject: "_INBOX.x.1".into(),
+            reply: None,
+            payload: payload.into(),
+            headers: None,
+            status,
+            description: None,
+            length: 0,
+        }
+    }
+}

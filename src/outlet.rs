@@ -1,0 +1,198 @@
+//! Where messages are published: under a prefix, and maybe into the stream that keeps it.
+
+use std::sync::Arc;
+
+use anyhow::bail;
+use async_nats::{Client, connection::State, header::NATS_MESSAGE_ID, jetstream::Context};
+use log::warn;
+use reqwest::header::HeaderValue;
+use serde_json::{Value, json};
+use tokio::time::sleep;
+
+use crate::{
+    config::{Config, FAILED_STREAM, Mode, RELAYED_STREAM},
+    keeper::{BACKOFF, Failure, Keeper},
+    republish::Marks,
+    source::{Delivery, Origin},
+    status::Status,
+    subject::Prefix,
+};
+
+/// Where a relay publishes.
+pub struct Outlets {
+    client: Client,
+    jetstream: Context,
+    /// The prefix of what it takes.
+    prefix: Prefix,
+    /// The stream that it takes it from, if it does.
+    input: Option<String>,
+    /// Where it publishes what is relayed.
+    pub relayed: Outlet,
+    /// Where it publishes what is given up, if it does.
+    pub failed: Option<Outlet>,
+}
+
+/// Where messages are published.
+pub struct Outlet {
+    /// Under which prefix.
+    pub prefix: Prefix,
+    /// The stream that has to confirm them, if one has to.
+    pub keeper: Option<Keeper>,
+    /// Whether a message that has no id of its own gets one.
+    adds_id: bool,
+    /// Appended to each id where one stream keeps several of the relay's prefixes: it would take the
+    /// message for a duplicate of itself under another one.
+    suffix: &'static str,
+}
+
+impl Outlets {
+    /// As the configuration says.
+    #[must_use]
+    pub fn new(client: Client, jetstream: Context, config: &Config, status: &Arc<Status>) -> Self {
+        let keeper = |variable, stream: &Option<String>| {
+            let (client, jetstream) = (client.clone(), jetstream.clone());
+            let status = Arc::clone(status);
+            Some(Keeper::new(
+                client,
+                jetstream,
+                status,
+                variable,
+                stream.clone()?,
+            ))
+        };
+        let input = match &config.mode {
+            Mode::Core { .. } => None,
+            Mode::Durable { stream, .. } => Some(stream.clone()),
+        };
+        let relayed = keeper(RELAYED_STREAM, &config.relayed_stream);
+        let relayed = Outlet::new(config.relayed_prefix.clone(), relayed, input.is_some());
+        let failed = config.failed_prefix.clone().map(|prefix| {
+            let failed = keeper(FAILED_STREAM, &config.failed_stream);
+            Outlet::new(prefix, failed, false)
+        });
+        Self {
+            client,
+            jetstream,
+            prefix: config.prefix.clone(),
+            input,
+            relayed,
+            failed,
+        }
+    }
+
+    /// Verifies the streams that are to keep what is published; waits for a JetStream that is not ready.
+    ///
+    /// # Errors
+    /// If one of them cannot be used.
+    pub async fn open(&mut self) -> anyhow::Result<()> {
+        let mut failures = 0;
+        loop {
+            let reason = match self.try_open().await {
+                Ok(()) => return Ok(()),
+                Err(Failure::Permanent(reason)) => bail!(reason),
+                Err(Failure::Temporary(reason)) => reason,
+            };
+            failures += 1;
+            let wait = BACKOFF.wait(failures);
+            // Without a connection that is what the log says already.
+            if self.client.connection_state() == State::Connected {
+                warn!("JetStream is not ready: {reason}; next attempt in {wait:.1?}");
+            }
+            sleep(wait).await;
+        }
+    }
+
+    async fn try_open(&mut self) -> Result<(), Failure> {
+        let Self {
+            jetstream,
+            prefix,
+            relayed,
+            failed,
+            ..
+        } = self;
+        let input = self.input.as_deref();
+        let failed_prefix = failed.iter().map(|failed| &failed.prefix);
+        let others: Vec<_> = failed_prefix.chain([&*prefix]).collect();
+        let is_shared = relayed.open(jetstream, input, &others).await?;
+        relayed.suffix = if is_shared { ".relayed" } else { "" };
+        if let Some(failed) = failed {
+            let others = [&*prefix, &relayed.prefix];
+            let is_shared = failed.open(jetstream, input, &others).await?;
+            failed.suffix = if is_shared { ".failed" } else { "" };
+        }
+        Ok(())
+    }
+
+    /// The streams that are to keep what is published, with the prefix of each.
+    pub fn keepers(&self) -> impl Iterator<Item = (&Prefix, &Keeper)> {
+        let outlets = [Some(&self.relayed), self.failed.as_ref()];
+        outlets
+            .into_iter()
+            .flatten()
+            .filter_map(|outlet| Some((&outlet.prefix, outlet.keeper.as_ref()?)))
+    }
+}
+
+impl Outlet {
+    fn new(prefix: Prefix, keeper: Option<Keeper>, adds_id: bool) -> Self {
+        Self {
+            prefix,
+            adds_id: adds_id || keeper.is_some(),
+            keeper,
+            suffix: "",
+        }
+    }
+
+    /// Verifies the stream, if there is one. Whether that one, or else the stream `input`, keeps one of the
+    /// `others` as well as this prefix.
+    async fn open(
+        &self,
+        jetstream: &Context,
+        input: Option<&str>,
+        others: &[&Prefix],
+    ) -> Result<bool, Failure> {
+        match (&self.keeper, input) {
+            (Some(keeper), _) => {
+                let subjects = keeper.open(&self.prefix).await?;
+                Ok(others.iter().any(|other| other.meets_any(&subjects)))
+            }
+            (None, Some(input)) => Ok(keeps(jetstream, input, &self.prefix).await),
+            (None, None) => Ok(false),
+        }
+    }
+
+    /// What streams are to know a message by: its own id, else its place in the stream that it comes
+    /// from, else the id that the webhook was told.
+    #[must_use]
+    pub fn marks(&self, delivery: &Delivery, webhook_id: &HeaderValue) -> Marks<'_> {
+        let own = delivery.headers.get(NATS_MESSAGE_ID);
+        let own = own.map(|id| id.as_str()).filter(|id| !id.is_empty());
+        let other = match &delivery.origin {
+            Origin::Stream { id, .. } => Some(&id[..]),
+            Origin::Core => webhook_id.to_str().ok(),
+        };
+        let id = own.or(other.filter(|_| self.adds_id));
+        Marks {
+            id: id.map(|id| [id, self.suffix].concat()),
+            stream: self.keeper.as_ref().map(Keeper::stream),
+        }
+    }
+}
+
+/// Whether a stream keeps what is published under a prefix, as far as our user may know.
+async fn keeps(jetstream: &Context, stream: &str, prefix: &Prefix) -> bool {
+    let request = json!({ "subject": prefix.wildcard() });
+    let answer: Result<Value, _> = jetstream.request("STREAM.NAMES", &request).await;
+    match answer {
+        Ok(answer) => answer["streams"]
+            .as_array()
+            .is_some_and(|streams| streams.iter().any(|name| name == stream)),
+        Err(error) => {
+            warn!(
+                "cannot find out whether the stream {stream} keeps {prefix}.> too: {error}; allow \
+                 $JS.API.STREAM.NAMES for this NATS user"
+            );
+            false
+        }
+    }
+}
