@@ -114,7 +114,7 @@ async fn check_servers(
     };
     let mut reached = None;
     for server in &config.nats.servers {
-        let connecting = connect_once(&config.nats, server, &config.prefix, status);
+        let connecting = connect_once(config, server, status);
         let found = within_patience(connecting).await.map(|connection| {
             reached.get_or_insert(connection);
             welcome.to_owned()

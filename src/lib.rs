@@ -71,7 +71,7 @@ pub async fn run(config: Config, stop: impl Stream<Item = ()> + Unpin) -> anyhow
         endpoints::start(address, Arc::clone(&status)).await?;
     }
     let webhook = Webhook::new(&config.webhook)?;
-    let (client, faults) = nats::connect(&config.nats, &config.prefix, &status).await?;
+    let (client, faults) = nats::connect(&config, &status).await?;
     let jetstream = nats::jetstream(&client);
     let source = Source::new(client.clone(), jetstream.clone(), faults, &config, &status);
     Relay::new(client, jetstream, source, webhook, config, status)

@@ -20,9 +20,8 @@ use tokio::sync::mpsc;
 
 use crate::{
     backoff::Backoff,
-    config::{self, Login},
+    config::{self, Config, Login, Mode},
     status::Status,
-    subject::Prefix,
     tls,
 };
 
@@ -59,20 +58,16 @@ const READ_BUFFER_BYTES: u16 = 16 * 1024;
 ///
 /// # Errors
 /// If the settings can't be used at all.
-pub async fn connect(
-    config: &config::Nats,
-    prefix: &Prefix,
-    status: &Arc<Status>,
-) -> anyhow::Result<(Client, Faults)> {
-    let (observer, faults) = Observer::new(config, prefix, status);
+pub async fn connect(config: &Config, status: &Arc<Status>) -> anyhow::Result<(Client, Faults)> {
+    let (observer, faults) = Observer::new(config, status);
     let chooser = Arc::clone(&observer);
-    let client = options(config, Arc::clone(&observer))?
+    let client = options(&config.nats, Arc::clone(&observer))?
         .retry_on_initial_connect()
         .reconnect_to_server_callback(move |servers, _| {
             let choice = chooser.choose(&servers);
             async move { choice }
         })
-        .connect(config.servers.as_slice())
+        .connect(config.nats.servers.as_slice())
         .await?;
     let _ = observer.statistics.set(client.statistics());
     Ok((client, faults))
@@ -83,18 +78,19 @@ pub async fn connect(
 /// # Errors
 /// If it can't be reached or refuses the login.
 pub async fn connect_once(
-    config: &config::Nats,
+    config: &Config,
     server: &ServerAddr,
-    prefix: &Prefix,
     status: &Arc<Status>,
 ) -> anyhow::Result<(Client, Faults)> {
-    let (observer, faults) = Observer::new(config, prefix, status);
-    let client = options(config, observer)?
+    let (observer, faults) = Observer::new(config, status);
+    let client = options(&config.nats, observer)?
         .ignore_discovered_servers()
         .connect(server)
         .await
         .map_err(|error| match error.kind() {
-            kind if REFUSALS.contains(&kind) => anyhow!("{}", refusal(kind, config.login.remedy())),
+            kind if REFUSALS.contains(&kind) => {
+                anyhow!("{}", refusal(kind, config.nats.login.remedy()))
+            }
             _ => anyhow!("{}", explain(&error.to_string())),
         })?;
     Ok((client, faults))
@@ -264,6 +260,8 @@ struct Observer {
     subject: String,
     /// What to look at where the server refuses the login.
     remedy: &'static str,
+    /// Whether messages are lost with a connection, as in core mode.
+    is_lossy: bool,
     progress: Mutex<Progress>,
     /// The client's own, which know of a connection before its event comes.
     statistics: OnceLock<Arc<Statistics>>,
@@ -285,11 +283,12 @@ struct Progress {
 }
 
 impl Observer {
-    fn new(config: &config::Nats, prefix: &Prefix, status: &Arc<Status>) -> (Arc<Self>, Faults) {
+    fn new(config: &Config, status: &Arc<Status>) -> (Arc<Self>, Faults) {
         let (sender, receiver) = mpsc::unbounded_channel();
         let observer = Self {
-            subject: prefix.wildcard(),
-            remedy: config.login.remedy(),
+            subject: config.prefix.wildcard(),
+            remedy: config.nats.login.remedy(),
+            is_lossy: matches!(config.mode, Mode::Core { .. }),
             progress: Mutex::default(),
             statistics: OnceLock::new(),
             status: Arc::clone(status),
@@ -355,7 +354,15 @@ impl Observer {
             }
             Event::Disconnected => {
                 self.status.set_disconnected();
-                warn!("lost the connection to NATS; reconnecting");
+                if self.is_lossy {
+                    error!(
+                        "lost the connection to NATS; messages that were on their way or are published \
+                         before it is back are lost (NATS_STREAM would keep them); a message that no \
+                         client can read, such as one with malformed headers, has this effect as well"
+                    );
+                } else {
+                    warn!("lost the connection to NATS; reconnecting");
+                }
             }
             Event::LameDuckMode => warn!("the NATS server is about to shut down (lame duck mode)"),
             Event::SlowConsumer(_) => error!("the NATS client dropped a message (slow consumer)"),

@@ -43,6 +43,7 @@ pub struct Status {
     waiting_bytes: IntGauge,
     connected: IntGauge,
     reconnects: IntCounter,
+    interruptions: IntCounter,
     server: Mutex<Option<String>>,
     was_connected: AtomicBool,
     subscribed: AtomicBool,
@@ -197,6 +198,10 @@ impl Status {
                 "reconnects_total",
                 "Connections to NATS after the first one.",
             )?,
+            interruptions: counter(
+                "interruptions_total",
+                "Connections to NATS that were lost; in core mode messages may be lost with each.",
+            )?,
             attempt_duration,
             message_duration,
             registry,
@@ -222,8 +227,9 @@ impl Status {
         self.connected.set(1);
     }
 
-    /// Connected to none.
+    /// The connection was lost.
     pub fn set_disconnected(&self) {
+        self.interruptions.inc();
         *lock(&self.server) = None;
         self.connected.set(0);
     }

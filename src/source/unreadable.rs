@@ -21,7 +21,7 @@ pub(crate) async fn try_to_look(consumer: &Consumer) -> Result<(), RequestError>
 async fn ask(consumer: &Consumer, sequence: u64) -> Result<Value, RequestError> {
     let subject = format!("STREAM.MSG.GET.{}", consumer.stream);
     let question = json!({ "seq": sequence });
-    consumer.context().request(subject, &question).await
+    consumer.jetstream.request(subject, &question).await
 }
 
 /// The message that is out and not acked, if it cannot be read.

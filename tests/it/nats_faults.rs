@@ -300,3 +300,49 @@ async fn a_prefix_with_quotation_marks_is_recognised_in_the_server_s_refusal() {
     let refusal = r#"no permission to subscribe to cms."a\b".>"#;
     assert!(log.last().unwrap().contains(refusal), "{log:#?}");
 }
+
+#[tokio::test]
+async fn a_message_that_no_client_can_read_costs_nothing_that_came_before_and_is_said() {
+    const COUNT: usize = 50;
+    for headers in [
+        &b"NATS/1.0\r\nno colon\r\n\r\n"[..],
+        b"NATS/1.0\r\nA: \xff\r\n\r\n",
+    ] {
+        let nats = NatsServer::start().await;
+        let client = nats.client().await;
+        let mut relayed = client.subscribe("relayed.>").await.unwrap();
+        let webhook = Webhook::script([Answer::ok_after(Duration::from_millis(300))]).await;
+        let relay = Relay::listening(&nats, &webhook, &[STATUS]).await;
+        let address = address(&relay).await;
+        for n in 0..COUNT {
+            client
+                .publish("cms.cache.x", n.to_string().into())
+                .await
+                .unwrap();
+        }
+        client.flush().await.unwrap();
+        webhook.received(1).await;
+        nats.publish_raw(b"cms.cache.raw", headers, b"raw").await;
+        let line = relay
+            .logged("lost the connection to NATS; messages that were on their way")
+            .await;
+        assert!(
+            line.contains("ERROR") && line.contains("malformed headers"),
+            "{line}"
+        );
+        relay.logged_times("connected to NATS", 2).await;
+        for n in 0..COUNT {
+            assert_eq!(next(&mut relayed).await.payload, n.to_string());
+        }
+        assert_eq!(metrics(&address).await["interruptions_total"], 1.0);
+        // Once it is subscribed again, all is as before.
+        let moment = Duration::from_millis(200);
+        loop {
+            client.publish("cms.cache.x", "after".into()).await.unwrap();
+            if let Ok(message) = tokio::time::timeout(moment, next(&mut relayed)).await {
+                assert_eq!(message.payload, "after");
+                break;
+            }
+        }
+    }
+}
