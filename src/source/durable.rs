@@ -32,7 +32,7 @@ const PULL_HEARTBEAT: Duration = Duration::from_secs(1);
 /// that had it.
 const SILENCE: Duration = Duration::from_millis(3500);
 
-/// Signs of life about the message in hand, and a look at whether the server is silent.
+/// Signs of life about the messages that were handed out, and a look at whether the server is silent.
 const TICK: Duration = Duration::from_secs(1);
 
 /// While a message is in hand, how many wait behind it is looked up so often.
@@ -75,6 +75,7 @@ pub struct Durable {
     /// When that was last reported.
     failure_reported: Option<Instant>,
     tick: Pin<Box<Sleep>>,
+    /// What is to be worked on next, in this order.
     arrived: VecDeque<(Delivery, Receipt)>,
     /// What is worked on.
     in_hand: Option<Receipt>,
@@ -406,6 +407,9 @@ impl Durable {
             },
             fault: None,
         };
+        // It may have been handed out again, as by a request that was taken for lost.
+        self.arrived
+            .retain(|(_, waiting)| !waiting.is_of_the_same(&receipt));
         self.arrived.push_back((delivery, receipt));
         Ok(())
     }
@@ -413,18 +417,26 @@ impl Durable {
     /// What is due at every tick.
     async fn look_around(&mut self) -> anyhow::Result<()> {
         let connected = self.client.connection_state() == State::Connected;
-        if let Some(receipt) = self.in_hand.as_ref().filter(|_| connected) {
-            self.client
-                .publish(receipt.ack.clone(), "+WPI".into())
-                .await?;
+        if connected {
+            let arrived = self.arrived.iter().map(|(_, receipt)| receipt);
+            for receipt in self.in_hand.iter().chain(arrived) {
+                self.client
+                    .publish(receipt.ack.clone(), "+WPI".into())
+                    .await?;
+            }
         }
-        if connected && self.subscriber.is_some() {
+        if connected && self.subscriber.is_some() && self.arrived.is_empty() {
             // Also while a message is in hand: a server that was killed may have forgotten that it
-            // had handed the message out, and confirms no ack before it has done so again.
+            // had handed the message out, and confirms no ack before it has done so again. Not when
+            // another one waits already, as when the one in hand has left the stream: there would be
+            // no end to those that wait.
             self.request_next().await?;
         }
-        let failed = matches!(self.pull, Pull::Failed(_));
-        let suspicious = failed || self.heard.elapsed() > SILENCE;
+        let suspicious = match self.pull {
+            Pull::UnderWay(_) => self.heard.elapsed() > SILENCE,
+            Pull::Ended(_) => false,
+            Pull::Failed(_) => true,
+        };
         // While a message is in hand, nothing else tells how many wait behind it.
         let curious = self.in_hand.is_some() && self.verified.elapsed() > VERIFY_EVERY;
         if connected && (suspicious || curious) {

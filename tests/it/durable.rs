@@ -516,6 +516,33 @@ async fn subjects_that_cannot_be_read_hold_nothing_up() {
 }
 
 #[tokio::test]
+async fn a_message_that_comes_early_is_kept_once_until_it_is_its_turn() {
+    let nats = NatsServer::with_stream().await;
+    let mut relayed = nats.client().await.subscribe("relayed.>").await.unwrap();
+    // More than twice the ack wait.
+    let webhook = Webhook::script([Answer::ok_after(Duration::from_secs(12))]).await;
+    let _relay = Relay::durable(&nats, &webhook, &[]).await;
+    publish(&nats, 0..1).await;
+    webhook.received(1).await;
+    publish(&nats, 1..2).await;
+    // What leaves the stream while it is worked on makes room for the next one.
+    let stream = nats.jetstream().await.get_stream("CMS").await.unwrap();
+    stream.delete_message(1).await.unwrap();
+    let delivered = async || {
+        let info = stream.consumer_info("relay").await.unwrap();
+        info.delivered.consumer_sequence
+    };
+    while delivered().await < 2 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    // Each time that a message is handed out again counts as well.
+    expect(&mut relayed, 0..1).await;
+    assert_eq!(delivered().await, 2);
+    expect(&mut relayed, 1..2).await;
+    assert_eq!(bodies(&webhook), ["0", "1"]);
+}
+
+#[tokio::test]
 async fn a_queue_group_shares_the_messages() {
     const COUNT: usize = 100;
     let nats = NatsServer::start().await;
