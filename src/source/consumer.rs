@@ -40,6 +40,12 @@ pub(crate) struct Consumer {
 }
 
 impl Consumer {
+    /// Whether the consumer is to hand out what has this subject.
+    pub(crate) fn wants(&self, subject: &str) -> bool {
+        let prefix = self.filter.trim_end_matches('>');
+        subject.starts_with(prefix)
+    }
+
     /// Verifies that the consumer is there and as it must be; creates it if it is missing.
     pub(crate) async fn ensure(&self) -> Result<(), Trouble> {
         match self.verify().await {

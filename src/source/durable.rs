@@ -35,7 +35,7 @@ const SILENCE: Duration = Duration::from_millis(3500);
 /// Signs of life about the messages that were handed out, and a look at whether the server is silent.
 const TICK: Duration = Duration::from_secs(1);
 
-/// While a message is in hand, how many wait behind it is looked up so often.
+/// How often the consumer is verified: its operator may edit it at any time.
 const VERIFY_EVERY: Duration = Duration::from_secs(5);
 
 /// Pull requests that fail one upon another are reported at most this often.
@@ -197,6 +197,13 @@ impl Durable {
                 return Ok(None);
             }
             self.request_next().await?;
+            let is_strange =
+                |(delivery, _): &(Delivery, _)| !self.consumer.wants(&delivery.subject);
+            if self.arrived.front().is_some_and(is_strange) && !self.verify().await? {
+                // It may be meant for someone else. Nobody can tell before the consumer is verified.
+                self.step().await?;
+                continue;
+            }
             let Some((delivery, receipt)) = self.arrived.pop_front() else {
                 self.step().await?;
                 continue;
@@ -437,26 +444,35 @@ impl Durable {
             Pull::Ended(_) => false,
             Pull::Failed(_) => true,
         };
-        // While a message is in hand, nothing else tells how many wait behind it.
-        let curious = self.in_hand.is_some() && self.verified.elapsed() > VERIFY_EVERY;
-        if connected && (suspicious || curious) {
-            self.verified = Instant::now();
-            match self.consumer.verify().await {
-                Ok(pending) => {
-                    self.status.set_waiting(pending, 0);
-                    if suspicious {
-                        self.heard = Instant::now();
-                        self.end_pull();
-                    }
-                }
-                Err(Trouble::Fatal(reason)) => return Err(reason),
-                Err(Trouble::Missing) => return Err(deleted(&self.consumer.name)),
-                // Such as a leaf node that has lost its hub.
-                Err(Trouble::NobodyAnswers(_)) => warn!("JetStream is not ready: nobody answers"),
-                Err(Trouble::Temporary(reason)) => warn!("JetStream is not ready: {reason}"),
+        // Somebody may have edited the consumer; and while a message is in hand, nothing else tells how
+        // many wait behind it.
+        let due = self.verified.elapsed() > VERIFY_EVERY;
+        if connected && (suspicious || due) {
+            let is_verified = self.verify().await?;
+            if suspicious && is_verified {
+                self.heard = Instant::now();
+                self.end_pull();
             }
         }
         Ok(())
+    }
+
+    /// Whether the consumer is still as it must be; an error if it is not. False where nobody can tell
+    /// just now.
+    async fn verify(&mut self) -> anyhow::Result<bool> {
+        self.verified = Instant::now();
+        match self.consumer.verify().await {
+            Ok(pending) => {
+                self.status.set_waiting(pending, 0);
+                return Ok(true);
+            }
+            Err(Trouble::Fatal(reason)) => return Err(reason),
+            Err(Trouble::Missing) => return Err(deleted(&self.consumer.name)),
+            // Such as a leaf node that has lost its hub.
+            Err(Trouble::NobodyAnswers(_)) => warn!("JetStream is not ready: nobody answers"),
+            Err(Trouble::Temporary(reason)) => warn!("JetStream is not ready: {reason}"),
+        }
+        Ok(false)
     }
 }
 

@@ -3,8 +3,9 @@
 use std::time::{Duration, Instant};
 
 use async_nats::{HeaderMap, jetstream::consumer};
+use futures::StreamExt;
 
-use crate::support::{Answer, NatsServer, Received, Relay, Webhook, next};
+use crate::support::{Answer, NatsServer, PATIENCE, Received, Relay, Webhook, next};
 
 /// Publishes numbered messages, each once the stream has it.
 async fn publish(nats: &NatsServer, numbers: std::ops::Range<usize>) {
@@ -540,6 +541,59 @@ async fn a_message_that_comes_early_is_kept_once_until_it_is_its_turn() {
     assert_eq!(delivered().await, 2);
     expect(&mut relayed, 1..2).await;
     assert_eq!(bodies(&webhook), ["0", "1"]);
+}
+
+#[tokio::test]
+async fn a_consumer_that_is_edited_while_nothing_happens_ends_it() {
+    let nats = NatsServer::with_stream().await;
+    let webhook = Webhook::ok().await;
+    let relay = Relay::durable(&nats, &webhook, &[]).await;
+    edit_consumer(&nats, |config| config.max_ack_pending = 10).await;
+    let (code, log) = relay.ended().await;
+    assert_eq!(code, Some(1), "{log:#?}");
+    assert!(log.last().unwrap().contains("max_ack_pending"), "{log:#?}");
+}
+
+#[tokio::test]
+async fn messages_that_an_edited_consumer_hands_out_are_not_terminated() {
+    let nats = NatsServer::with_config("jetstream { store_dir: \"$DIR/jetstream\" }").await;
+    nats.create_stream("CMS", "cms.>", 1).await;
+    let webhook = Webhook::ok().await;
+    let relay = Relay::durable(&nats, &webhook, &[]).await;
+    edit_consumer(&nats, |config| config.filter_subject = "cms.>".to_owned()).await;
+    nats.publish("cms.other.x", "not ours").await;
+    let (code, log) = relay.ended().await;
+    assert_eq!(code, Some(1), "{log:#?}");
+    assert!(log.last().unwrap().contains("filter_subject"), "{log:#?}");
+    assert!(!log.concat().contains("is not relayed"), "{log:#?}");
+    // It is there for whom it is meant.
+    let stream = nats.jetstream().await.get_stream("CMS").await.unwrap();
+    let consumer: consumer::PullConsumer = stream.get_consumer("relay").await.unwrap();
+    let message = next_message(&consumer).await;
+    assert_eq!(message.payload, "not ours");
+}
+
+/// Edits the consumer `relay` of the stream `CMS`, as its operator may.
+async fn edit_consumer(nats: &NatsServer, edit: impl FnOnce(&mut consumer::pull::Config)) {
+    let stream = nats.jetstream().await.get_stream("CMS").await.unwrap();
+    let consumer: consumer::PullConsumer = stream.get_consumer("relay").await.unwrap();
+    let mut config = consumer::pull::Config {
+        durable_name: Some("relay".to_owned()),
+        filter_subject: "cms.cache.>".to_owned(),
+        max_ack_pending: 1,
+        ack_wait: Duration::from_secs(5),
+        description: consumer.cached_info().config.description.clone(),
+        ..Default::default()
+    };
+    edit(&mut config);
+    stream.create_consumer(config).await.unwrap();
+}
+
+/// The next message of a consumer, which has to come.
+async fn next_message(consumer: &consumer::PullConsumer) -> async_nats::jetstream::Message {
+    let mut messages = consumer.messages().await.unwrap();
+    let message = tokio::time::timeout(PATIENCE, messages.next()).await;
+    message.expect("a message comes in time").unwrap().unwrap()
 }
 
 #[tokio::test]
