@@ -4,7 +4,6 @@
 use std::{io::Write, sync::Arc, time::Duration};
 
 use anyhow::{Context, anyhow, bail};
-use async_nats::Client;
 use reqwest::Url;
 use rustls::{ClientConfig, pki_types::ServerName};
 use tokio::{
@@ -17,7 +16,7 @@ use tokio_rustls::TlsConnector;
 use crate::{
     config::{self, Config, Destination, Login, Mode, Proxy},
     keeper::Failure,
-    nats::{Faults, Notice, cannot_look, connect_once, inbox_refused, jetstream, show},
+    nats::{Connection, Faults, Notice, cannot_look, connect_once, inbox_refused, show},
     outlet::Outlets,
     source::{Consumer, Trouble, try_to_look},
     status::Status,
@@ -64,14 +63,15 @@ pub async fn check(config: &Config, out: &mut dyn Write) -> anyhow::Result<bool>
     let mut report = Report { out, good: true };
     report.add("configuration", Ok("valid".to_owned()));
     let status = Arc::new(Status::new()?);
-    if let Some((client, mut faults)) = check_servers(config, &status, &mut report).await? {
-        let jetstream = jetstream(&client);
-        let outlets = Outlets::new(client.clone(), jetstream.clone(), config, &status);
+    if let Some((connection, mut faults)) = check_servers(config, &status, &mut report).await? {
+        let outlets = Outlets::new(connection.clone(), config, &status);
         match &config.mode {
-            Mode::Core { .. } => check_subscription(config, client, &mut faults, &mut report).await,
+            Mode::Core { .. } => {
+                check_subscription(config, &connection, &mut faults, &mut report).await
+            }
             Mode::Durable { stream, consumer } => {
                 let consumer = Consumer {
-                    jetstream,
+                    connection,
                     stream: stream.clone(),
                     name: consumer.clone(),
                     filter: config.prefix.wildcard(),
@@ -107,7 +107,7 @@ async fn check_servers(
     config: &Config,
     status: &Arc<Status>,
     report: &mut Report<'_>,
-) -> anyhow::Result<Option<(Client, Faults)>> {
+) -> anyhow::Result<Option<(Connection, Faults)>> {
     let welcome = match config.nats.login {
         Login::Anonymous => "connected, without a login",
         _ => "connected, the login is accepted",
@@ -126,14 +126,15 @@ async fn check_servers(
 
 async fn check_subscription(
     config: &Config,
-    client: Client,
+    connection: &Connection,
     faults: &mut Faults,
     report: &mut Report<'_>,
 ) {
     let subject = config.prefix.wildcard();
     // Outside of the queue group, so that it takes no message away from it.
+    let client = connection.client();
     let found = match client.subscribe(subject.clone()).await {
-        Ok(_subscriber) => within_patience(faults.confirm(&client)).await,
+        Ok(_subscriber) => within_patience(faults.confirm(&client, false)).await,
         Err(error) => Err(error.into()),
     };
     report.add(
@@ -201,7 +202,7 @@ async fn look_refused(faults: &mut Faults, stream: &str) -> anyhow::Error {
             }
             Notice::Fatal(reason) => return reason,
             Notice::InboxRefused => return inbox_refused(),
-            Notice::Connected | Notice::ProbeRefused => {}
+            Notice::Connected | Notice::Replaced | Notice::ProbeRefused => {}
         }
     }
 }

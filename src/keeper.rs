@@ -6,11 +6,9 @@ use std::{sync::Arc, time::Duration};
 
 use anyhow::bail;
 use async_nats::{
-    Client, HeaderMap, Message, StatusCode, Subscriber,
-    connection::State,
+    HeaderMap, Message, StatusCode, Subscriber,
     jetstream::{
-        Context, ErrorCode, context::RequestErrorKind, publish::PublishAck, response::Response,
-        stream::Info,
+        ErrorCode, context::RequestErrorKind, publish::PublishAck, response::Response, stream::Info,
     },
 };
 use futures::StreamExt;
@@ -20,7 +18,13 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use crate::{backoff::Backoff, source::Delivery, status::Status, subject::Prefix};
+use crate::{
+    backoff::Backoff,
+    nats::{ClientEnded, Connection, Epoch},
+    source::Delivery,
+    status::Status,
+    subject::Prefix,
+};
 
 /// How long a stream may take to confirm a message.
 const CONFIRMATION_TIMEOUT: Duration = Duration::from_secs(2);
@@ -33,8 +37,7 @@ pub const BACKOFF: Backoff = Backoff {
 
 /// A stream that keeps what is published under a prefix, and has to confirm it.
 pub struct Keeper {
-    client: Client,
-    jetstream: Context,
+    connection: Connection,
     status: Arc<Status>,
     /// The variable that names the stream.
     variable: &'static str,
@@ -49,7 +52,8 @@ struct Answers {
     /// Message `n` is answered on `<inbox>.<n>`.
     inbox: String,
     last: u64,
-    subscriber: Option<Subscriber>,
+    /// With the epoch in which it was made.
+    subscription: Option<(Subscriber, Epoch)>,
 }
 
 /// Why a stream cannot be used, or does not confirm a message.
@@ -65,20 +69,18 @@ impl Keeper {
     /// The stream that `variable` names.
     #[must_use]
     pub fn new(
-        client: Client,
-        jetstream: Context,
+        connection: Connection,
         status: Arc<Status>,
         variable: &'static str,
         stream: String,
     ) -> Self {
         let answers = Answers {
-            inbox: client.new_inbox(),
+            inbox: connection.client().new_inbox(),
             last: 0,
-            subscriber: None,
+            subscription: None,
         };
         Self {
-            client,
-            jetstream,
+            connection,
             status,
             variable,
             stream,
@@ -97,17 +99,11 @@ impl Keeper {
     /// # Errors
     /// If it is not, or does not.
     pub async fn open(&self, prefix: &Prefix) -> Result<Vec<String>, Failure> {
-        let mut answers = self.answers.lock().await;
-        if answers.subscriber.is_none() {
-            let subscriber = self.client.subscribe(format!("{}.*", answers.inbox)).await;
-            let subscriber = subscriber.map_err(|error| Failure::Permanent(error.to_string()))?;
-            answers.subscriber = Some(subscriber);
-        }
         let Self {
             variable, stream, ..
         } = self;
         let request = format!("STREAM.INFO.{stream}");
-        let config = match self.jetstream.request(request, &()).await {
+        let config = match self.connection.jetstream().request(request, &()).await {
             Ok(Response::Ok(Info { config, .. })) => config,
             Ok(Response::Err { error }) => {
                 return Err(match error.error_code() {
@@ -182,28 +178,45 @@ impl Keeper {
         subject: &str,
         headers: &HeaderMap,
     ) -> Result<(), Failure> {
-        let ended = || Failure::Permanent("the NATS client has ended".to_owned());
-        if self.client.connection_state() != State::Connected {
+        // There will be another one.
+        let ended = || Failure::Temporary(ClientEnded.to_string());
+        if !self.connection.is_up() {
             // Completes only with a connection.
-            self.client.flush().await.map_err(|_| ended())?;
+            self.connection
+                .client()
+                .flush()
+                .await
+                .map_err(|_| ended())?;
         }
         let mut answers = self.answers.lock().await;
         let Answers {
             inbox,
             last,
-            subscriber: Some(subscriber),
-        } = &mut *answers
-        else {
+            subscription,
+        } = &mut *answers;
+        let epoch = self.connection.epoch();
+        if subscription
+            .as_ref()
+            .is_none_or(|(_, of)| !of.is_of_the_same_client(epoch))
+        {
+            let client = self.connection.client();
+            let subscriber = client.subscribe(format!("{inbox}.*")).await;
+            *subscription = Some((subscriber.map_err(|_| ended())?, epoch));
+        }
+        let Some((subscriber, _)) = subscription else {
             return Err(ended());
         };
         *last += 1;
         let reply = format!("{inbox}.{last}");
         let refused = self.status.publish_refused();
         let (headers, payload) = (headers.clone(), delivery.payload.clone());
-        self.client
-            .publish_with_reply_and_headers(subject.to_owned(), reply.clone(), headers, payload)
+        self.connection
+            .publish(subject.to_owned(), Some(reply.clone()), headers, payload)
             .await
-            .map_err(|error| Failure::Permanent(error.to_string()))?;
+            .map_err(|error| match error.is::<ClientEnded>() {
+                true => ended(),
+                false => Failure::Permanent(error.to_string()),
+            })?;
         let answer = async {
             loop {
                 let message = subscriber.next().await.ok_or_else(ended)?;

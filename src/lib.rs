@@ -71,10 +71,10 @@ pub async fn run(config: Config, stop: impl Stream<Item = ()> + Unpin) -> anyhow
         endpoints::start(address, Arc::clone(&status)).await?;
     }
     let webhook = Webhook::new(&config.webhook)?;
-    let (client, faults) = nats::connect(&config, &status).await?;
-    let jetstream = nats::jetstream(&client);
-    let source = Source::new(client.clone(), jetstream.clone(), faults, &config, &status);
-    Relay::new(client, jetstream, source, webhook, config, status)
+    let config = Arc::new(config);
+    let (connection, faults) = nats::connect(&config, &status).await?;
+    let source = Source::new(connection.clone(), faults, &config, &status);
+    Relay::new(connection, source, webhook, config, status)
         .run(stop)
         .await
 }

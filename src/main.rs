@@ -136,6 +136,7 @@ async fn check() -> End {
 fn configure() -> Result<Config, Vec<String>> {
     let (environment, config) = read();
     logging::start(config.as_ref().map_or("info", |config| &config.log_filter));
+    std::panic::set_hook(Box::new(|panic| error!("a task has broken down: {panic}")));
     info!("{}", version());
     // Nobody misses a dotenv file where all is set without one.
     if environment.has_files() || config.is_err() {

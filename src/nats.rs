@@ -3,6 +3,8 @@
 //! The client reconnects and resubscribes by itself. Everything it or the server reports is logged
 //! here; what makes going on pointless comes out of [`Faults`].
 
+mod connection;
+
 use std::{
     fmt::Display,
     sync::{Arc, Mutex, OnceLock, PoisonError, atomic::Ordering::Relaxed},
@@ -12,12 +14,17 @@ use std::{
 use anyhow::anyhow;
 use async_nats::{
     Client, ClientError, ConnectErrorKind, ConnectOptions, Event, ReconnectToServer, Server,
-    ServerAddr, ServerError, Statistics, jetstream,
+    ServerAddr, ServerError, Statistics, connection::State,
 };
 use log::{debug, error, info, warn};
 use secrecy::ExposeSecret;
-use tokio::sync::mpsc;
+use tokio::{
+    sync::{mpsc, watch},
+    time::sleep_until,
+};
 
+use self::connection::Current;
+pub use self::connection::{ClientEnded, Connection, Epoch};
 use crate::{
     backoff::Backoff,
     config::{self, Config, Login, Mode},
@@ -47,9 +54,6 @@ const LASTING: Duration = Duration::from_secs(5);
 /// connection that went dead without a word, as after a change of networks.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 
-/// How long a request to the JetStream API may take.
-const API_TIMEOUT: Duration = Duration::from_secs(2);
-
 /// How much the client reads at a time. It reads up to 128 times before anyone else has a turn, and
 /// what it has read by then is beyond the bound of [`crate::source`].
 const READ_BUFFER_BYTES: u16 = 16 * 1024;
@@ -58,8 +62,32 @@ const READ_BUFFER_BYTES: u16 = 16 * 1024;
 ///
 /// # Errors
 /// If the settings can't be used at all.
-pub async fn connect(config: &Config, status: &Arc<Status>) -> anyhow::Result<(Client, Faults)> {
-    let (observer, faults) = Observer::new(config, status);
+pub async fn connect(
+    config: &Arc<Config>,
+    status: &Arc<Status>,
+) -> anyhow::Result<(Connection, Faults)> {
+    let (client, notices) = start(config, status).await?;
+    let (current, connection) = Connection::new(client);
+    let successor = Successor {
+        config: Arc::clone(config),
+        status: Arc::clone(status),
+        current,
+        failures: 0,
+        due: Instant::now(),
+    };
+    let faults = Faults {
+        notices,
+        successor: Some(successor),
+    };
+    Ok((connection, faults))
+}
+
+/// A client that keeps on connecting, and what it reports.
+async fn start(
+    config: &Config,
+    status: &Arc<Status>,
+) -> anyhow::Result<(Client, mpsc::UnboundedReceiver<Notice>)> {
+    let (observer, notices) = Observer::new(config, status);
     let chooser = Arc::clone(&observer);
     let client = options(&config.nats, Arc::clone(&observer))?
         .retry_on_initial_connect()
@@ -70,7 +98,7 @@ pub async fn connect(config: &Config, status: &Arc<Status>) -> anyhow::Result<(C
         .connect(config.nats.servers.as_slice())
         .await?;
     let _ = observer.statistics.set(client.statistics());
-    Ok((client, faults))
+    Ok((client, notices))
 }
 
 /// Connects to one server, or fails.
@@ -81,8 +109,8 @@ pub async fn connect_once(
     config: &Config,
     server: &ServerAddr,
     status: &Arc<Status>,
-) -> anyhow::Result<(Client, Faults)> {
-    let (observer, faults) = Observer::new(config, status);
+) -> anyhow::Result<(Connection, Faults)> {
+    let (observer, notices) = Observer::new(config, status);
     let client = options(&config.nats, observer)?
         .ignore_discovered_servers()
         .connect(server)
@@ -93,7 +121,12 @@ pub async fn connect_once(
             }
             _ => anyhow!("{}", explain(&error.to_string())),
         })?;
-    Ok((client, faults))
+    let (_, connection) = Connection::new(client);
+    let faults = Faults {
+        notices,
+        successor: None,
+    };
+    Ok((connection, faults))
 }
 
 /// A server was reached and does not let us in.
@@ -112,15 +145,6 @@ fn is_refusal(error: &str) -> bool {
 /// What to say then.
 fn refusal(kind: impl Display, remedy: &str) -> String {
     format!("refused the login ({kind}); {remedy}")
-}
-
-/// The JetStream API, with a bound on how long a request takes. Each one has a task of its own, so there
-/// is to be only one.
-#[must_use]
-pub fn jetstream(client: &Client) -> jetstream::Context {
-    let mut jetstream = jetstream::new(client.clone());
-    jetstream.set_timeout(API_TIMEOUT);
-    jetstream
 }
 
 /// Login, TLS, and what every connection has in common.
@@ -174,7 +198,22 @@ fn explain(error: &str) -> String {
 }
 
 /// What the connection reports that its user must act on.
-pub struct Faults(mpsc::UnboundedReceiver<Notice>);
+pub struct Faults {
+    notices: mpsc::UnboundedReceiver<Notice>,
+    /// By which a client that has broken down is replaced, if it is to be.
+    successor: Option<Successor>,
+}
+
+/// Puts another client in the place of one that has broken down.
+struct Successor {
+    config: Arc<Config>,
+    status: Arc<Status>,
+    current: watch::Sender<Current>,
+    /// How many clients in a row have broken down at once.
+    failures: u32,
+    /// When the next one may start.
+    due: Instant,
+}
 
 /// One such report.
 #[derive(Debug)]
@@ -187,6 +226,8 @@ pub enum Notice {
     ProbeRefused,
     /// There is a new connection.
     Connected,
+    /// The client has broken down, and there is another one, which knows of no subscription.
+    Replaced,
     /// Our user may not look at the messages of the stream.
     LookRefused,
 }
@@ -194,9 +235,18 @@ pub enum Notice {
 impl Faults {
     /// The next report.
     pub async fn notice(&mut self) -> Notice {
-        match self.0.recv().await {
-            Some(notice) => notice,
-            None => Notice::Fatal(anyhow!("the NATS client ended by itself")),
+        if let Some(notice) = self.notices.recv().await {
+            return notice;
+        }
+        let Some(successor) = &mut self.successor else {
+            return Notice::Fatal(ClientEnded.into());
+        };
+        match successor.replace().await {
+            Ok(notices) => {
+                self.notices = notices;
+                Notice::Replaced
+            }
+            Err(error) => Notice::Fatal(error),
         }
     }
 
@@ -209,7 +259,8 @@ impl Faults {
                 Notice::InboxRefused
                 | Notice::ProbeRefused
                 | Notice::LookRefused
-                | Notice::Connected => {}
+                | Notice::Connected
+                | Notice::Replaced => {}
             }
         }
     }
@@ -217,8 +268,9 @@ impl Faults {
     /// Resolves once the server has processed all that was sent before, subscriptions included.
     ///
     /// # Errors
-    /// If it refused what the relay can't do without.
-    pub async fn confirm(&mut self, client: &Client) -> anyhow::Result<()> {
+    /// If it refused what the relay can't do without; [`ClientEnded`] if the client was replaced, so that
+    /// all of it has to be sent again.
+    pub async fn confirm(&mut self, client: &Client, needs_inbox: bool) -> anyhow::Result<()> {
         // The client has no round trip of its own to await, so this asks an inbox that nobody
         // listens to: "no responders" comes back at once, and after any refusal. A user without
         // permission to use inboxes gets a refusal, which is as good an answer.
@@ -227,8 +279,10 @@ impl Faults {
                 biased;
                 notice = self.notice() => match notice {
                     Notice::Fatal(reason) => return Err(reason),
+                    Notice::InboxRefused if needs_inbox => return Err(inbox_refused()),
                     Notice::InboxRefused | Notice::ProbeRefused => return Ok(()),
                     Notice::Connected | Notice::LookRefused => continue,
+                    Notice::Replaced => return Err(ClientEnded.into()),
                 },
                 answer = client.request(client.new_inbox(), "".into()) => match answer {
                     Err(error) if error.kind() == async_nats::RequestErrorKind::TimedOut => {}
@@ -236,15 +290,41 @@ impl Faults {
                     _ => tokio::task::yield_now().await,
                 },
             }
-            while let Ok(notice) = self.0.try_recv() {
+            while let Ok(notice) = self.notices.try_recv() {
                 if let Notice::Fatal(reason) = notice {
                     return Err(reason);
                 }
             }
-            if client.connection_state() == async_nats::connection::State::Connected {
+            if client.connection_state() == State::Connected {
                 return Ok(());
             }
         }
+    }
+}
+
+impl Successor {
+    /// Starts another client, with growing waits where one after the other breaks down; what it reports.
+    async fn replace(&mut self) -> anyhow::Result<mpsc::UnboundedReceiver<Notice>> {
+        let now = Instant::now();
+        if now > self.due + LASTING {
+            self.failures = 0;
+        }
+        sleep_until(self.due.into()).await;
+        let (client, notices) = start(&self.config, &self.status).await?;
+        self.failures += 1;
+        self.due = Instant::now() + BACKOFF.wait(self.failures);
+        self.status.set_disconnected();
+        let loss = match self.config.mode {
+            Mode::Core { .. } => "; messages that were on their way are lost",
+            Mode::Durable { .. } => "",
+        };
+        error!(
+            "the NATS client has broken down and is replaced, as after a message that it cannot bear (a \
+             carriage return in a header value, for one){loss}"
+        );
+        self.current
+            .send_modify(|current| *current = current.followed_by(client));
+        Ok(notices)
     }
 }
 
@@ -283,7 +363,7 @@ struct Progress {
 }
 
 impl Observer {
-    fn new(config: &Config, status: &Arc<Status>) -> (Arc<Self>, Faults) {
+    fn new(config: &Config, status: &Arc<Status>) -> (Arc<Self>, mpsc::UnboundedReceiver<Notice>) {
         let (sender, receiver) = mpsc::unbounded_channel();
         let observer = Self {
             subject: config.prefix.wildcard(),
@@ -294,7 +374,7 @@ impl Observer {
             status: Arc::clone(status),
             faults: sender,
         };
-        (Arc::new(observer), Faults(receiver))
+        (Arc::new(observer), receiver)
     }
 
     /// One server after the other; at once in the first round, then with growing waits.
@@ -436,6 +516,10 @@ impl Observer {
             );
         }
         if text.eq_ignore_ascii_case("maximum subscriptions exceeded") {
+            if self.is_lossy {
+                // Its own subscription came first; it can do without the one of an inbox.
+                return self.tell(Notice::InboxRefused);
+            }
             return self.fatal(anyhow!("NATS refused the subscription: {text}"));
         }
         error!("the NATS server reports: {text}");
@@ -486,12 +570,6 @@ fn refused_subject(text: &str, what: &str) -> Option<String> {
             character => subject.push(character),
         }
     }
-}
-
-/// How many connections there have been.
-#[must_use]
-pub fn connections(client: &Client) -> u64 {
-    client.statistics().connects.load(Relaxed)
 }
 
 /// The address of a server, without a login that a cluster may have advertised with it.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::bail;
-use async_nats::{Client, connection::State, header::NATS_MESSAGE_ID, jetstream::Context};
+use async_nats::{header::NATS_MESSAGE_ID, jetstream::Context};
 use log::warn;
 use reqwest::header::HeaderValue;
 use serde_json::{Value, json};
@@ -12,6 +12,7 @@ use tokio::time::sleep;
 use crate::{
     config::{Config, FAILED_STREAM, Mode, RELAYED_STREAM},
     keeper::{BACKOFF, Failure, Keeper},
+    nats::Connection,
     republish::Marks,
     source::{Delivery, Origin},
     status::Status,
@@ -20,8 +21,7 @@ use crate::{
 
 /// Where a relay publishes.
 pub struct Outlets {
-    client: Client,
-    jetstream: Context,
+    connection: Connection,
     /// The prefix of what it takes.
     prefix: Prefix,
     /// The stream that it takes it from, if it does.
@@ -48,17 +48,11 @@ pub struct Outlet {
 impl Outlets {
     /// As the configuration says.
     #[must_use]
-    pub fn new(client: Client, jetstream: Context, config: &Config, status: &Arc<Status>) -> Self {
+    pub fn new(connection: Connection, config: &Config, status: &Arc<Status>) -> Self {
         let keeper = |variable, stream: &Option<String>| {
-            let (client, jetstream) = (client.clone(), jetstream.clone());
+            let connection = connection.clone();
             let status = Arc::clone(status);
-            Some(Keeper::new(
-                client,
-                jetstream,
-                status,
-                variable,
-                stream.clone()?,
-            ))
+            Some(Keeper::new(connection, status, variable, stream.clone()?))
         };
         let input = match &config.mode {
             Mode::Core { .. } => None,
@@ -71,8 +65,7 @@ impl Outlets {
             Outlet::new(prefix, failed, false)
         });
         Self {
-            client,
-            jetstream,
+            connection,
             prefix: config.prefix.clone(),
             input,
             relayed,
@@ -95,7 +88,7 @@ impl Outlets {
             failures += 1;
             let wait = BACKOFF.wait(failures);
             // Without a connection that is what the log says already.
-            if self.client.connection_state() == State::Connected {
+            if self.connection.is_up() {
                 warn!("JetStream is not ready: {reason}; next attempt in {wait:.1?}");
             }
             sleep(wait).await;
@@ -104,7 +97,7 @@ impl Outlets {
 
     async fn try_open(&mut self) -> Result<(), Failure> {
         let Self {
-            jetstream,
+            connection,
             prefix,
             relayed,
             failed,
@@ -113,11 +106,11 @@ impl Outlets {
         let input = self.input.as_deref();
         let failed_prefix = failed.iter().map(|failed| &failed.prefix);
         let others: Vec<_> = failed_prefix.chain([&*prefix]).collect();
-        let is_shared = relayed.open(jetstream, input, &others).await?;
+        let is_shared = relayed.open(connection, input, &others).await?;
         relayed.suffix = if is_shared { ".relayed" } else { "" };
         if let Some(failed) = failed {
             let others = [&*prefix, &relayed.prefix];
-            let is_shared = failed.open(jetstream, input, &others).await?;
+            let is_shared = failed.open(connection, input, &others).await?;
             failed.suffix = if is_shared { ".failed" } else { "" };
         }
         Ok(())
@@ -147,7 +140,7 @@ impl Outlet {
     /// `others` as well as this prefix.
     async fn open(
         &self,
-        jetstream: &Context,
+        connection: &Connection,
         input: Option<&str>,
         others: &[&Prefix],
     ) -> Result<bool, Failure> {
@@ -156,7 +149,7 @@ impl Outlet {
                 let subjects = keeper.open(&self.prefix).await?;
                 Ok(others.iter().any(|other| other.meets_any(&subjects)))
             }
-            (None, Some(input)) => Ok(keeps(jetstream, input, &self.prefix).await),
+            (None, Some(input)) => Ok(keeps(&connection.jetstream(), input, &self.prefix).await),
             (None, None) => Ok(false),
         }
     }

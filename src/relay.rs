@@ -3,7 +3,7 @@
 use std::{fmt, future::pending, ops::ControlFlow, pin::pin, sync::Arc, time::Duration};
 
 use anyhow::{anyhow, bail};
-use async_nats::{Client, HeaderMap, connection::State, jetstream::Context};
+use async_nats::HeaderMap;
 use futures::{Stream, StreamExt, future::join_all};
 use log::{error, info, warn};
 use reqwest::{StatusCode, header::HeaderValue};
@@ -13,7 +13,7 @@ use crate::{
     backoff::Backoff,
     config::Config,
     heartbeat::Heartbeat,
-    nats::connections,
+    nats::{ClientEnded, Connection},
     outlet::{Outlet, Outlets},
     republish::{GivenUp, failed_headers, relayed_headers, target_subject},
     source::{Delivery, Origin, Source, Verdict, settle},
@@ -37,10 +37,10 @@ pub struct Relay {
 
 /// What works on one message, while the source is attended to.
 struct Worker {
-    client: Client,
+    connection: Connection,
     outlets: Outlets,
     webhook: Webhook,
-    config: Config,
+    config: Arc<Config>,
     status: Arc<Status>,
     /// In the order of the webhook's targets.
     destinations: Vec<DestinationMetrics>,
@@ -82,23 +82,22 @@ impl fmt::Display for Relayed {
 }
 
 impl Relay {
-    /// A relay that takes from `source`, POSTs to `webhook` and republishes by `client`. Must be
+    /// A relay that takes from `source`, POSTs to `webhook` and republishes by `connection`. Must be
     /// called within a tokio runtime.
     #[must_use]
     pub fn new(
-        client: Client,
-        jetstream: Context,
+        connection: Connection,
         source: Source,
         webhook: Webhook,
-        config: Config,
+        config: Arc<Config>,
         status: Arc<Status>,
     ) -> Self {
         let heartbeat = Heartbeat::new(config.status_listen.is_some());
         let destinations = (0..webhook.targets().len()).map(|place| status.destination(place));
-        let outlets = Outlets::new(client.clone(), jetstream, &config, &status);
+        let outlets = Outlets::new(connection.clone(), &config, &status);
         let worker = Worker {
             destinations: destinations.collect(),
-            client,
+            connection,
             outlets,
             webhook,
             config,
@@ -311,7 +310,7 @@ impl Worker {
         let publication = Publication {
             outlet,
             subject: &target,
-            headers: relayed_headers(delivery, marks, self.client.max_payload()),
+            headers: relayed_headers(delivery, marks, self.connection.client().max_payload()),
         };
         let is_settled = self
             .conclude(delivery, Some(publication), Verdict::Ack)
@@ -407,7 +406,7 @@ impl Worker {
             let published = match target_subject(delivery, &self.config.prefix, &outlet.prefix) {
                 Ok(target) => {
                     let marks = outlet.marks(delivery, id);
-                    let max_payload = self.client.max_payload();
+                    let max_payload = self.connection.client().max_payload();
                     let publication = Publication {
                         outlet,
                         subject: &target,
@@ -467,36 +466,52 @@ impl Worker {
             message = None;
         }
         loop {
-            if self.client.connection_state() != State::Connected {
+            if !self.connection.is_up() {
                 // Completes only with a connection.
-                self.client.flush().await?;
+                let _ = self.connection.client().flush().await;
             }
-            let connection = connections(&self.client);
-            let refused = self.status.publish_refused();
-            if let Some(message) = &message {
-                let (subject, headers) = (message.subject.to_owned(), message.headers.clone());
-                let payload = delivery.payload.clone();
-                self.client
-                    .publish_with_headers(subject, headers, payload)
-                    .await?;
-            }
-            let is_settled = match &delivery.origin {
-                Origin::Core => {
-                    self.client.flush().await?;
-                    true
+            let epoch = self.connection.epoch();
+            let is_settled = match self.try_to_conclude(delivery, &message, verdict).await {
+                Err(error) if error.is::<ClientEnded>() => {
+                    self.connection.replaced(epoch).await;
+                    continue;
                 }
-                Origin::Stream { receipt, .. } => {
-                    let is_settled = settle(&self.client, receipt, verdict).await;
-                    // A refusal comes before the confirmation of the ack.
-                    if message.is_some() && self.status.publish_refused() > refused {
-                        bail!("NATS refuses it");
-                    }
-                    is_settled
-                }
+                is_settled => is_settled?,
             };
             // What was under way on a connection that broke may be lost: once more, then.
-            if connections(&self.client) == connection {
+            if self.connection.epoch() == epoch {
                 return Ok(is_settled);
+            }
+        }
+    }
+
+    async fn try_to_conclude(
+        &self,
+        delivery: &Delivery,
+        message: &Option<Publication<'_>>,
+        verdict: Verdict<'_>,
+    ) -> anyhow::Result<bool> {
+        let refused = self.status.publish_refused();
+        if let Some(message) = message {
+            let (subject, headers) = (message.subject.to_owned(), message.headers.clone());
+            let payload = delivery.payload.clone();
+            self.connection
+                .publish(subject, None, headers, payload)
+                .await?;
+        }
+        match &delivery.origin {
+            Origin::Core => {
+                let flushed = self.connection.client().flush().await;
+                flushed.map_err(|_| ClientEnded)?;
+                Ok(true)
+            }
+            Origin::Stream { receipt, .. } => {
+                let is_settled = settle(&self.connection, receipt, verdict).await;
+                // A refusal comes before the confirmation of the ack.
+                if message.is_some() && self.status.publish_refused() > refused {
+                    bail!("NATS refuses it");
+                }
+                Ok(is_settled)
             }
         }
     }

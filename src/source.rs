@@ -11,12 +11,12 @@ mod unreadable;
 
 use std::sync::Arc;
 
-use async_nats::{Client, HeaderMap, Subject, jetstream::Context};
+use async_nats::{HeaderMap, Subject};
 use bytes::Bytes;
 
 use crate::{
     config::{Config, Mode},
-    nats::Faults,
+    nats::{Connection, Faults},
     status::Status,
 };
 
@@ -70,8 +70,7 @@ impl Source {
     /// A source of everything below the prefix. Must be called within a tokio runtime.
     #[must_use]
     pub fn new(
-        client: Client,
-        jetstream: Context,
+        connection: Connection,
         faults: Faults,
         config: &Config,
         status: &Arc<Status>,
@@ -80,17 +79,24 @@ impl Source {
         match config.mode.clone() {
             Mode::Core { queue_group } => {
                 let needs_inbox = config.relayed_stream.is_some() || config.failed_stream.is_some();
-                let core = Core::new(client, faults, subject, queue_group, needs_inbox, status);
+                let core = Core::new(
+                    connection,
+                    faults,
+                    subject,
+                    queue_group,
+                    needs_inbox,
+                    status,
+                );
                 Self::Core(Box::new(core))
             }
             Mode::Durable { stream, consumer } => {
                 let consumer = Consumer {
-                    jetstream,
+                    connection: connection.clone(),
                     stream,
                     name: consumer,
                     filter: subject,
                 };
-                Self::Durable(Box::new(Durable::new(client, faults, status, consumer)))
+                Self::Durable(Box::new(Durable::new(connection, faults, status, consumer)))
             }
         }
     }

@@ -4,12 +4,14 @@ use std::time::Duration;
 
 use anyhow::{anyhow, bail};
 use async_nats::jetstream::{
-    Context, ErrorCode,
+    ErrorCode,
     consumer::{self, AckPolicy, pull},
     context::ConsumerInfoErrorKind,
     stream::{ConsumerErrorKind, Stream},
 };
 use log::info;
+
+use crate::nats::Connection;
 
 /// How long the server waits for a sign of life about a message before it hands it out again. It
 /// bounds how long a dead replica holds up the others.
@@ -30,7 +32,7 @@ pub(crate) enum Trouble {
 /// The consumer that a relay needs.
 pub(crate) struct Consumer {
     /// By which it asks.
-    pub(crate) jetstream: Context,
+    pub(crate) connection: Connection,
     /// The stream that it consumes.
     pub(crate) stream: String,
     /// Its name.
@@ -99,7 +101,11 @@ impl Consumer {
     }
 
     async fn handle(&self) -> Result<Stream<()>, Trouble> {
-        let handle = self.jetstream.get_stream_no_info(&self.stream).await;
+        let handle = self
+            .connection
+            .jetstream()
+            .get_stream_no_info(&self.stream)
+            .await;
         handle.map_err(|error| Trouble::Fatal(error.into()))
     }
 

@@ -2,8 +2,7 @@
 
 use std::{future::pending, sync::Arc, time::Duration};
 
-use anyhow::{Context, bail};
-use async_nats::{Client, Message, Subscriber, connection::State};
+use async_nats::{Message, Subscriber};
 use futures::{FutureExt, StreamExt};
 use log::error;
 use tokio::{
@@ -15,14 +14,18 @@ use super::{
     Delivery,
     buffer::{BUFFER_BYTES, Buffer},
 };
-use crate::{nats::Faults, status::Status, text::count};
+use crate::{
+    nats::{ClientEnded, Connection, Faults, Notice, inbox_refused},
+    status::Status,
+    text::count,
+};
 
 /// Drops are reported at most this often.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
 
 /// A core subscription with its buffer.
 pub struct Core {
-    client: Client,
+    connection: Connection,
     faults: Faults,
     subject: String,
     queue_group: Option<String>,
@@ -45,7 +48,7 @@ struct Drops {
 
 impl Core {
     pub(super) fn new(
-        client: Client,
+        connection: Connection,
         faults: Faults,
         subject: String,
         queue_group: Option<String>,
@@ -53,7 +56,7 @@ impl Core {
         status: Arc<Status>,
     ) -> Self {
         Self {
-            client,
+            connection,
             faults,
             subject,
             queue_group,
@@ -67,13 +70,24 @@ impl Core {
     }
 
     pub(super) async fn open(&mut self) -> anyhow::Result<()> {
-        let subject = self.subject.clone();
+        loop {
+            self.subscribe().await;
+            let client = self.connection.client();
+            match self.faults.confirm(&client, self.needs_inbox).await {
+                Err(error) if error.is::<ClientEnded>() => {}
+                confirmed => return confirmed,
+            }
+        }
+    }
+
+    async fn subscribe(&mut self) {
+        let (client, subject) = (self.connection.client(), self.subject.clone());
         let subscriber = match self.queue_group.clone() {
-            Some(group) => self.client.queue_subscribe(subject, group).await,
-            None => self.client.subscribe(subject).await,
+            Some(group) => client.queue_subscribe(subject, group).await,
+            None => client.subscribe(subject).await,
         };
-        self.subscriber = Some(subscriber.context("cannot subscribe")?);
-        self.faults.confirm(&self.client).await
+        // It only fails where the client has broken down, and then there will be another one.
+        self.subscriber = subscriber.ok();
     }
 
     pub(super) async fn next(&mut self) -> anyhow::Result<Option<Delivery>> {
@@ -82,7 +96,7 @@ impl Core {
                 self.show_waiting();
                 return Ok(Some(delivery));
             }
-            if self.subscriber.is_none() {
+            if self.is_retired && self.subscriber.is_none() {
                 return Ok(None);
             }
             self.step().await?;
@@ -96,7 +110,7 @@ impl Core {
     /// Unsubscribes, so that the other members of the queue group get what follows.
     pub(super) async fn retire(&mut self) {
         self.is_retired = true;
-        let is_connected = self.client.connection_state() == State::Connected;
+        let is_connected = self.connection.is_up();
         if let Some(subscriber) = &mut self.subscriber {
             // What is under way still arrives; without a connection nothing is.
             if !is_connected || subscriber.drain().await.is_err() {
@@ -124,16 +138,26 @@ impl Core {
 
     /// Takes a message into the buffer, or reports drops, whichever is due first.
     async fn step(&mut self) -> anyhow::Result<()> {
-        let Some(subscriber) = &mut self.subscriber else {
-            return pending().await;
-        };
         tokio::select! {
             biased;
-            reason = self.faults.fatal(self.needs_inbox) => return Err(reason),
-            message = arrived(subscriber) => match message {
+            notice = self.faults.notice() => match notice {
+                Notice::Fatal(reason) => return Err(reason),
+                Notice::InboxRefused if self.needs_inbox => return Err(inbox_refused()),
+                Notice::Replaced => {
+                    self.end_subscription();
+                    if !self.is_retired {
+                        self.subscribe().await;
+                    }
+                }
+                Notice::InboxRefused
+                | Notice::ProbeRefused
+                | Notice::LookRefused
+                | Notice::Connected => {}
+            },
+            message = next_of(&mut self.subscriber) => match message {
                 Some(message) => self.take(message),
-                None if self.is_retired => self.subscriber = None,
-                None => bail!("the subscription ended by itself"),
+                // It was ended by us, or the client has broken down, which is noticed in a moment.
+                None => self.subscriber = None,
             },
             () = self.drops.report_due() => self.drops.report(&self.status),
         }
@@ -163,6 +187,14 @@ impl Core {
                 count(self.waiting.len() as u64, "message")
             );
         }
+    }
+}
+
+/// The next message of a subscription, as long as there is one.
+async fn next_of(subscriber: &mut Option<Subscriber>) -> Option<Message> {
+    match subscriber {
+        Some(subscriber) => arrived(subscriber).await,
+        None => pending().await,
     }
 }
 

@@ -6,7 +6,7 @@
 use std::{collections::VecDeque, future::pending, pin::Pin, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, anyhow, bail};
-use async_nats::{Client, Message, Request, StatusCode, Subject, Subscriber, connection::State};
+use async_nats::{Message, Request, StatusCode, Subject, Subscriber};
 use futures::{FutureExt, StreamExt};
 use log::{debug, info, warn};
 use tokio::time::{Instant, Sleep, sleep, timeout};
@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     backoff::Backoff,
-    nats::{Faults, Notice, connections, inbox_refused},
+    nats::{Connection, Faults, Notice, inbox_refused},
     status::Status,
 };
 
@@ -58,13 +58,15 @@ const SETTLE_AGAIN: Duration = Duration::from_millis(250);
 
 /// A durable consumer.
 pub struct Durable {
-    client: Client,
+    connection: Connection,
     faults: Faults,
     status: Arc<Status>,
     consumer: Consumer,
     /// Pull request `n` is answered on `<inbox>.<n>`.
     inbox: String,
     subscriber: Option<Subscriber>,
+    /// Whether the subscription has been ended by ourselves.
+    is_retired: bool,
     pull: Pull,
     /// When the server last said anything.
     heard: Instant,
@@ -130,18 +132,19 @@ pub enum Verdict<'a> {
 
 impl Durable {
     pub(super) fn new(
-        client: Client,
+        connection: Connection,
         faults: Faults,
         status: Arc<Status>,
         consumer: Consumer,
     ) -> Self {
         Self {
-            inbox: client.new_inbox(),
+            inbox: connection.client().new_inbox(),
             consumer,
-            client,
+            connection,
             faults,
             status,
             subscriber: None,
+            is_retired: false,
             pull: Pull::Ended(0),
             heard: Instant::now(),
             verified: Instant::now(),
@@ -155,10 +158,10 @@ impl Durable {
     }
 
     pub(super) async fn open(&mut self) -> anyhow::Result<()> {
-        let subscriber = self.client.subscribe(format!("{}.*", self.inbox)).await;
-        self.subscriber = Some(subscriber.context("cannot subscribe to an inbox")?);
         let mut failures = 0;
         loop {
+            let epoch = self.connection.epoch();
+            self.subscribe().await;
             let reason = tokio::select! {
                 biased;
                 reason = self.faults.fatal(true) => return Err(reason),
@@ -167,7 +170,10 @@ impl Durable {
                         // What it means that there is no answer was said where it became known.
                         let _ = unreadable::try_to_look(&self.consumer).await;
                         self.arrived.extend(unreadable::find(&self.consumer).await);
-                        return Ok(());
+                        if self.connection.epoch().is_of_the_same_client(epoch) {
+                            return Ok(());
+                        }
+                        continue;
                     }
                     Err(Trouble::Fatal(reason) | Trouble::NobodyAnswers(reason)) => {
                         return Err(reason);
@@ -180,7 +186,7 @@ impl Durable {
             failures += 1;
             let wait = BACKOFF.wait(failures);
             // Without a connection that is what the log says already.
-            if self.client.connection_state() == State::Connected {
+            if self.connection.is_up() {
                 warn!("JetStream is not ready: {reason}; next attempt in {wait:.1?}");
             }
             tokio::select! {
@@ -191,12 +197,18 @@ impl Durable {
         }
     }
 
+    async fn subscribe(&mut self) {
+        let client = self.connection.client();
+        // It only fails where the client has broken down, and then there will be another one.
+        self.subscriber = client.subscribe(format!("{}.*", self.inbox)).await.ok();
+    }
+
     pub(super) async fn next(&mut self) -> anyhow::Result<Option<Delivery>> {
         loop {
-            if self.subscriber.is_none() {
+            if self.is_retired {
                 return Ok(None);
             }
-            self.request_next().await?;
+            self.request_next().await;
             let is_strange =
                 |(delivery, _): &(Delivery, _)| !self.consumer.wants(&delivery.subject);
             if self.arrived.front().is_some_and(is_strange) && !self.verify().await? {
@@ -214,12 +226,12 @@ impl Durable {
                 .is_some_and(|finished| finished.is_of_the_same(&receipt))
             {
                 // Handed out again while it was worked on, as after a lost connection.
-                self.client.publish(receipt.ack, "+ACK".into()).await?;
+                self.tell(receipt.ack, "+ACK").await;
                 continue;
             }
             self.in_hand = Some(receipt);
             // The next request is with the server before the ack is, so that no time is lost.
-            self.request_next().await?;
+            self.request_next().await;
             return Ok(Some(delivery));
         }
     }
@@ -240,6 +252,7 @@ impl Durable {
 
     /// From now on the server hands out nothing to us.
     pub(super) async fn retire(&mut self) {
+        self.is_retired = true;
         if let Some(mut subscriber) = self.subscriber.take() {
             // It only fails where the client has ended, and the subscription with it.
             let _ = subscriber.unsubscribe().await;
@@ -252,24 +265,25 @@ impl Durable {
     /// Hands back what was not finished, so that another replica can go on at once.
     pub(super) async fn close(mut self) {
         self.retire().await;
-        let arrived = self.arrived.into_iter().map(|(_, receipt)| receipt);
-        for receipt in self.in_hand.into_iter().chain(arrived) {
+        let arrived = std::mem::take(&mut self.arrived);
+        let arrived = arrived.into_iter().map(|(_, receipt)| receipt);
+        for receipt in self.in_hand.take().into_iter().chain(arrived) {
             info!(
                 "message {} is handed back to the stream {}",
                 receipt.sequence, self.consumer.stream
             );
-            let _ = self.client.publish(receipt.ack, "-NAK".into()).await;
+            self.tell(receipt.ack, "-NAK").await;
         }
         // Without a connection it would wait in vain.
-        if self.client.connection_state() == State::Connected {
-            let _ = timeout(CONFIRMATION_TIMEOUT, self.client.flush()).await;
+        if self.connection.is_up() {
+            let _ = timeout(CONFIRMATION_TIMEOUT, self.connection.client().flush()).await;
         }
     }
 
     /// Sends a pull request if none is under way.
-    async fn request_next(&mut self) -> anyhow::Result<()> {
+    async fn request_next(&mut self) {
         let Pull::Ended(last) = self.pull else {
-            return Ok(());
+            return;
         };
         let pull = last + 1;
         let request = format!(
@@ -282,12 +296,19 @@ impl Durable {
             self.consumer.stream, self.consumer.name
         );
         let answers = format!("{}.{pull}", self.inbox);
-        self.client
+        // Were there no client to send it, it would be sent anew by the next one.
+        let client = self.connection.client();
+        let _ = client
             .publish_with_reply(subject, answers, request.into())
-            .await?;
+            .await;
         self.pull = Pull::UnderWay(pull);
         self.heard = Instant::now();
-        Ok(())
+    }
+
+    /// Tells the server something about a delivery that it need not confirm. What a client that has
+    /// broken down did not send is made up for: the server hands the message out again.
+    async fn tell(&self, ack: Subject, word: &'static str) {
+        let _ = self.connection.client().publish(ack, word.into()).await;
     }
 
     /// Does the one thing that is due first.
@@ -298,6 +319,11 @@ impl Durable {
                 Notice::Fatal(reason) => return Err(reason),
                 Notice::InboxRefused => return Err(inbox_refused()),
                 Notice::LookRefused | Notice::ProbeRefused => {}
+                Notice::Replaced => {
+                    if !self.is_retired {
+                        self.subscribe().await;
+                    }
+                }
                 Notice::Connected => {
                     if self.in_hand.is_none() {
                         self.arrived.extend(unreadable::find(&self.consumer).await);
@@ -306,9 +332,11 @@ impl Durable {
                     self.end_pull();
                 }
             },
-            message = next_of(&mut self.subscriber) => {
-                self.hear(message.context("the subscription ended by itself")?)?;
-            }
+            message = next_of(&mut self.subscriber) => match message {
+                Some(message) => self.hear(message)?,
+                // The client has broken down, which is noticed in a moment.
+                None => self.subscriber = None,
+            },
             () = &mut self.tick => {
                 self.tick.as_mut().reset(Instant::now() + TICK);
                 self.look_around().await?;
@@ -423,13 +451,11 @@ impl Durable {
 
     /// What is due at every tick.
     async fn look_around(&mut self) -> anyhow::Result<()> {
-        let connected = self.client.connection_state() == State::Connected;
+        let connected = self.connection.is_up();
         if connected {
             let arrived = self.arrived.iter().map(|(_, receipt)| receipt);
             for receipt in self.in_hand.iter().chain(arrived) {
-                self.client
-                    .publish(receipt.ack.clone(), "+WPI".into())
-                    .await?;
+                self.tell(receipt.ack.clone(), "+WPI").await;
             }
         }
         if connected && self.subscriber.is_some() && self.arrived.is_empty() {
@@ -437,7 +463,7 @@ impl Durable {
             // had handed the message out, and confirms no ack before it has done so again. Not when
             // another one waits already, as when the one in hand has left the stream: there would be
             // no end to those that wait.
-            self.request_next().await?;
+            self.request_next().await;
         }
         let suspicious = match self.pull {
             Pull::UnderWay(_) => self.heard.elapsed() > SILENCE,
@@ -492,20 +518,21 @@ fn deleted(consumer: &str) -> anyhow::Error {
 /// Returns early when the connection was lost meanwhile, for what was sent before on it may be lost as
 /// well. A server that was killed may have forgotten that it had handed the message out, and never
 /// confirms; it then hands out the message again. So does one that a dead connection never reached.
-pub async fn settle(client: &Client, receipt: &Receipt, verdict: Verdict<'_>) -> bool {
+pub async fn settle(connection: &Connection, receipt: &Receipt, verdict: Verdict<'_>) -> bool {
+    let client = connection.client();
     let word = match verdict {
         Verdict::Ack => "+ACK".to_owned(),
         // Older servers do not know a `+TERM` with a reason.
         Verdict::Term(reason) if client.is_server_compatible(2, 10, 4) => format!("+TERM {reason}"),
         Verdict::Term(_) => "+TERM".to_owned(),
     };
-    let (connection, start) = (connections(client), Instant::now());
+    let (epoch, start) = (connection.epoch(), Instant::now());
     loop {
         let request = Request::new()
             .payload(word.clone().into())
             .timeout(Some(CONFIRMATION_TIMEOUT));
         let confirmed = client.send_request(receipt.ack.clone(), request).await;
-        if confirmed.is_ok() || connections(client) != connection {
+        if confirmed.is_ok() || connection.epoch() != epoch {
             return confirmed.is_ok();
         }
         if start.elapsed() > SETTLE_PATIENCE {

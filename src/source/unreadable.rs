@@ -21,12 +21,16 @@ pub(crate) async fn try_to_look(consumer: &Consumer) -> Result<(), RequestError>
 async fn ask(consumer: &Consumer, sequence: u64) -> Result<Value, RequestError> {
     let subject = format!("STREAM.MSG.GET.{}", consumer.stream);
     let question = json!({ "seq": sequence });
-    consumer.jetstream.request(subject, &question).await
+    consumer
+        .connection
+        .jetstream()
+        .request(subject, &question)
+        .await
 }
 
 /// The message that is out and not acked, if it cannot be read.
 pub(super) async fn find(consumer: &Consumer) -> Option<(Delivery, Receipt)> {
-    let context = &consumer.jetstream;
+    let context = consumer.connection.jetstream();
     let stream = context.get_stream_no_info(&consumer.stream).await.ok()?;
     let info = stream.consumer_info(&consumer.name).await.ok()?;
     if info.num_ack_pending == 0 {

@@ -346,3 +346,89 @@ async fn a_message_that_no_client_can_read_costs_nothing_that_came_before_and_is
         }
     }
 }
+
+/// A way to a server on which something can be said to the client in the server's name.
+async fn through(nats: &NatsServer) -> (String, tokio::sync::broadcast::Sender<&'static [u8]>) {
+    let port = nats.port();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("nats://{}", listener.local_addr().unwrap());
+    let (say, _) = tokio::sync::broadcast::channel(1);
+    let saying = say.clone();
+    tokio::spawn(async move {
+        while let Ok((outer, _)) = listener.accept().await {
+            let mut said = saying.subscribe();
+            let inner = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+            tokio::spawn(async move {
+                let (mut from_client, mut to_client) = outer.into_split();
+                let (mut from_server, mut to_server) = inner.into_split();
+                let answers = async {
+                    let mut buffer = [0; 4096];
+                    loop {
+                        let bytes = tokio::select! {
+                            length = from_server.read(&mut buffer) => &buffer[..length.ok()?],
+                            said = said.recv() => said.ok()?,
+                        };
+                        to_client
+                            .write_all(bytes)
+                            .await
+                            .ok()
+                            .filter(|()| !bytes.is_empty())?;
+                    }
+                };
+                tokio::select! {
+                    end = answers => end,
+                    _ = tokio::io::copy(&mut from_client, &mut to_server) => None::<()>,
+                }
+            });
+        }
+    });
+    (url, say)
+}
+
+#[tokio::test]
+async fn a_client_that_breaks_down_is_replaced_and_what_waits_is_kept() {
+    const COUNT: usize = 50;
+    for killer in ["a carriage return", "an error without a text"] {
+        let nats = NatsServer::start().await;
+        let client = nats.client().await;
+        let mut relayed = client.subscribe("relayed.>").await.unwrap();
+        let webhook = Webhook::script([Answer::ok_after(Duration::from_millis(500))]).await;
+        let (url, say) = through(&nats).await;
+        let relay = Relay::listening(&nats, &webhook, &[("NATS_HOST", &url)]).await;
+        for n in 0..COUNT {
+            client
+                .publish("cms.cache.x", n.to_string().into())
+                .await
+                .unwrap();
+        }
+        client.flush().await.unwrap();
+        webhook.received(1).await;
+        if killer.starts_with("a carriage") {
+            nats.publish_raw(b"cms.cache.raw", b"NATS/1.0\r\nA: b\rc\r\n\r\n", b"raw")
+                .await;
+        } else {
+            say.send(b"-ERR\r\n").unwrap();
+        }
+        let line = relay
+            .logged("the NATS client has broken down and is replaced")
+            .await;
+        assert!(
+            line.contains("messages that were on their way are lost"),
+            "{line}"
+        );
+        for n in 0..COUNT {
+            assert_eq!(next(&mut relayed).await.payload, n.to_string(), "{killer}");
+        }
+        assert_eq!(webhook.count(), COUNT, "each was POSTed once");
+        let moment = Duration::from_millis(200);
+        loop {
+            client.publish("cms.cache.x", "after".into()).await.unwrap();
+            if let Ok(message) = tokio::time::timeout(moment, next(&mut relayed)).await {
+                assert_eq!(message.payload, "after");
+                break;
+            }
+        }
+        relay.signal("TERM");
+        assert_eq!(relay.ended().await.0, Some(0));
+    }
+}

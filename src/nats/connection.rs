@@ -1,0 +1,146 @@
+//! The connection to NATS, as all parts of the relay share it: a client, and another one in its place
+//! once it has broken down. The client does so on some messages (a carriage return in a header value), and
+//! that must not end the relay.
+
+use std::{fmt, sync::atomic::Ordering::Relaxed, time::Duration};
+
+use async_nats::{
+    Client, HeaderMap, PublishError,
+    client::PublishErrorKind,
+    connection::State,
+    jetstream::{self, Context},
+};
+use bytes::Bytes;
+use tokio::sync::watch;
+
+/// How long a request to the JetStream API may take.
+const API_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The connection to NATS.
+#[derive(Clone)]
+pub struct Connection(watch::Receiver<Current>);
+
+/// The client that there is now.
+#[derive(Clone)]
+pub(super) struct Current {
+    client: Client,
+    /// Its JetStream. Only one, for each starts a task.
+    jetstream: Context,
+    /// How many clients there were before it.
+    number: u64,
+}
+
+/// Tells one connection to a server from another, also where that is the same server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Epoch {
+    client: u64,
+    connects: u64,
+}
+
+/// The client has broken down; there will be another one.
+#[derive(Debug)]
+pub struct ClientEnded;
+
+impl fmt::Display for ClientEnded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the NATS client has broken down")
+    }
+}
+
+impl std::error::Error for ClientEnded {}
+
+impl Epoch {
+    /// Whether it is of the same client, which keeps its subscriptions.
+    #[must_use]
+    pub fn is_of_the_same_client(self, other: Self) -> bool {
+        self.client == other.client
+    }
+}
+
+impl Connection {
+    /// The first client.
+    pub(super) fn new(client: Client) -> (watch::Sender<Current>, Self) {
+        let (sender, receiver) = watch::channel(Current::new(client, 0));
+        (sender, Self(receiver))
+    }
+
+    /// The client that there is now.
+    #[must_use]
+    pub fn client(&self) -> Client {
+        self.0.borrow().client.clone()
+    }
+
+    /// The JetStream API, with a bound on how long a request takes.
+    #[must_use]
+    pub fn jetstream(&self) -> Context {
+        self.0.borrow().jetstream.clone()
+    }
+
+    /// Which connection to a server this is. What was sent on an earlier one may be lost.
+    #[must_use]
+    pub fn epoch(&self) -> Epoch {
+        let current = self.0.borrow();
+        Epoch {
+            client: current.number,
+            connects: current.client.statistics().connects.load(Relaxed),
+        }
+    }
+
+    /// Whether there is a connection to a server just now.
+    #[must_use]
+    pub fn is_up(&self) -> bool {
+        self.0.borrow().client.connection_state() == State::Connected
+    }
+
+    /// Resolves once there is another client than in that epoch.
+    pub async fn replaced(&self, epoch: Epoch) {
+        let mut receiver = self.0.clone();
+        // It only fails where nobody is left to replace the client, as when the relay ends.
+        let _ = receiver
+            .wait_for(|current| current.number != epoch.client)
+            .await;
+    }
+
+    /// Publishes a message.
+    ///
+    /// # Errors
+    /// If the client refuses it; [`ClientEnded`] if there is none just now.
+    pub async fn publish(
+        &self,
+        subject: String,
+        reply: Option<String>,
+        headers: HeaderMap,
+        payload: Bytes,
+    ) -> anyhow::Result<()> {
+        let client = self.client();
+        let published = match reply {
+            Some(reply) => {
+                client
+                    .publish_with_reply_and_headers(subject, reply, headers, payload)
+                    .await
+            }
+            None => client.publish_with_headers(subject, headers, payload).await,
+        };
+        published.map_err(|error: PublishError| match error.kind() {
+            PublishErrorKind::Send => ClientEnded.into(),
+            PublishErrorKind::MaxPayloadExceeded | PublishErrorKind::InvalidSubject => error.into(),
+        })
+    }
+}
+
+impl Current {
+    pub(super) fn new(client: Client, number: u64) -> Self {
+        let mut jetstream = jetstream::new(client.clone());
+        jetstream.set_timeout(API_TIMEOUT);
+        Self {
+            client,
+            jetstream,
+            number,
+        }
+    }
+
+    /// What comes after it.
+    pub(super) fn followed_by(&self, client: Client) -> Self {
+        Self::new(client, self.number + 1)
+    }
+}
