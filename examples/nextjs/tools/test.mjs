@@ -174,7 +174,8 @@ async function mayReadStream() {
 async function receivers() {
   const secret = stack.settings.WEBHOOK_SECRET;
   const port = await freePort();
-  const route = `http://localhost:${secondSite}/api/cache/webhook`;
+  const route = (/** @type {number} */ site) => `http://localhost:${site}/api/cache/webhook`;
+  const receiver = `http://localhost:${port}`;
   const signed = (/** @type {string} */ body, at = new Date()) => ({
     body,
     headers: {
@@ -199,17 +200,17 @@ async function receivers() {
     [400, "a tag that is no string", signed('{"tags":["home",1]}')],
   ];
 
-  await expectAnswers(`http://localhost:${chosen.site}/api/cache/webhook`, cases);
+  await expectAnswers(route(chosen.site), cases);
   await stack.receiver(port);
-  await expectAnswers(`http://localhost:${port}`, cases);
+  await expectAnswers(receiver, cases);
   await stack.end("receiver");
 
   for (const WEBHOOK_SECRET of ["", "whsec_not base64"]) {
     await stack.site(secondSite, "second-site", { WEBHOOK_SECRET });
-    await expectAnswers(route, [[500, `WEBHOOK_SECRET=${WEBHOOK_SECRET}`, good]]);
+    await expectAnswers(route(secondSite), [[500, `WEBHOOK_SECRET=${WEBHOOK_SECRET}`, good]]);
     await stack.end("second-site");
     await stack.receiver(port, { WEBHOOK_SECRET });
-    await expectAnswers(`http://localhost:${port}`, [[500, `WEBHOOK_SECRET=${WEBHOOK_SECRET}`, good]]);
+    await expectAnswers(receiver, [[500, `WEBHOOK_SECRET=${WEBHOOK_SECRET}`, good]]);
     await stack.end("receiver");
   }
 
