@@ -7,7 +7,7 @@ use async_nats::{header::NATS_MESSAGE_ID, jetstream::Context};
 use log::warn;
 use reqwest::header::HeaderValue;
 use serde_json::{Value, json};
-use tokio::time::sleep;
+use tokio::{time::sleep, try_join};
 
 use crate::{
     config::{Config, FAILED_STREAM, Mode, RELAYED_STREAM},
@@ -106,12 +106,18 @@ impl Outlets {
         let input = self.input.as_deref();
         let failed_prefix = failed.iter().map(|failed| &failed.prefix);
         let others: Vec<_> = failed_prefix.chain([&*prefix]).collect();
-        let is_shared = relayed.open(connection, input, &others).await?;
-        relayed.suffix = if is_shared { ".relayed" } else { "" };
+        let relayed_open = relayed.open(connection, input, &others);
+        let others = [&*prefix, &relayed.prefix];
+        let failed_open = async {
+            match &failed {
+                Some(failed) => failed.open(connection, input, &others).await,
+                None => Ok(false),
+            }
+        };
+        let (relayed_shares, failed_shares) = try_join!(relayed_open, failed_open)?;
+        relayed.suffix = if relayed_shares { ".relayed" } else { "" };
         if let Some(failed) = failed {
-            let others = [&*prefix, &relayed.prefix];
-            let is_shared = failed.open(connection, input, &others).await?;
-            failed.suffix = if is_shared { ".failed" } else { "" };
+            failed.suffix = if failed_shares { ".failed" } else { "" };
         }
         Ok(())
     }

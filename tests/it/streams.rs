@@ -6,7 +6,8 @@ use async_nats::{
     HeaderMap,
     jetstream::{
         Context, consumer,
-        stream::{Config, DiscardPolicy, Source},
+        message::StreamMessage,
+        stream::{Config, DiscardPolicy, RawMessage, Source},
     },
 };
 use futures::StreamExt;
@@ -581,4 +582,41 @@ async fn one_stream_may_keep_all_prefixes() {
             .collect();
         assert_eq!(ids, ["0", "1"], "a webhook knows them by their own ids");
     }
+}
+
+#[tokio::test]
+async fn core_mode_gives_a_message_the_id_that_the_webhook_was_told() {
+    let nats = NatsServer::with_config("jetstream { store_dir: \"$DIR/jetstream\" }").await;
+    nats.create_stream("RELAYED", "relayed.>", 1).await;
+    let mut relayed = nats.client().await.subscribe("relayed.>").await.unwrap();
+    let webhook = Webhook::ok().await;
+    let _relay = Relay::listening(&nats, &webhook, &[RELAYED]).await;
+    nats.publish("cms.cache.x", "x").await;
+    let headers = next(&mut relayed).await.headers.unwrap();
+    let id = headers.get("Nats-Msg-Id").unwrap().as_str();
+    assert_eq!(webhook.requests()[0].header("webhook-id"), Some(id));
+    let expected = headers.get("Nats-Expected-Stream").unwrap();
+    assert_eq!(expected.as_str(), "RELAYED");
+}
+
+#[tokio::test]
+async fn a_message_that_cannot_be_read_is_kept_with_its_place_as_its_id() {
+    let nats = NatsServer::with_stream().await;
+    nats.create_stream("FAILED", "failed.>", 1).await;
+    let webhook = Webhook::ok().await;
+    nats.publish_raw(b"cms.cache.raw", b"NATS/1.0\r\nno colon\r\n\r\n", b"raw")
+        .await;
+    let _relay = Relay::durable(&nats, &webhook, &FAILED).await;
+    assert_eq!(payloads(&nats, "FAILED", 1).await, ["raw"]);
+    let jetstream = nats.jetstream().await;
+    let stored = async |stream: &str| {
+        let request = format!("STREAM.MSG.GET.{stream}");
+        let question = serde_json::json!({ "seq": 1 });
+        let answer: serde_json::Value = jetstream.request(request, &question).await.unwrap();
+        serde_json::from_value::<RawMessage>(answer["message"].clone()).unwrap()
+    };
+    let failed = StreamMessage::try_from(stored("FAILED").await).unwrap();
+    let place = format!("CMS-1-{}", stored("CMS").await.time.unix_timestamp_nanos());
+    let id = failed.headers.get("Nats-Msg-Id").unwrap();
+    assert_eq!(id.as_str(), place);
 }
