@@ -15,7 +15,7 @@ use prometheus::{
     TextEncoder,
 };
 
-use crate::text;
+use crate::{logging, text};
 
 /// What all names of metrics begin with.
 const NAMESPACE: &str = "nats_webhook_relay";
@@ -36,6 +36,7 @@ pub struct Status {
     given_up: IntCounterVec,
     dropped: IntCounter,
     publish_refused: IntCounter,
+    log_lines_dropped: IntCounter,
     attempts: IntCounterVec,
     attempt_duration: HistogramVec,
     message_duration: Histogram,
@@ -179,6 +180,10 @@ impl Status {
             publish_refused: counter(
                 "publish_refused_total",
                 "Messages that NATS did not let be published.",
+            )?,
+            log_lines_dropped: counter(
+                "log_lines_dropped_total",
+                "Log lines that could not be written.",
             )?,
             attempts: counters(
                 "webhook_attempts_total",
@@ -343,6 +348,8 @@ impl Status {
     /// # Errors
     /// If they can't be put into it.
     pub fn metrics(&self) -> prometheus::Result<String> {
+        let dropped = &self.log_lines_dropped;
+        dropped.inc_by(logging::dropped().saturating_sub(dropped.get()));
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
 

@@ -7,6 +7,7 @@ mod support;
 mod buffer;
 mod configuration;
 mod durable;
+mod log;
 mod logins;
 mod nats_faults;
 mod operating;

@@ -6,6 +6,7 @@ use prometheus_parse::{Scrape, Value};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::TcpStream,
+    time::timeout,
 };
 
 use crate::support::{Answer, NatsServer, PATIENCE, Relay, Webhook, next};
@@ -25,7 +26,8 @@ async fn get(address: &str, path: &str) -> (u16, String) {
     let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut answer = String::new();
-    stream.read_to_string(&mut answer).await.unwrap();
+    let read = timeout(PATIENCE, stream.read_to_string(&mut answer));
+    read.await.expect("an answer in time").unwrap();
     let (head, body) = answer.split_once("\r\n\r\n").unwrap();
     (head[9..12].parse().unwrap(), body.to_owned())
 }
@@ -55,7 +57,7 @@ pub async fn metrics(address: &str) -> HashMap<String, f64> {
 }
 
 /// Waits until an endpoint answers with this status and text.
-async fn until_answer(address: &str, path: &str, status: u16, text: &str) {
+pub async fn until_answer(address: &str, path: &str, status: u16, text: &str) {
     let deadline = tokio::time::Instant::now() + PATIENCE;
     loop {
         let answer = get(address, path).await;

@@ -1,0 +1,180 @@
+//! A log that nobody reads.
+
+use std::{
+    fs::File,
+    io::{ErrorKind, Read, Write},
+    os::{fd::OwnedFd, unix::net::UnixStream},
+    process::Stdio,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    process::{Child, Command},
+};
+
+use crate::{
+    operating::metrics,
+    support::{Answer, NatsServer, PATIENCE, Relay, Webhook, next, until},
+};
+
+/// Where a log goes, and where it can be read: a pipe, a socket, and a terminal.
+fn standard_errors() -> Vec<(File, OwnedFd)> {
+    let (pipe, into_pipe) = std::io::pipe().unwrap();
+    let (socket, into_socket) = UnixStream::pair().unwrap();
+    vec![
+        (OwnedFd::from(pipe).into(), into_pipe.into()),
+        (OwnedFd::from(socket).into(), into_socket.into()),
+        #[cfg(target_os = "linux")]
+        terminal(),
+    ]
+}
+
+#[cfg(target_os = "linux")]
+fn terminal() -> (File, OwnedFd) {
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+
+    let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&terminal).unwrap();
+    unlockpt(&terminal).unwrap();
+    let name = ptsname(&terminal, Vec::new()).unwrap();
+    let flags = OFlags::RDWR | OFlags::NOCTTY;
+    let other_end = rustix::fs::open(name, flags, rustix::fs::Mode::empty()).unwrap();
+    (terminal.into(), other_end)
+}
+
+/// Writes until nothing more fits.
+fn fill(into: OwnedFd) -> OwnedFd {
+    let flags = fcntl_getfl(&into).unwrap();
+    fcntl_setfl(&into, flags | OFlags::NONBLOCK).unwrap();
+    let mut file = File::from(into);
+    for size in [4096, 1] {
+        loop {
+            match file.write(&vec![b'\n'; size]) {
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+    fcntl_setfl(&file, flags).unwrap();
+    file.into()
+}
+
+/// A relay with this as its standard error, and the address of its status port, once it is subscribed.
+async fn start(nats: &NatsServer, webhook: &Webhook, stderr: OwnedFd) -> (Child, String) {
+    let free = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = free.local_addr().unwrap().to_string();
+    drop(free);
+    let relay = Command::new(Relay::program())
+        .env_clear()
+        .env("WEBHOOK_DESTINATION", webhook.url())
+        .env("NATS_HOST", nats.url())
+        .env("NATS_SUBJECT_PREFIX", "cms.cache")
+        .env("NATS_RELAYED_SUBJECT_PREFIX", "relayed.cache")
+        .env("STATUS_LISTEN", &address)
+        .env("SHUTDOWN_TIMEOUT", "10m")
+        .current_dir(std::env::temp_dir())
+        .stderr(Stdio::from(stderr))
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    while TcpStream::connect(&address).await.is_err() {
+        assert!(tokio::time::Instant::now() < deadline, "it does not start");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    crate::operating::until_answer(&address, "/readyz", 200, "ok").await;
+    (relay, address)
+}
+
+fn signal(relay: &Child, name: &str) {
+    let id = relay.id().unwrap().to_string();
+    let sent = std::process::Command::new("kill")
+        .args(["-s", name, &id])
+        .status();
+    assert!(sent.unwrap().success());
+}
+
+async fn ended(mut relay: Child) -> Option<i32> {
+    let ended = tokio::time::timeout(PATIENCE, relay.wait()).await;
+    ended.expect("it ends").unwrap().code()
+}
+
+#[tokio::test]
+async fn what_nobody_reads_is_dropped_and_counted_and_stops_nothing() {
+    let nats = NatsServer::start().await;
+    let client = nats.client().await;
+    let mut relayed = client.subscribe("relayed.>").await.unwrap();
+    let webhook = Webhook::ok().await;
+    for (mut reader, stderr) in standard_errors() {
+        let (relay, address) = start(&nats, &webhook, fill(stderr)).await;
+        for _ in 0..200 {
+            client.publish("cms.cache.x", "x".into()).await.unwrap();
+        }
+        for _ in 0..200 {
+            next(&mut relayed).await;
+        }
+
+        let log = Arc::new(Mutex::new(String::new()));
+        let text = Arc::clone(&log);
+        // Ends with the relay.
+        std::thread::spawn(move || {
+            let mut buffer = [0; 1 << 16];
+            while let Ok(length @ 1..) = reader.read(&mut buffer) {
+                let new = String::from_utf8_lossy(&buffer[..length]);
+                text.lock().unwrap().push_str(&new);
+            }
+        });
+        until("all has been read", || log.lock().unwrap().len() > 4096).await;
+        client.publish("cms.cache.y", "y".into()).await.unwrap();
+        until("there is room again", || {
+            log.lock().unwrap().contains("cms.cache.y -> ")
+        })
+        .await;
+        let dropped = metrics(&address).await["log_lines_dropped_total"];
+        assert!(dropped > 200.0, "{dropped}");
+        let report = format!("{dropped} log lines could not be written and were dropped");
+        let text = log.lock().unwrap().clone();
+        assert!(text.contains(&report), "{report}: {}", text.trim());
+        signal(&relay, "TERM");
+        assert_eq!(ended(relay).await, Some(0));
+    }
+}
+
+#[tokio::test]
+async fn a_log_that_nobody_reads_delays_no_end() {
+    let nats = NatsServer::start().await;
+    let webhook = Webhook::script([Answer::Hang]).await;
+    let (_reader, into_pipe) = std::io::pipe().unwrap();
+    let (mut relay, _) = start(&nats, &webhook, fill(into_pipe.into())).await;
+    nats.publish("cms.cache.x", "x").await;
+    webhook.received(1).await;
+    // Two that come at the same moment count as one.
+    for _ in 0..100 {
+        signal(&relay, "TERM");
+        let moment = Duration::from_millis(200);
+        if let Ok(status) = tokio::time::timeout(moment, relay.wait()).await {
+            return assert_eq!(status.unwrap().code(), Some(0));
+        }
+    }
+    panic!("it does not end");
+}
+
+#[test]
+fn an_output_that_nobody_reads_is_no_crash() {
+    for argument in ["--help", "--version", "--check"] {
+        let (_, into_pipe) = std::io::pipe().unwrap();
+        let output = std::process::Command::new(Relay::program())
+            .arg(argument)
+            .env_clear()
+            .stdout(into_pipe)
+            .output()
+            .unwrap();
+        let code = if argument == "--check" { 78 } else { 1 };
+        assert_eq!(output.status.code(), Some(code), "{argument}");
+        assert!(output.stderr.is_empty(), "{output:?}");
+    }
+}
