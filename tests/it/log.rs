@@ -135,7 +135,8 @@ async fn what_nobody_reads_is_dropped_and_counted_and_stops_nothing() {
         })
         .await;
         let dropped = metrics(&address).await["log_lines_dropped_total"];
-        assert!(dropped > 200.0, "{dropped}");
+        // A terminal that is full makes room once more, of a page, before it really is.
+        assert!(dropped > 100.0, "{dropped}");
         let report = format!("{dropped} log lines could not be written and were dropped");
         let text = log.lock().unwrap().clone();
         assert!(text.contains(&report), "{report}: {}", text.trim());
