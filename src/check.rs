@@ -40,13 +40,17 @@ struct Report<'a> {
 impl Report<'_> {
     fn add(&mut self, what: &str, found: anyhow::Result<String>) {
         let (mark, words) = match found {
-            Ok(words) => ("ok    ", words),
+            Ok(words) => ("ok", words),
             Err(reason) => {
                 self.good = false;
                 ("FAILED", reasons(&reason))
             }
         };
-        let line = format!("{mark}  {what}: {words}");
+        self.line(mark, &format!("{what}: {words}"));
+    }
+
+    fn line(&mut self, mark: &str, words: &str) {
+        let line = format!("{mark:<7} {words}");
         // Whoever does not listen any more does not want to know.
         let _ = writeln!(self.out, "{}", text::one_line(&line, text::LONGEST_LINE));
         let _ = self.out.flush();
@@ -170,6 +174,9 @@ async fn check_consumer(consumer: &Consumer, faults: &mut Faults, report: &mut R
             &format!("messages of the stream {stream}"),
             found.map(|()| "can be looked at".to_owned()),
         );
+        if let Some(warning) = consumer.stream_warning().await {
+            report.line("warning", &warning);
+        }
     }
 }
 

@@ -102,8 +102,7 @@ impl Keeper {
         let Self {
             variable, stream, ..
         } = self;
-        let request = format!("STREAM.INFO.{stream}");
-        let config = match self.connection.jetstream().request(request, &()).await {
+        let config = match self.connection.stream_info(stream).await {
             Ok(Response::Ok(Info { config, .. })) => config,
             Ok(Response::Err { error }) => {
                 return Err(match error.error_code() {

@@ -340,6 +340,8 @@ struct Observer {
     subject: String,
     /// What to look at where the server refuses the login.
     remedy: &'static str,
+    /// The stream that it takes messages from, if it does not publish into it as well.
+    input: Option<String>,
     /// Whether messages are lost with a connection, as in core mode.
     is_lossy: bool,
     progress: Mutex<Progress>,
@@ -368,6 +370,14 @@ impl Observer {
         let observer = Self {
             subject: config.prefix.wildcard(),
             remedy: config.nats.login.remedy(),
+            input: match &config.mode {
+                Mode::Core { .. } => None,
+                Mode::Durable { stream, .. } => Some(stream.clone()).filter(|stream| {
+                    ![&config.relayed_stream, &config.failed_stream]
+                        .iter()
+                        .any(|own| own.as_ref() == Some(stream))
+                }),
+            },
             is_lossy: matches!(config.mode, Mode::Core { .. }),
             progress: Mutex::default(),
             statistics: OnceLock::new(),
@@ -484,8 +494,8 @@ impl Observer {
                 warn!("{}", cannot_look(&refused));
                 return self.tell(Notice::LookRefused);
             }
-            if refused == "$JS.API.STREAM.NAMES" {
-                // Only wanted to recognise one stream with several prefixes.
+            if self.does_without(&refused) {
+                // The source of messages says what follows from it.
                 return debug!("no permission to publish on {refused}");
             }
             if refused.starts_with("$JS.") {
@@ -523,6 +533,14 @@ impl Observer {
             return self.fatal(anyhow!("NATS refused the subscription: {text}"));
         }
         error!("the NATS server reports: {text}");
+    }
+
+    /// Whether the relay can do without publishing on this subject: to look at the stream that it takes
+    /// messages from, unless it publishes into it as well.
+    fn does_without(&self, subject: &str) -> bool {
+        subject
+            .strip_prefix("$JS.API.STREAM.INFO.")
+            .is_some_and(|stream| self.input.as_deref() == Some(stream))
     }
 
     fn connections(&self) -> u64 {

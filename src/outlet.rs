@@ -3,10 +3,9 @@
 use std::sync::Arc;
 
 use anyhow::bail;
-use async_nats::{header::NATS_MESSAGE_ID, jetstream::Context};
+use async_nats::{header::NATS_MESSAGE_ID, jetstream::response::Response};
 use log::warn;
 use reqwest::header::HeaderValue;
-use serde_json::{Value, json};
 use tokio::{time::sleep, try_join};
 
 use crate::{
@@ -14,7 +13,7 @@ use crate::{
     keeper::{BACKOFF, Failure, Keeper},
     nats::Connection,
     republish::Marks,
-    source::{Delivery, Origin},
+    source::Delivery,
     status::Status,
     subject::Prefix,
 };
@@ -155,7 +154,7 @@ impl Outlet {
                 let subjects = keeper.open(&self.prefix).await?;
                 Ok(others.iter().any(|other| other.meets_any(&subjects)))
             }
-            (None, Some(input)) => Ok(keeps(&connection.jetstream(), input, &self.prefix).await),
+            (None, Some(input)) => Ok(keeps(connection, input, &self.prefix).await),
             (None, None) => Ok(false),
         }
     }
@@ -166,9 +165,9 @@ impl Outlet {
     pub fn marks(&self, delivery: &Delivery, webhook_id: &HeaderValue) -> Marks<'_> {
         let own = delivery.headers.get(NATS_MESSAGE_ID);
         let own = own.map(|id| id.as_str()).filter(|id| !id.is_empty());
-        let other = match &delivery.origin {
-            Origin::Stream { id, .. } => Some(&id[..]),
-            Origin::Core => webhook_id.to_str().ok(),
+        let other = match &delivery.ack {
+            Some(ack) => Some(&ack.id[..]),
+            None => webhook_id.to_str().ok(),
         };
         let id = own.or(other.filter(|_| self.adds_id));
         Marks {
@@ -179,19 +178,10 @@ impl Outlet {
 }
 
 /// Whether a stream keeps what is published under a prefix, as far as our user may know.
-async fn keeps(jetstream: &Context, stream: &str, prefix: &Prefix) -> bool {
-    let request = json!({ "subject": prefix.wildcard() });
-    let answer: Result<Value, _> = jetstream.request("STREAM.NAMES", &request).await;
-    match answer {
-        Ok(answer) => answer["streams"]
-            .as_array()
-            .is_some_and(|streams| streams.iter().any(|name| name == stream)),
-        Err(error) => {
-            warn!(
-                "cannot find out whether the stream {stream} keeps {prefix}.> too: {error}; allow \
-                 $JS.API.STREAM.NAMES for this NATS user"
-            );
-            false
-        }
+async fn keeps(connection: &Connection, stream: &str, prefix: &Prefix) -> bool {
+    match connection.stream_info(stream).await {
+        Ok(Response::Ok(info)) => prefix.meets_any(&info.config.subjects),
+        // The source of these messages says so.
+        Ok(Response::Err { .. }) | Err(_) => false,
     }
 }

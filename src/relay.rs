@@ -16,8 +16,8 @@ use crate::{
     nats::{ClientEnded, Connection},
     outlet::{Outlet, Outlets},
     republish::{GivenUp, failed_headers, relayed_headers, target_subject},
-    source::{Delivery, Origin, Source, Verdict, settle},
-    status::{Cause, DestinationMetrics, Outcome, Status},
+    source::{Delivery, Outcome, Source},
+    status::{AttemptOutcome, Cause, DestinationMetrics, Status},
     text::count,
     webhook::{Failure, Target, Webhook, message_id},
 };
@@ -63,7 +63,7 @@ struct Posted {
 struct Relayed {
     target: String,
     posted: Vec<Posted>,
-    is_settled: bool,
+    is_acknowledged: bool,
 }
 
 impl fmt::Display for Relayed {
@@ -201,8 +201,8 @@ impl Relay {
         loop {
             tokio::select! {
                 biased;
-                is_settled = &mut work => {
-                    source.done(is_settled);
+                is_acknowledged = &mut work => {
+                    source.done(is_acknowledged);
                     return Ok(ControlFlow::Continue(()));
                 }
                 reason = meanwhile(source, heartbeat, &worker.status) => {
@@ -282,12 +282,12 @@ impl Worker {
         let id = message_id(delivery);
         match self.try_relay(delivery, &id).await {
             Ok(relayed) => {
-                if relayed.is_settled {
+                if relayed.is_acknowledged {
                     let elapsed = start.elapsed();
                     self.status.add_relayed(elapsed);
                     info!("{} -> {relayed}, {elapsed:.1?})", delivery.subject);
                 }
-                relayed.is_settled
+                relayed.is_acknowledged
             }
             Err(given_up) => self.give_up(delivery, &id, given_up).await,
         }
@@ -301,19 +301,21 @@ impl Worker {
         if let Some(fault) = delivery.fault {
             return Err(GivenUp::unpublishable(fault.to_owned()));
         }
+        let marks = outlet.marks(delivery, id);
+        let max_payload = self.connection.client().max_payload();
+        let publication = Publication {
+            outlet,
+            subject: &target,
+            headers: relayed_headers(delivery, marks, max_payload)
+                .map_err(GivenUp::unpublishable)?,
+        };
         let posted = self.post(delivery, id).await?;
         let delay = self.config.republish_delay;
         if !delay.is_zero() {
             sleep(delay).await;
         }
-        let marks = outlet.marks(delivery, id);
-        let publication = Publication {
-            outlet,
-            subject: &target,
-            headers: relayed_headers(delivery, marks, self.connection.client().max_payload()),
-        };
-        let is_settled = self
-            .conclude(delivery, Some(publication), Verdict::Ack)
+        let is_acknowledged = self
+            .conclude(delivery, Some(publication), Outcome::Relayed)
             .await
             .map_err(|error| {
                 GivenUp::unpublishable(format!("it cannot be published on {target}: {error:#}"))
@@ -321,7 +323,7 @@ impl Worker {
         Ok(Relayed {
             target,
             posted,
-            is_settled,
+            is_acknowledged,
         })
     }
 
@@ -356,7 +358,7 @@ impl Worker {
             attempts += 1;
             let start = Instant::now();
             let answer = self.webhook.post(target, delivery, id).await;
-            metrics.add_attempt(outcome(&answer), start.elapsed());
+            metrics.add_attempt(attempt_outcome(&answer), start.elapsed());
             let (reason, status, retry_after) = match answer {
                 Ok(status) => return Ok(Posted { status, attempts }),
                 Err(Failure::Permanent { reason, status }) => {
@@ -401,7 +403,7 @@ impl Worker {
         let line = format!("{} is not relayed: {}", delivery.subject, given_up.reason);
         error!("{line}");
         self.status.add_given_up(given_up.cause, line);
-        let verdict = Verdict::Term(&given_up.reason);
+        let outcome = Outcome::GivenUp(&given_up.reason);
         if let Some(outlet) = &self.outlets.failed {
             let published = match target_subject(delivery, &self.config.prefix, &outlet.prefix) {
                 Ok(target) => {
@@ -412,12 +414,12 @@ impl Worker {
                         subject: &target,
                         headers: failed_headers(delivery, &given_up, &marks, max_payload),
                     };
-                    self.conclude(delivery, Some(publication), verdict).await
+                    self.conclude(delivery, Some(publication), outcome).await
                 }
                 Err(reason) => Err(anyhow!(reason)),
             };
             match published {
-                Ok(is_settled) => return is_settled,
+                Ok(is_acknowledged) => return is_acknowledged,
                 Err(error) => error!(
                     "{} is not published as failed either: {error:#}",
                     delivery.subject
@@ -425,7 +427,7 @@ impl Worker {
             }
         }
         // It only fails where the client has ended, and with it all that could be told.
-        self.conclude(delivery, None, verdict)
+        self.conclude(delivery, None, outcome)
             .await
             .unwrap_or(false)
     }
@@ -433,14 +435,17 @@ impl Worker {
     /// Says that a message was left unfinished. A stream keeps it, a core subscription does not.
     fn leave(&self, delivery: &Delivery, reason: &str) {
         let subject = &delivery.subject;
-        match &delivery.origin {
-            Origin::Core => {
+        match &delivery.ack {
+            None => {
                 let line = format!("{subject} is not relayed: {reason}");
                 error!("{line}");
                 self.status.add_given_up(Cause::Stopped, line);
             }
-            Origin::Stream { id, .. } => {
-                warn!("{subject} is not finished: {reason}; {id} stays in the stream")
+            Some(ack) => {
+                warn!(
+                    "{subject} is not finished: {reason}; {} stays in the stream",
+                    ack.id
+                )
             }
         }
     }
@@ -453,8 +458,11 @@ impl Worker {
         &self,
         delivery: &Delivery,
         mut message: Option<Publication<'_>>,
-        verdict: Verdict<'_>,
+        outcome: Outcome<'_>,
     ) -> anyhow::Result<bool> {
+        if !is_current(delivery).await {
+            return Ok(false);
+        }
         if let Some(Publication {
             outlet,
             subject,
@@ -470,17 +478,20 @@ impl Worker {
                 // Completes only with a connection.
                 let _ = self.connection.client().flush().await;
             }
+            if !is_current(delivery).await {
+                return Ok(false);
+            }
             let epoch = self.connection.epoch();
-            let is_settled = match self.try_to_conclude(delivery, &message, verdict).await {
+            let is_acknowledged = match self.try_to_conclude(delivery, &message, outcome).await {
                 Err(error) if error.is::<ClientEnded>() => {
                     self.connection.replaced(epoch).await;
                     continue;
                 }
-                is_settled => is_settled?,
+                is_acknowledged => is_acknowledged?,
             };
             // What was under way on a connection that broke may be lost: once more, then.
             if self.connection.epoch() == epoch {
-                return Ok(is_settled);
+                return Ok(is_acknowledged);
             }
         }
     }
@@ -489,7 +500,7 @@ impl Worker {
         &self,
         delivery: &Delivery,
         message: &Option<Publication<'_>>,
-        verdict: Verdict<'_>,
+        outcome: Outcome<'_>,
     ) -> anyhow::Result<bool> {
         let refused = self.status.publish_refused();
         if let Some(message) = message {
@@ -499,29 +510,44 @@ impl Worker {
                 .publish(subject, None, headers, payload)
                 .await?;
         }
-        match &delivery.origin {
-            Origin::Core => {
+        match &delivery.ack {
+            None => {
                 let flushed = self.connection.client().flush().await;
                 flushed.map_err(|_| ClientEnded)?;
                 Ok(true)
             }
-            Origin::Stream { receipt, .. } => {
-                let is_settled = settle(&self.connection, receipt, verdict).await;
+            Some(ack) => {
+                let is_acknowledged = ack.confirm(outcome).await;
                 // A refusal comes before the confirmation of the ack.
                 if message.is_some() && self.status.publish_refused() > refused {
                     bail!("NATS refuses it");
                 }
-                Ok(is_settled)
+                Ok(is_acknowledged)
             }
         }
     }
 }
 
+/// Whether a message is still ours to publish; says so if it is not.
+async fn is_current(delivery: &Delivery) -> bool {
+    let Some(ack) = &delivery.ack else {
+        return true;
+    };
+    let is_current = ack.is_current().await;
+    if !is_current {
+        warn!(
+            "{} is abandoned: NATS has handed it, or what follows it, to another relay meanwhile",
+            delivery.subject
+        );
+    }
+    is_current
+}
+
 /// How an attempt counts.
-fn outcome(answer: &Result<StatusCode, Failure>) -> Outcome {
+fn attempt_outcome(answer: &Result<StatusCode, Failure>) -> AttemptOutcome {
     match answer {
-        Ok(_) => Outcome::Success,
-        Err(Failure::Temporary { .. }) => Outcome::Temporary,
-        Err(Failure::Permanent { .. }) => Outcome::Permanent,
+        Ok(_) => AttemptOutcome::Success,
+        Err(Failure::Temporary { .. }) => AttemptOutcome::Temporary,
+        Err(Failure::Permanent { .. }) => AttemptOutcome::Permanent,
     }
 }

@@ -90,23 +90,31 @@ impl Marks<'_> {
 
 /// The headers of the relayed message: its own and the marks, as far as there is room for them. It must
 /// never become a message that can't be relayed at all.
-#[must_use]
-pub fn relayed_headers(delivery: &Delivery, marks: Marks<'_>, max_payload: usize) -> HeaderMap {
+///
+/// # Errors
+/// With the reason, if not even its own fit: their publisher has written them more tightly than the
+/// client does.
+pub fn relayed_headers(
+    delivery: &Delivery,
+    marks: Marks<'_>,
+    max_payload: usize,
+) -> Result<HeaderMap, String> {
     let own = carried_over(delivery);
     let all = marks.added_to(&own);
     if fits(&all, delivery, max_payload) {
-        return all;
+        return Ok(all);
     }
     let id = Marks {
         stream: None,
         ..marks
     };
     let with_id = id.added_to(&own);
-    if fits(&with_id, delivery, max_payload) {
-        with_id
-    } else {
-        own
-    }
+    [with_id, own]
+        .into_iter()
+        .find(|headers| fits(headers, delivery, max_payload))
+        .ok_or_else(|| {
+            format!("with its headers it has more than the {max_payload} bytes that NATS takes")
+        })
 }
 
 /// The headers of a message given up: its own, the marks, and why. Where the message would become larger
@@ -212,9 +220,12 @@ fn is_shed(name: &str) -> bool {
 }
 
 /// Whether the server accepts the payload with these headers: `NATS/1.0`, a line for each, and an
-/// empty line (ADR-4).
+/// empty line (ADR-4); nothing of it where there is no header.
 fn fits(headers: &HeaderMap, delivery: &Delivery, max_payload: usize) -> bool {
-    let mut length = delivery.payload.len() + "NATS/1.0\r\n\r\n".len();
+    let mut length = delivery.payload.len();
+    if !headers.is_empty() {
+        length += "NATS/1.0\r\n\r\n".len();
+    }
     for (name, values) in headers.iter() {
         let name: &str = name.as_ref();
         for value in values {

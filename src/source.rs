@@ -3,6 +3,7 @@
 //! A source hands out one [`Delivery`] at a time. While that one is worked on, the source is
 //! attended to, so that nothing is lost meanwhile; then the source is told that it is done.
 
+mod ack;
 mod buffer;
 mod consumer;
 mod core;
@@ -20,13 +21,14 @@ use crate::{
     status::Status,
 };
 
+pub use self::{
+    ack::{Ack, Outcome},
+    core::Core,
+    durable::Durable,
+};
 pub(crate) use self::{
     consumer::{Consumer, Trouble},
     unreadable::try_to_look,
-};
-pub use self::{
-    core::Core,
-    durable::{Durable, Receipt, Verdict, settle},
 };
 
 /// A message to relay.
@@ -38,24 +40,10 @@ pub struct Delivery {
     pub headers: HeaderMap,
     /// Its payload.
     pub payload: Bytes,
-    /// Where it comes from.
-    pub origin: Origin,
+    /// How it is acknowledged; not at all in core mode.
+    pub ack: Option<Ack>,
     /// Why it cannot be relayed at all, if it cannot.
     pub fault: Option<&'static str>,
-}
-
-/// Where a message comes from.
-#[derive(Debug)]
-pub enum Origin {
-    /// A core subscription, which wants to know nothing more.
-    Core,
-    /// A stream, which wants to know what becomes of it.
-    Stream {
-        /// `<stream>-<sequence>-<time>`, see [`Receipt::id`].
-        id: String,
-        /// What the server knows the delivery by.
-        receipt: Receipt,
-    },
 }
 
 /// Where messages come from.
@@ -132,12 +120,12 @@ impl Source {
         }
     }
 
-    /// The message that was handed out last has come to its end; whether that is settled with the
-    /// server.
-    pub fn done(&mut self, is_settled: bool) {
+    /// The message that was handed out last has come to its end; whether the server has acknowledged
+    /// that.
+    pub fn done(&mut self, is_acknowledged: bool) {
         match self {
             Self::Core(_) => {}
-            Self::Durable(durable) => durable.done(is_settled),
+            Self::Durable(durable) => durable.done(is_acknowledged),
         }
     }
 

@@ -85,7 +85,7 @@ impl Cause {
 
 /// How an attempt to POST ended.
 #[derive(Clone, Copy, Debug)]
-pub enum Outcome {
+pub enum AttemptOutcome {
     /// With success.
     Success,
     /// With a failure after which another attempt may succeed.
@@ -94,7 +94,7 @@ pub enum Outcome {
     Permanent,
 }
 
-impl Outcome {
+impl AttemptOutcome {
     fn label(self) -> &'static str {
         match self {
             Self::Success => "success",
@@ -114,11 +114,11 @@ pub struct DestinationMetrics {
 
 impl DestinationMetrics {
     /// An attempt to POST has ended.
-    pub fn add_attempt(&self, outcome: Outcome, took: Duration) {
+    pub fn add_attempt(&self, outcome: AttemptOutcome, took: Duration) {
         match outcome {
-            Outcome::Success => self.success.inc(),
-            Outcome::Temporary => self.temporary.inc(),
-            Outcome::Permanent => self.permanent.inc(),
+            AttemptOutcome::Success => self.success.inc(),
+            AttemptOutcome::Temporary => self.temporary.inc(),
+            AttemptOutcome::Permanent => self.permanent.inc(),
         }
         self.duration.observe(took.as_secs_f64());
     }
@@ -258,14 +258,14 @@ impl Status {
     #[must_use]
     pub fn destination(&self, place: usize) -> DestinationMetrics {
         let place = place.to_string();
-        let counter = |outcome: Outcome| {
+        let counter = |outcome: AttemptOutcome| {
             self.attempts
                 .with_label_values(&[&place[..], outcome.label()])
         };
         DestinationMetrics {
-            success: counter(Outcome::Success),
-            temporary: counter(Outcome::Temporary),
-            permanent: counter(Outcome::Permanent),
+            success: counter(AttemptOutcome::Success),
+            temporary: counter(AttemptOutcome::Temporary),
+            permanent: counter(AttemptOutcome::Permanent),
             duration: self.attempt_duration.with_label_values(&[&place[..]]),
         }
     }

@@ -23,7 +23,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::{
     config::{self, Destination, Secrets},
     signing::SigningSecret,
-    source::{Delivery, Origin},
+    source::Delivery,
     text, tls,
 };
 
@@ -330,10 +330,7 @@ impl Target {
 #[must_use]
 pub fn message_id(delivery: &Delivery) -> HeaderValue {
     let own = header(&delivery.headers, NATS_MESSAGE_ID.as_ref());
-    let place = match &delivery.origin {
-        Origin::Core => None,
-        Origin::Stream { id, .. } => Some(id.as_str()),
-    };
+    let place = delivery.ack.as_ref().map(|ack| ack.id.as_str());
     let usable = own.into_iter().chain(place).find(|id| is_webhook_id(id));
     let random = || format!("msg_{:032x}", fastrand::u128(..));
     let id = usable.map_or_else(random, str::to_owned);

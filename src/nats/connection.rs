@@ -8,7 +8,7 @@ use async_nats::{
     Client, HeaderMap, PublishError,
     client::PublishErrorKind,
     connection::State,
-    jetstream::{self, Context},
+    jetstream::{self, Context, context::RequestError, response::Response, stream::Info},
 };
 use bytes::Bytes;
 use tokio::sync::watch;
@@ -74,6 +74,15 @@ impl Connection {
     #[must_use]
     pub fn jetstream(&self) -> Context {
         self.0.borrow().jetstream.clone()
+    }
+
+    /// What JetStream tells about a stream.
+    ///
+    /// # Errors
+    /// If there is no answer.
+    pub async fn stream_info(&self, stream: &str) -> Result<Response<Info>, RequestError> {
+        let request = format!("STREAM.INFO.{stream}");
+        self.jetstream().request(request, &()).await
     }
 
     /// Which connection to a server this is. What was sent on an earlier one may be lost.

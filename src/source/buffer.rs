@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use async_nats::{HeaderMap, HeaderName, Message};
 use bytes::Buf;
 
-use super::{Delivery, Origin};
+use super::Delivery;
 
 /// How much may wait: subjects, headers and payloads, and what it costs to keep them.
 pub(super) const BUFFER_BYTES: usize = 64 * 1024 * 1024;
@@ -94,7 +94,7 @@ impl Buffer {
             subject: String::from_utf8_lossy(&subject).as_ref().into(),
             headers: decode(&String::from_utf8_lossy(&headers)),
             payload,
-            origin: Origin::Core,
+            ack: None,
             fault: None,
         })
     }

@@ -7,7 +7,8 @@ use async_nats::jetstream::{
     ErrorCode,
     consumer::{self, AckPolicy, pull},
     context::ConsumerInfoErrorKind,
-    stream::{ConsumerErrorKind, Stream},
+    response::Response,
+    stream::{self, ConsumerErrorKind, DiscardPolicy, Stream},
 };
 use log::info;
 
@@ -86,6 +87,36 @@ impl Consumer {
         })
     }
 
+    /// What makes a stream like this one dangerous to several relays, if anything does, as far as our user
+    /// may know.
+    pub(crate) async fn stream_warning(&self) -> Option<String> {
+        let stream = &self.stream;
+        let config = match self.connection.stream_info(stream).await {
+            Ok(Response::Ok(info)) => info.config,
+            Ok(Response::Err { .. }) | Err(_) => {
+                return Some(format!(
+                    "cannot look at the stream {stream}, and so not tell whether its limits can drop a \
+                     message that is being relayed, or whether it keeps the relayed prefix as well; allow \
+                     $JS.API.STREAM.INFO.{stream} for this NATS user"
+                ));
+            }
+        };
+        let limits = dropping_limits(&config);
+        (!limits.is_empty()).then(|| {
+            format!(
+                "the stream {stream} can drop a message while it is being relayed ({}), and then another \
+                 relay gets the next one too early; run one relay on it, not several",
+                limits.join(", ")
+            )
+        })
+    }
+
+    /// The number of the last delivery that the consumer has handed out to anyone, if the server tells.
+    pub(crate) async fn last_delivery(&self) -> Option<u64> {
+        let info = self.handle().await.ok()?.consumer_info(&self.name).await;
+        info.ok().map(|info| info.delivered.consumer_sequence)
+    }
+
     async fn create(&self) -> Result<(), Trouble> {
         let Self { stream, name, .. } = self;
         match self.handle().await?.create_consumer(self.config()).await {
@@ -152,6 +183,27 @@ impl Consumer {
     }
 }
 
+/// A message does not wait so long while all is well.
+const SHORT_AGE: Duration = Duration::from_secs(60 * 60);
+
+/// The limits of a stream by which it can drop a message that is being relayed.
+fn dropping_limits(config: &stream::Config) -> Vec<String> {
+    let drops_old = config.discard == DiscardPolicy::Old;
+    let age = config.max_age;
+    [
+        (config.max_messages_per_subject > 0)
+            .then(|| format!("max_msgs_per_subject {}", config.max_messages_per_subject)),
+        (drops_old && config.max_messages > 0)
+            .then(|| format!("max_msgs {}, discard old", config.max_messages)),
+        (drops_old && config.max_bytes > 0)
+            .then(|| format!("max_bytes {}, discard old", config.max_bytes)),
+        (!age.is_zero() && age < SHORT_AGE).then(|| format!("max_age {age:?}")),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
 /// The essential in which an existing consumer differs from the one that a relay needs, with what it
 /// has and what it needs. What an operator may tune, such as the deliver policy or replicas, is left
 /// alone.
@@ -210,6 +262,38 @@ fn difference(found: &consumer::Config, filter: &str) -> Option<(&'static str, S
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn limits_by_which_a_stream_drops_what_is_being_relayed_are_named() {
+        let none = stream::Config {
+            max_age: Duration::from_secs(7 * 24 * 60 * 60),
+            ..stream::Config::default()
+        };
+        assert_eq!(dropping_limits(&none), [""; 0]);
+        let all = stream::Config {
+            max_messages_per_subject: 1,
+            max_messages: 2,
+            max_bytes: 3,
+            max_age: Duration::from_secs(4),
+            ..stream::Config::default()
+        };
+        assert_eq!(
+            dropping_limits(&all),
+            [
+                "max_msgs_per_subject 1",
+                "max_msgs 2, discard old",
+                "max_bytes 3, discard old",
+                "max_age 4s"
+            ]
+        );
+        let refusing = stream::Config {
+            max_messages: 2,
+            max_bytes: 3,
+            discard: DiscardPolicy::New,
+            ..stream::Config::default()
+        };
+        assert_eq!(dropping_limits(&refusing), [""; 0]);
+    }
 
     #[test]
     fn a_consumer_that_hands_out_messages_by_groups_is_refused_by_name() {

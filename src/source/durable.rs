@@ -5,14 +5,15 @@
 
 use std::{collections::VecDeque, future::pending, pin::Pin, sync::Arc, time::Duration};
 
-use anyhow::{Context as _, anyhow, bail};
-use async_nats::{Message, Request, StatusCode, Subject, Subscriber};
+use anyhow::{anyhow, bail};
+use async_nats::{Message, StatusCode, Subject, Subscriber};
 use futures::{FutureExt, StreamExt};
 use log::{debug, info, warn};
 use tokio::time::{Instant, Sleep, sleep, timeout};
 
 use super::{
-    Delivery, Origin,
+    Ack, Delivery,
+    ack::{HandedOut, Position},
     consumer::{Consumer, Trouble},
     unreadable,
 };
@@ -47,21 +48,16 @@ const BACKOFF: Backoff = Backoff {
     longest: Duration::from_secs(5),
 };
 
-/// How long the server may take to confirm a word about a message.
-const CONFIRMATION_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// After this long an unconfirmed word is left at that.
-const SETTLE_PATIENCE: Duration = Duration::from_secs(6);
-
-/// When an unconfirmed word is repeated.
-const SETTLE_AGAIN: Duration = Duration::from_millis(250);
+/// How long a stop waits for what it has handed back to be sent.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A durable consumer.
 pub struct Durable {
     connection: Connection,
     faults: Faults,
     status: Arc<Status>,
-    consumer: Consumer,
+    consumer: Arc<Consumer>,
+    handed_out: HandedOut,
     /// Pull request `n` is answered on `<inbox>.<n>`.
     inbox: String,
     subscriber: Option<Subscriber>,
@@ -78,11 +74,11 @@ pub struct Durable {
     failure_reported: Option<Instant>,
     tick: Pin<Box<Sleep>>,
     /// What is to be worked on next, in this order.
-    arrived: VecDeque<(Delivery, Receipt)>,
+    arrived: VecDeque<Delivery>,
     /// What is worked on.
-    in_hand: Option<Receipt>,
-    /// What was settled last.
-    finished: Option<Receipt>,
+    current: Option<Ack>,
+    /// The last message of the stream that was acknowledged.
+    acknowledged: Option<Position>,
 }
 
 /// The one pull request at a time.
@@ -96,40 +92,6 @@ enum Pull {
     Failed(u64),
 }
 
-/// What the server knows a delivery by.
-#[derive(Clone, Debug)]
-pub struct Receipt {
-    /// Where to say what becomes of it.
-    pub(super) ack: Subject,
-    /// Its sequence in the stream.
-    pub(super) sequence: u64,
-    /// When the stream got it, in nanoseconds since 1970.
-    pub(super) time: u64,
-}
-
-impl Receipt {
-    /// What the message is known by to a webhook and to the stream behind the relay. The sequence alone
-    /// would do until the stream is created anew, and then new messages would pass for old ones.
-    pub(super) fn id(&self, stream: &str) -> String {
-        format!("{stream}-{}-{}", self.sequence, self.time)
-    }
-
-    /// Whether both are of one message. The sequence alone does not tell: a stream that was restored
-    /// gives it away again.
-    fn is_of_the_same(&self, other: &Self) -> bool {
-        (self.sequence, self.time) == (other.sequence, other.time)
-    }
-}
-
-/// What has become of a message (ADR-15).
-#[derive(Clone, Copy, Debug)]
-pub enum Verdict<'a> {
-    /// It was relayed.
-    Ack,
-    /// It was given up, with the reason.
-    Term(&'a str),
-}
-
 impl Durable {
     pub(super) fn new(
         connection: Connection,
@@ -139,7 +101,8 @@ impl Durable {
     ) -> Self {
         Self {
             inbox: connection.client().new_inbox(),
-            consumer,
+            consumer: Arc::new(consumer),
+            handed_out: HandedOut::default(),
             connection,
             faults,
             status,
@@ -152,8 +115,8 @@ impl Durable {
             failure_reported: None,
             tick: Box::pin(sleep(TICK)),
             arrived: VecDeque::new(),
-            in_hand: None,
-            finished: None,
+            current: None,
+            acknowledged: None,
         }
     }
 
@@ -169,7 +132,10 @@ impl Durable {
                     Ok(()) => {
                         // What it means that there is no answer was said where it became known.
                         let _ = unreadable::try_to_look(&self.consumer).await;
-                        self.arrived.extend(unreadable::find(&self.consumer).await);
+                        if let Some(warning) = self.consumer.stream_warning().await {
+                            warn!("{warning}");
+                        }
+                        self.find_unreadable().await;
                         if self.connection.epoch().is_of_the_same_client(epoch) {
                             return Ok(());
                         }
@@ -209,37 +175,45 @@ impl Durable {
                 return Ok(None);
             }
             self.request_next().await;
-            let is_strange =
-                |(delivery, _): &(Delivery, _)| !self.consumer.wants(&delivery.subject);
+            let is_strange = |delivery: &Delivery| !self.consumer.wants(&delivery.subject);
             if self.arrived.front().is_some_and(is_strange) && !self.verify().await? {
                 // It may be meant for someone else. Nobody can tell before the consumer is verified.
                 self.step().await?;
                 continue;
             }
-            let Some((delivery, receipt)) = self.arrived.pop_front() else {
+            let Some(delivery) = self.arrived.pop_front() else {
                 self.step().await?;
                 continue;
             };
-            if self
-                .finished
-                .as_ref()
-                .is_some_and(|finished| finished.is_of_the_same(&receipt))
+            if let (Some(ack), Some(last)) = (&delivery.ack, self.acknowledged)
+                && last.covers(ack.position)
             {
                 // Handed out again while it was worked on, as after a lost connection.
-                self.tell(receipt.ack, "+ACK").await;
+                ack.again().await;
                 continue;
             }
-            self.in_hand = Some(receipt);
+            if delivery.ack.as_ref().is_some_and(Ack::is_late) {
+                continue;
+            }
+            self.current = delivery.ack.clone();
             // The next request is with the server before the ack is, so that no time is lost.
             self.request_next().await;
             return Ok(Some(delivery));
         }
     }
 
-    /// The message in hand has come to its end. If that is not settled, it may come again, and is
-    /// then worked on again: nobody knows whether it was republished.
-    pub(super) fn done(&mut self, is_settled: bool) {
-        self.finished = self.in_hand.take().filter(|_| is_settled);
+    /// The current message has come to its end. If the server has not acknowledged that, the message may
+    /// come again, and is then worked on again: nobody knows whether it was republished.
+    pub(super) fn done(&mut self, is_acknowledged: bool) {
+        if let Some(ack) = self.current.take().filter(|_| is_acknowledged) {
+            self.acknowledged = Some(ack.position);
+        }
+    }
+
+    /// Takes the message that is out and not acked, if no client can read it.
+    async fn find_unreadable(&mut self) {
+        let found = unreadable::find(&self.consumer, &self.handed_out).await;
+        self.arrived.extend(found);
     }
 
     pub(super) async fn attend(&mut self) -> anyhow::Error {
@@ -265,18 +239,17 @@ impl Durable {
     /// Hands back what was not finished, so that another replica can go on at once.
     pub(super) async fn close(mut self) {
         self.retire().await;
-        let arrived = std::mem::take(&mut self.arrived);
-        let arrived = arrived.into_iter().map(|(_, receipt)| receipt);
-        for receipt in self.in_hand.take().into_iter().chain(arrived) {
-            info!(
-                "message {} is handed back to the stream {}",
-                receipt.sequence, self.consumer.stream
-            );
-            self.tell(receipt.ack, "-NAK").await;
+        let arrived = self
+            .arrived
+            .iter()
+            .filter_map(|delivery| delivery.ack.as_ref());
+        for ack in self.current.iter().chain(arrived) {
+            info!("{} is handed back to its stream", ack.id);
+            ack.nak().await;
         }
         // Without a connection it would wait in vain.
         if self.connection.is_up() {
-            let _ = timeout(CONFIRMATION_TIMEOUT, self.connection.client().flush()).await;
+            let _ = timeout(FLUSH_TIMEOUT, self.connection.client().flush()).await;
         }
     }
 
@@ -305,12 +278,6 @@ impl Durable {
         self.heard = Instant::now();
     }
 
-    /// Tells the server something about a delivery that it need not confirm. What a client that has
-    /// broken down did not send is made up for: the server hands the message out again.
-    async fn tell(&self, ack: Subject, word: &'static str) {
-        let _ = self.connection.client().publish(ack, word.into()).await;
-    }
-
     /// Does the one thing that is due first.
     async fn step(&mut self) -> anyhow::Result<()> {
         tokio::select! {
@@ -325,8 +292,8 @@ impl Durable {
                     }
                 }
                 Notice::Connected => {
-                    if self.in_hand.is_none() {
-                        self.arrived.extend(unreadable::find(&self.consumer).await);
+                    if self.current.is_none() {
+                        self.find_unreadable().await;
                     }
                     // The server has forgotten the request along with the old connection.
                     self.end_pull();
@@ -421,31 +388,24 @@ impl Durable {
 
     fn take(&mut self, message: Message) -> anyhow::Result<()> {
         self.failed_pulls = 0;
-        let ack = message
-            .reply
-            .context("a message came without an ack subject")?;
-        let (sequence, time, pending) = parse_ack_subject(&ack)
-            .with_context(|| format!("an ack subject of unknown form: {ack}"))?;
+        let (ack, pending) = Ack::of(&message, &self.consumer, &self.handed_out)?;
         self.status.set_waiting(pending, 0);
-        let receipt = Receipt {
-            ack,
-            sequence,
-            time,
-        };
+        let position = ack.position;
         let delivery = Delivery {
             subject: message.subject,
             headers: message.headers.unwrap_or_default(),
             payload: message.payload,
-            origin: Origin::Stream {
-                id: receipt.id(&self.consumer.stream),
-                receipt: receipt.clone(),
-            },
+            ack: Some(ack),
             fault: None,
         };
         // It may have been handed out again, as by a request that was taken for lost.
-        self.arrived
-            .retain(|(_, waiting)| !waiting.is_of_the_same(&receipt));
-        self.arrived.push_back((delivery, receipt));
+        self.arrived.retain(|waiting| {
+            waiting
+                .ack
+                .as_ref()
+                .is_none_or(|waiting| waiting.position != position)
+        });
+        self.arrived.push_back(delivery);
         Ok(())
     }
 
@@ -453,9 +413,12 @@ impl Durable {
     async fn look_around(&mut self) -> anyhow::Result<()> {
         let connected = self.connection.is_up();
         if connected {
-            let arrived = self.arrived.iter().map(|(_, receipt)| receipt);
-            for receipt in self.in_hand.iter().chain(arrived) {
-                self.tell(receipt.ack.clone(), "+WPI").await;
+            let arrived = self
+                .arrived
+                .iter()
+                .filter_map(|delivery| delivery.ack.as_ref());
+            for ack in self.current.iter().chain(arrived) {
+                ack.in_progress().await;
             }
         }
         if connected && self.subscriber.is_some() && self.arrived.is_empty() {
@@ -512,82 +475,4 @@ async fn next_of(subscriber: &mut Option<Subscriber>) -> Option<Message> {
 
 fn deleted(consumer: &str) -> anyhow::Error {
     anyhow!("the consumer {consumer} was deleted; the next start creates it anew")
-}
-
-/// Tells the server what has become of a message, until it has confirmed that; whether it has.
-/// Returns early when the connection was lost meanwhile, for what was sent before on it may be lost as
-/// well. A server that was killed may have forgotten that it had handed the message out, and never
-/// confirms; it then hands out the message again. So does one that a dead connection never reached.
-pub async fn settle(connection: &Connection, receipt: &Receipt, verdict: Verdict<'_>) -> bool {
-    let client = connection.client();
-    let word = match verdict {
-        Verdict::Ack => "+ACK".to_owned(),
-        // Older servers do not know a `+TERM` with a reason.
-        Verdict::Term(reason) if client.is_server_compatible(2, 10, 4) => format!("+TERM {reason}"),
-        Verdict::Term(_) => "+TERM".to_owned(),
-    };
-    let (epoch, start) = (connection.epoch(), Instant::now());
-    loop {
-        let request = Request::new()
-            .payload(word.clone().into())
-            .timeout(Some(CONFIRMATION_TIMEOUT));
-        let confirmed = client.send_request(receipt.ack.clone(), request).await;
-        if confirmed.is_ok() || connection.epoch() != epoch {
-            return confirmed.is_ok();
-        }
-        if start.elapsed() > SETTLE_PATIENCE {
-            warn!(
-                "message {} may come again: NATS does not confirm its ack",
-                receipt.sequence
-            );
-            return false;
-        }
-        // Nobody confirms: the consumer has no leader just now.
-        sleep(SETTLE_AGAIN).await;
-    }
-}
-
-/// The sequence in the stream, the time, and the number of messages that follow, from an ack subject:
-/// `$JS.ACK.<stream>.<consumer>.<delivered>.<sequence>.<consumer sequence>.<time>.<pending>`, in
-/// newer servers with a domain and an account before the stream (ADR-15).
-fn parse_ack_subject(subject: &str) -> Option<(u64, u64, u64)> {
-    let tokens: Vec<_> = subject.strip_prefix("$JS.ACK.")?.split('.').collect();
-    let start = match tokens.len() {
-        7 => 0,
-        9.. => 2,
-        _ => return None,
-    };
-    Some((
-        tokens[start + 3].parse().ok()?,
-        tokens[start + 5].parse().ok()?,
-        tokens[start + 6].parse().ok()?,
-    ))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ack_subjects_of_old_and_new_servers_are_understood() {
-        for (subject, expected) in [
-            (
-                "$JS.ACK.CMS.relay.1.17.3.1700000000000000000.5",
-                Some((17, 1_700_000_000_000_000_000, 5)),
-            ),
-            (
-                "$JS.ACK._.hash.CMS.relay.1.17.3.1700000000000000000.5",
-                Some((17, 1_700_000_000_000_000_000, 5)),
-            ),
-            (
-                "$JS.ACK.hub.hash.CMS.relay.2.17.3.1700000000000000000.5.random",
-                Some((17, 1_700_000_000_000_000_000, 5)),
-            ),
-            ("$JS.ACK.CMS.relay.1.x.3.1700000000000000000.5", None),
-            ("$JS.ACK.CMS.relay", None),
-            ("_INBOX.x", None),
-        ] {
-            assert_eq!(parse_ack_subject(subject), expected, "{subject}");
-        }
-    }
 }

@@ -3,11 +3,16 @@
 //! out again, for ever, and hold up all that follow. So, with a new connection, the message that is out
 //! and not acked is looked at before the next one is asked for, in the form in which it is stored.
 
-use async_nats::jetstream::{context::RequestError, stream::RawMessage};
+use std::sync::Arc;
+
+use async_nats::jetstream::{context::RequestError, message::StreamMessage, stream::RawMessage};
 use base64::{Engine, engine::general_purpose::STANDARD};
 use serde_json::{Value, json};
 
-use super::{Consumer, Delivery, Origin, Receipt};
+use super::{
+    Ack, Consumer, Delivery,
+    ack::{HandedOut, Position},
+};
 
 /// Asks for a message that is not there, so that a missing permission to ask shows at once.
 ///
@@ -29,7 +34,7 @@ async fn ask(consumer: &Consumer, sequence: u64) -> Result<Value, RequestError> 
 }
 
 /// The message that is out and not acked, if it cannot be read.
-pub(super) async fn find(consumer: &Consumer) -> Option<(Delivery, Receipt)> {
+pub(super) async fn find(consumer: &Arc<Consumer>, handed_out: &HandedOut) -> Option<Delivery> {
     let context = consumer.connection.jetstream();
     let stream = context.get_stream_no_info(&consumer.stream).await.ok()?;
     let info = stream.consumer_info(&consumer.name).await.ok()?;
@@ -40,64 +45,40 @@ pub(super) async fn find(consumer: &Consumer) -> Option<(Delivery, Receipt)> {
     let mut answer = ask(consumer, sequence).await.ok()?;
     // An error instead, where it is not there any more.
     let message: RawMessage = serde_json::from_value(answer.get_mut("message")?.take()).ok()?;
-    let headers = message.headers.map(|headers| STANDARD.decode(headers));
-    let fault = match headers.transpose().ok()? {
+    let has_headers = message.headers.is_some();
+    let (subject, time) = (message.subject.clone(), message.time);
+    let payload = STANDARD.decode(&message.payload).ok()?;
+    let fault = match StreamMessage::try_from(message) {
         // What JSON makes of it.
-        _ if message.subject.contains(char::REPLACEMENT_CHARACTER) => "its subject is not UTF-8",
-        Some(headers) if !is_readable(&headers) => "its headers cannot be read",
+        _ if subject.contains(char::REPLACEMENT_CHARACTER) => "its subject is not UTF-8",
+        Err(_) => "its headers cannot be read",
         // In front of headers the client takes more for white space than the server does.
-        Some(_) if message.subject.contains(char::is_whitespace) => "its subject has white space",
-        _ => return None,
+        Ok(_) if has_headers && subject.contains(char::is_whitespace) => {
+            "its subject has white space"
+        }
+        Ok(_) => return None,
     };
-    let receipt = Receipt {
-        ack: format!(
-            "$JS.ACK.{}.{}.1.{sequence}.{}.0.0",
-            consumer.stream, consumer.name, info.delivered.consumer_sequence
-        )
-        .into(),
+    let position = Position {
         sequence,
-        time: message.time.unix_timestamp_nanos().try_into().ok()?,
+        time: time.unix_timestamp_nanos(),
     };
-    let delivery = Delivery {
-        subject: message.subject.into(),
+    let consumer_sequence = info.delivered.consumer_sequence;
+    Some(Delivery {
+        subject: subject.into(),
         headers: Default::default(),
-        payload: STANDARD.decode(message.payload).ok()?.into(),
-        origin: Origin::Stream {
-            id: receipt.id(&consumer.stream),
-            receipt: receipt.clone(),
-        },
+        payload: payload.into(),
+        ack: Some(Ack::of_last(
+            position,
+            consumer_sequence,
+            consumer,
+            handed_out,
+        )),
         fault: Some(fault),
-    };
-    Some((delivery, receipt))
-}
-
-/// Whether the NATS client can read headers: `NATS/1.0`, maybe a status, then a `Name: value` on each
-/// line (ADR-4), all of it UTF-8, and no carriage return on its own.
-fn is_readable(headers: &[u8]) -> bool {
-    let Ok(text) = std::str::from_utf8(headers) else {
-        return false;
-    };
-    let mut lines = text.lines();
-    let Some(status) = lines.next().and_then(|line| line.strip_prefix("NATS/1.0")) else {
-        return false;
-    };
-    let code = status.trim().split(' ').next().unwrap_or_default();
-    let is_code = code.len() == 3 && code.bytes().all(|b| b.is_ascii_digit());
-    if !code.is_empty() && (!is_code || code.starts_with('0')) {
-        return false;
-    }
-    let mut follows_header = false;
-    lines.all(|line| {
-        let continues = follows_header && line.starts_with(char::is_whitespace);
-        follows_header = !line.is_empty();
-        let name_is_good = line
-            .split_once(':')
-            .is_some_and(|(name, _)| name.bytes().all(|b| b.is_ascii_graphic()));
-        (line.is_empty() || continues || name_is_good) && !line.contains('\r')
     })
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
@@ -122,8 +103,13 @@ mod tests {
             (b"NATS/1.0\r\nA: \xff\r\n\r\n", false),
             (b"NATS/1.0\r\nA: b\rc\r\n\r\n", false),
         ] {
+            let stored = json!({
+                "subject": "x", "seq": 1, "time": "2026-01-01T00:00:00Z", "data": "",
+                "hdrs": STANDARD.encode(headers),
+            });
+            let message: RawMessage = serde_json::from_value(stored).unwrap();
             assert_eq!(
-                is_readable(headers),
+                StreamMessage::try_from(message).is_ok(),
                 readable,
                 "{}",
                 String::from_utf8_lossy(headers)

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use async_nats::{HeaderMap, jetstream::consumer};
 use futures::StreamExt;
 
-use crate::support::{Answer, NatsServer, PATIENCE, Received, Relay, Webhook, next};
+use crate::support::{Answer, NatsServer, PATIENCE, Received, Relay, Webhook, next, until};
 
 /// Publishes numbered messages, each once the stream has it.
 async fn publish(nats: &NatsServer, numbers: std::ops::Range<usize>) {
@@ -726,4 +726,87 @@ async fn pull_requests_that_are_refused_again_and_again_are_reported() {
         relay.log()
     );
     waiting.abort();
+}
+
+#[tokio::test]
+async fn a_message_that_left_the_stream_is_not_republished_after_the_next_one() {
+    let nats = NatsServer::with_stream().await;
+    let client = nats.client().await;
+    let jetstream = nats.jetstream().await;
+    let mut stream = jetstream.get_stream("CMS").await.unwrap();
+    let mut config = stream.info().await.unwrap().config.clone();
+    config.max_messages_per_subject = 1;
+    jetstream.update_stream(config).await.unwrap();
+    let mut relayed = client.subscribe("relayed.>").await.unwrap();
+    // The webhook holds the first version up until the second one is through.
+    let webhook = Webhook::start(|_, request| match request.text().as_str() {
+        "v1" => Answer::ok_after(Duration::from_secs(3)),
+        _ => Answer::OK,
+    })
+    .await;
+    let relays = [
+        Relay::durable(&nats, &webhook, &[]).await,
+        Relay::durable(&nats, &webhook, &[]).await,
+    ];
+    for relay in &relays {
+        relay
+            .logged("can drop a message while it is being relayed (max_msgs_per_subject 1)")
+            .await;
+    }
+    client.publish("cms.cache.x", "v1".into()).await.unwrap();
+    webhook.received(1).await;
+    client.publish("cms.cache.x", "v2".into()).await.unwrap();
+    assert_eq!(next(&mut relayed).await.payload, "v2");
+    until("the first version is abandoned", || {
+        relays
+            .iter()
+            .any(|relay| !relay.lines("cms.cache.x is abandoned").is_empty())
+    })
+    .await;
+    client.publish("cms.cache.y", "v3".into()).await.unwrap();
+    assert_eq!(next(&mut relayed).await.payload, "v3", "v1 came late");
+}
+
+#[tokio::test]
+async fn what_nobody_may_know_about_the_stream_is_said() {
+    let nats = NatsServer::with_config(
+        r#"jetstream { store_dir: "$DIR/jetstream" }
+           authorization { users = [
+               { user: admin, password: good }
+               { user: relay, password: good, permissions: {
+                   publish: { deny: "$JS.API.STREAM.INFO.CMS" } } }
+           ] }
+           no_auth_user: admin"#,
+    )
+    .await;
+    nats.create_stream("CMS", "cms.cache.>", 1).await;
+    let webhook = Webhook::ok().await;
+    let variables = [("NATS_USER", "relay"), ("NATS_PASS", "good")];
+    let relay = Relay::durable(&nats, &webhook, &variables).await;
+    let line = relay.logged("cannot look at the stream CMS").await;
+    assert!(
+        line.ends_with("allow $JS.API.STREAM.INFO.CMS for this NATS user"),
+        "{line}"
+    );
+    nats.publish("cms.cache.x", "x").await;
+    relay.logged(" -> ").await;
+}
+
+#[tokio::test]
+async fn headers_that_become_too_large_are_given_up_before_they_are_posted() {
+    let nats = NatsServer::with_stream().await;
+    let client = nats.client().await;
+    let mut relayed = client.subscribe("relayed.>").await.unwrap();
+    let webhook = Webhook::ok().await;
+    let relay = Relay::durable(&nats, &webhook, &[]).await;
+    // Without a space after the colon, as a client would write it.
+    let headers = b"NATS/1.0\r\nA:b\r\n\r\n";
+    let payload = vec![b'x'; client.max_payload() - headers.len()];
+    nats.publish_raw(b"cms.cache.raw", headers, &payload).await;
+    publish(&nats, 0..1).await;
+    expect(&mut relayed, 0..1).await;
+    relay
+        .logged("cms.cache.raw is not relayed: with its headers it has more than")
+        .await;
+    assert_eq!(bodies(&webhook), ["0"]);
 }
