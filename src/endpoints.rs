@@ -1,6 +1,16 @@
 //! `/livez`, `/readyz` and `/metrics` over HTTP, apart from the main loop.
 
-use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    collections::VecDeque,
+    convert::Infallible,
+    io,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use http_body_util::Full;
 use hyper::{
@@ -12,15 +22,26 @@ use hyper::{
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
 use log::{info, warn};
-use tokio::{net::TcpListener, sync::Semaphore, time::timeout};
+use tokio::{
+    net::{TcpListener, TcpSocket, TcpStream},
+    task::{AbortHandle, yield_now},
+    time::{sleep, timeout},
+};
 
 use crate::{config::BadConfiguration, status::Status};
 
-/// So many clients are served at the same time; further ones wait in the kernel's queue.
-const MAX_CLIENTS: usize = 16;
+/// So many clients are served at the same time. For a further one the oldest of those that have not
+/// asked for anything yet has to go: silent clients must not keep a probe waiting.
+const MAX_CLIENTS: usize = 64;
 
 /// A client gets this long for its one request, and its answer.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// So many clients may wait to be accepted.
+const BACKLOG: u32 = 4096;
+
+/// What failed to be accepted, as with too many open files, is not better at once.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// No request needs more room for its head.
 const MAX_HEAD_BYTES: usize = 8 * 1024;
@@ -34,7 +55,7 @@ const PROMETHEUS: HeaderValue =
 /// # Errors
 /// If the address can't be listened on.
 pub async fn start(address: SocketAddr, status: Arc<Status>) -> Result<(), BadConfiguration> {
-    let listener = TcpListener::bind(address).await.map_err(|error| {
+    let listener = listen(address).map_err(|error| {
         BadConfiguration(format!(
             "STATUS_LISTEN {address} cannot be listened on: {error}"
         ))
@@ -45,39 +66,68 @@ pub async fn start(address: SocketAddr, status: Arc<Status>) -> Result<(), BadCo
     Ok(())
 }
 
+/// Like [`TcpListener::bind`], with room for more clients that connect at the same moment: the kernel
+/// lets those that do not fit wait for a second.
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() {
+        TcpSocket::new_v4()?
+    } else {
+        TcpSocket::new_v6()?
+    };
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
+/// A connection that is being served.
+struct Client {
+    task: AbortHandle,
+    /// Whether it has sent a whole request.
+    has_asked: Arc<AtomicBool>,
+}
+
 async fn serve(listener: TcpListener, status: Arc<Status>) {
-    let clients = Arc::new(Semaphore::new(MAX_CLIENTS));
+    let mut clients: VecDeque<Client> = VecDeque::new();
     loop {
-        // Never closed, so it never fails.
-        let Ok(place) = Arc::clone(&clients).acquire_owned().await else {
-            return;
-        };
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
                 warn!("a client of the status port was not accepted: {error}");
-                // Such as too many open files; it won't be better at once.
-                tokio::time::sleep(PATIENCE).await;
+                sleep(PAUSE).await;
                 continue;
             }
         };
-        let status = Arc::clone(&status);
-        tokio::spawn(async move {
-            let service = service_fn(|request| {
-                let response = answer(&request, &status);
-                async { Ok::<_, Infallible>(response) }
-            });
-            let connection = http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(PATIENCE)
-                .max_buf_size(MAX_HEAD_BYTES)
-                .keep_alive(false)
-                .serve_connection(TokioIo::new(stream), service);
-            // Whatever a client does wrong is its own matter.
-            let _ = timeout(PATIENCE, connection).await;
-            drop(place);
-        });
+        clients.retain(|client| !client.task.is_finished());
+        if clients.len() >= MAX_CLIENTS {
+            let silent = |client: &Client| !client.has_asked.load(Relaxed);
+            let oldest = clients.iter().position(silent).unwrap_or_default();
+            if let Some(client) = clients.remove(oldest) {
+                client.task.abort();
+            }
+        }
+        let has_asked = Arc::new(AtomicBool::new(false));
+        let client = serve_client(stream, Arc::clone(&status), Arc::clone(&has_asked));
+        let task = tokio::spawn(client).abort_handle();
+        clients.push_back(Client { task, has_asked });
+        // However many connect at once, everything else gets its turn, and whoever had to go is gone.
+        yield_now().await;
     }
+}
+
+async fn serve_client(stream: TcpStream, status: Arc<Status>, has_asked: Arc<AtomicBool>) {
+    let service = service_fn(|request| {
+        has_asked.store(true, Relaxed);
+        let response = answer(&request, &status);
+        async { Ok::<_, Infallible>(response) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(PATIENCE)
+        .max_buf_size(MAX_HEAD_BYTES)
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(stream), service);
+    // Whatever a client does wrong is its own matter.
+    let _ = timeout(PATIENCE, connection).await;
 }
 
 fn answer(request: &Request<Incoming>, status: &Status) -> Response<Full<Bytes>> {

@@ -1,8 +1,13 @@
 //! What its operators see: the endpoints against real states, and `--check`.
 
-use std::{collections::HashMap, process::Stdio, time::Duration};
+use std::{
+    collections::HashMap,
+    process::Stdio,
+    time::{Duration, Instant},
+};
 
 use prometheus_parse::{Scrape, Value};
+use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::TcpStream,
@@ -192,28 +197,73 @@ async fn durable_mode_shows_what_waits_in_the_stream() {
 
 #[tokio::test]
 async fn hostile_clients_of_the_port_hold_nothing_up() {
-    let nats = NatsServer::start().await;
-    let client = nats.client().await;
-    let mut relayed = client.subscribe("relayed.>").await.unwrap();
-    let webhook = Webhook::ok().await;
-    let relay = Relay::listening(&nats, &webhook, &[STATUS]).await;
+    let mut nats = NatsServer::start().await;
+    nats.kill();
+    let webhook = Webhook::script([Answer::OK, Answer::Hang]).await;
+    let changes = [STATUS, ("SHUTDOWN_TIMEOUT", "10m")];
+    let relay = Relay::between(&nats, &webhook.url(), &changes);
     let address = address(&relay).await;
-    let mut silent = Vec::new();
-    for _ in 0..100 {
-        let mut stream = TcpStream::connect(&address).await.unwrap();
-        stream
-            .write_all(b"GET /metrics HTTP/1.1\r\nx: ")
-            .await
-            .unwrap();
-        silent.push(stream);
-    }
     let mut endless = TcpStream::connect(&address).await.unwrap();
     let writing =
         tokio::spawn(async move { while endless.write_all(&[b'x'; 1 << 16]).await.is_ok() {} });
-    client.publish("cms.cache.x", "x".into()).await.unwrap();
-    assert_eq!(next(&mut relayed).await.payload, "x");
-    drop(silent);
-    until_answer(&address, "/livez", 200, "ok").await;
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum.map(|most| most.min(1 << 14));
+    setrlimit(Resource::Nofile, limit).unwrap();
+    let mut silent = Vec::new();
+    let mut asked = Vec::new();
+    for state in [
+        "not connected",
+        "subscribed",
+        "a message is in hand",
+        "stopping",
+    ] {
+        match state {
+            "subscribed" => {
+                nats.restart();
+                relay.logged("listening on").await;
+                nats.publish("cms.cache.x", "x").await;
+                relay.logged(" -> ").await;
+            }
+            "a message is in hand" => {
+                nats.publish("cms.cache.x", "x").await;
+                webhook.received(2).await;
+            }
+            "stopping" => {
+                relay.signal("TERM");
+                relay.logged("stopping").await;
+            }
+            _ => {}
+        }
+        silent.clear();
+        for n in 0..1000 {
+            let connected = timeout(PATIENCE, TcpStream::connect(&address)).await;
+            let mut stream = connected.expect("a connection in time").unwrap();
+            if n % 2 == 0 {
+                let beginning = b"GET /metrics HTTP/1.1\r\nx: ";
+                stream.write_all(beginning).await.unwrap();
+            }
+            silent.push(stream);
+        }
+        let ready = if state == "not connected" { 503 } else { 200 };
+        for (path, status) in [("/livez", 200), ("/metrics", 200), ("/readyz", ready)] {
+            if (state, path) == ("stopping", "/readyz") {
+                continue;
+            }
+            let start = Instant::now();
+            assert_eq!(get(&address, path).await.0, status, "{path}, {state}");
+            asked.push(start.elapsed());
+        }
+        #[cfg(target_os = "linux")]
+        {
+            let open = std::fs::read_dir(format!("/proc/{}/fd", relay.id())).unwrap();
+            assert!(open.count() < 150, "few files are open");
+        }
+    }
+    // Waiting for a silent client to be given up took seconds.
+    assert!(
+        asked.iter().all(|took| *took < Duration::from_secs(2)),
+        "{asked:?}"
+    );
     writing.abort();
 }
 
