@@ -1,7 +1,11 @@
 //! `--check`: what of a configuration holds, and what does not. Takes and publishes no message, sends
 //! no request to a destination, creates nothing.
 
-use std::{io::Write, sync::Arc, time::Duration};
+use std::{
+    io::{ErrorKind, Write},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::{Context, anyhow, bail};
 use reqwest::Url;
@@ -15,6 +19,7 @@ use tokio_rustls::TlsConnector;
 
 use crate::{
     config::{self, Config, Destination, Login, Mode, Proxy},
+    endpoints,
     keeper::Failure,
     nats::{Connection, Faults, Notice, cannot_look, connect_once, inbox_refused, show},
     outlet::Outlets,
@@ -84,6 +89,16 @@ pub async fn check(config: &Config, out: &mut dyn Write) -> anyhow::Result<bool>
             }
         }
         check_keepers(&outlets, &mut faults, &mut report).await;
+    }
+    if let Some(address) = config.status_listen {
+        let found = match endpoints::listen(address) {
+            Ok(_) => Ok("can be listened on".to_owned()),
+            Err(error) if error.kind() == ErrorKind::AddrInUse => {
+                Ok("is in use, which is right where the relay runs already".to_owned())
+            }
+            Err(error) => Err(error.into()),
+        };
+        report.add(&format!("status port {address}"), found);
     }
     let tls = config
         .webhook

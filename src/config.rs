@@ -334,18 +334,6 @@ pub struct Config {
     pub log_filter: String,
 }
 
-/// A configuration that turned out to be bad after it was read; restarting does not help.
-#[derive(Debug)]
-pub struct BadConfiguration(pub String);
-
-impl fmt::Display for BadConfiguration {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for BadConfiguration {}
-
 /// Where messages come from, and so what is lost when.
 #[derive(Clone, Debug)]
 pub enum Mode {

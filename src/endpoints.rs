@@ -12,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use anyhow::Context;
 use http_body_util::Full;
 use hyper::{
     Method, Request, Response, StatusCode,
@@ -28,7 +29,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use crate::{config::BadConfiguration, status::Status};
+use crate::status::Status;
 
 /// So many clients are served at the same time. For a further one the oldest of those that have not
 /// asked for anything yet has to go: silent clients must not keep a probe waiting.
@@ -53,13 +54,11 @@ const PROMETHEUS: HeaderValue =
 /// Listens, and answers in the background from then on.
 ///
 /// # Errors
-/// If the address can't be listened on.
-pub async fn start(address: SocketAddr, status: Arc<Status>) -> Result<(), BadConfiguration> {
-    let listener = listen(address).map_err(|error| {
-        BadConfiguration(format!(
-            "STATUS_LISTEN {address} cannot be listened on: {error}"
-        ))
-    })?;
+/// If the address can't be listened on. That may get better: the network that it belongs to may come up
+/// later, and whoever uses it may end.
+pub fn start(address: SocketAddr, status: Arc<Status>) -> anyhow::Result<()> {
+    let listener = listen(address)
+        .with_context(|| format!("STATUS_LISTEN {address} cannot be listened on"))?;
     let address = listener.local_addr().unwrap_or(address);
     info!("status on http://{address}/livez, /readyz and /metrics");
     tokio::spawn(serve(listener, status));
@@ -68,7 +67,10 @@ pub async fn start(address: SocketAddr, status: Arc<Status>) -> Result<(), BadCo
 
 /// Like [`TcpListener::bind`], with room for more clients that connect at the same moment: the kernel
 /// lets those that do not fit wait for a second.
-fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+///
+/// # Errors
+/// If the address can't be listened on.
+pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = if address.is_ipv4() {
         TcpSocket::new_v4()?
     } else {

@@ -63,12 +63,12 @@ use webhook::Webhook;
 /// [`Config::shutdown_timeout`]; the second ends at once.
 ///
 /// # Errors
-/// When it cannot go on: login refused, permission, stream or consumer missing, subscription ended;
-/// [`config::BadConfiguration`] where only its operator can mend it.
+/// When it cannot go on: login refused, permission, stream or consumer missing, subscription ended, or
+/// the status port cannot be listened on.
 pub async fn run(config: Config, stop: impl Stream<Item = ()> + Unpin) -> anyhow::Result<()> {
     let status = Arc::new(Status::new()?);
     if let Some(address) = config.status_listen {
-        endpoints::start(address, Arc::clone(&status)).await?;
+        endpoints::start(address, Arc::clone(&status))?;
     }
     let webhook = Webhook::new(&config.webhook)?;
     let config = Arc::new(config);

@@ -10,7 +10,7 @@ use futures::{Stream, stream::poll_fn};
 use log::{error, info, warn};
 use nats_webhook_relay::{
     check,
-    config::{self, BadConfiguration, Config},
+    config::{self, Config},
     environment::Environment,
     logging, run, text,
 };
@@ -96,10 +96,6 @@ async fn relay() -> End {
             End::Good
         }
         Err(reason) => {
-            if reason.is::<BadConfiguration>() {
-                error!("bad configuration: {reason}");
-                return End::BadConfiguration;
-            }
             error!("cannot go on: {}", text::reasons(&reason));
             End::Failed
         }

@@ -268,15 +268,33 @@ async fn hostile_clients_of_the_port_hold_nothing_up() {
 }
 
 #[tokio::test]
-async fn an_address_in_use_is_a_bad_configuration() {
+async fn an_address_that_cannot_be_listened_on_may_get_better() {
     let nats = NatsServer::start().await;
+    let webhook = Webhook::ok().await;
     let taken = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = taken.local_addr().unwrap().to_string();
-    let relay = Relay::between(&nats, "http://127.0.0.1:1/", &[("STATUS_LISTEN", &address)]);
-    let (code, log) = relay.ended().await;
-    assert_eq!(code, Some(78), "{log:#?}");
-    let expected = format!("bad configuration: STATUS_LISTEN {address} cannot be listened on");
-    assert!(log.last().unwrap().contains(&expected), "{log:#?}");
+    let in_use = taken.local_addr().unwrap().to_string();
+    // One that no host has (RFC 5737), as that of a VPN before it is up.
+    let missing = "192.0.2.1:9642".to_owned();
+    for (address, mark) in [(in_use, "ok    "), (missing, "FAILED")] {
+        let relay = Relay::between(&nats, &webhook.url(), &[("STATUS_LISTEN", &address)]);
+        let (code, log) = relay.ended().await;
+        assert_eq!(code, Some(1), "{log:#?}");
+        let expected = format!("cannot go on: STATUS_LISTEN {address} cannot be listened on: ");
+        assert!(log.last().unwrap().contains(&expected), "{log:#?}");
+
+        let (url, destination) = (nats.url(), webhook.url());
+        let variables = [
+            ("WEBHOOK_DESTINATION", &destination[..]),
+            ("NATS_HOST", &url),
+            ("NATS_SUBJECT_PREFIX", "cms.cache"),
+            ("NATS_RELAYED_SUBJECT_PREFIX", "relayed.cache"),
+            ("STATUS_LISTEN", &address),
+        ];
+        let (_, lines) = check(&variables).await;
+        let expected = format!("{mark}  status port {address}: ");
+        let found = lines.iter().any(|line| line.starts_with(&expected));
+        assert!(found, "{expected}: {lines:#?}");
+    }
 }
 
 /// What `--check` prints, line by line, and its exit code.
