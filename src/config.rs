@@ -1,6 +1,12 @@
 //! The environment → a validated [`Config`], with every problem in one report.
 
-use std::{collections::BTreeSet, fmt, fs, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fmt, io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use async_nats::{ConnectOptions, ServerAddr};
 use percent_encoding::percent_decode_str;
@@ -23,7 +29,7 @@ pub use self::{
     secrets::Secrets,
 };
 use crate::{
-    environment::{Environment, FILE_SUFFIX},
+    environment::{Environment, FILE_SUFFIX, read_file, read_text},
     signing::SigningSecret,
     subject::Prefix,
 };
@@ -881,15 +887,13 @@ fn parse_list<T>(text: &str, parse: fn(&str) -> Result<T, String>) -> Result<Vec
     Ok(entries)
 }
 
-/// The content of a file that holds a secret.
-fn read_file(path: &str) -> Result<SecretString, String> {
-    fs::read_to_string(path)
-        .map(SecretString::from)
-        .map_err(|error| format!("names {path:?}, which cannot be read: {error}"))
+/// What a file holds, as `read` finds it.
+fn read<T>(path: &str, read: fn(&Path) -> io::Result<T>) -> Result<T, String> {
+    read(Path::new(path)).map_err(|error| format!("names {path:?}, which cannot be read: {error}"))
 }
 
 fn read_nkey(path: &str) -> Result<SecretString, String> {
-    let text = read_file(path)?;
+    let text = SecretString::from(read(path, read_text)?);
     let seed = text.expose_secret().trim();
     match nkeys::KeyPair::from_seed(seed) {
         Ok(_) => Ok(seed.into()),
@@ -900,7 +904,7 @@ fn read_nkey(path: &str) -> Result<SecretString, String> {
 }
 
 fn read_credentials(path: &str) -> Result<SecretString, String> {
-    let text = read_file(path)?;
+    let text = SecretString::from(read(path, read_text)?);
     match ConnectOptions::with_credentials(text.expose_secret()) {
         Ok(_) => Ok(text),
         Err(_) => Err(format!(
@@ -910,18 +914,19 @@ fn read_credentials(path: &str) -> Result<SecretString, String> {
 }
 
 fn read_certificates(path: &str) -> Result<PathBuf, String> {
-    let certificates = CertificateDer::pem_file_iter(path).map(Iterator::collect::<Vec<_>>);
-    match certificates {
-        Err(error) => Err(format!("names {path:?}, which cannot be read: {error}")),
-        Ok(found) if found.is_empty() || found.iter().any(Result::is_err) => Err(format!(
+    let pem = read(path, read_file)?;
+    let found: Vec<_> = CertificateDer::pem_slice_iter(&pem).collect();
+    if found.is_empty() || found.iter().any(Result::is_err) {
+        return Err(format!(
             "names {path:?}, which holds no certificate in PEM form"
-        )),
-        Ok(_) => Ok(path.into()),
+        ));
     }
+    Ok(path.into())
 }
 
 fn read_key(path: &str) -> Result<PathBuf, String> {
-    PrivateKeyDer::from_pem_file(path)
+    let pem = read(path, read_file)?;
+    PrivateKeyDer::from_pem_slice(&pem)
         .map(|_| path.into())
         .map_err(|error| format!("names {path:?}, which holds no private key in PEM form: {error}"))
 }

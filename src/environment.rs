@@ -3,7 +3,8 @@
 use std::{
     collections::BTreeMap,
     ffi::{OsStr, OsString},
-    fs, io,
+    fs,
+    io::{self, Read},
     path::{Path, PathBuf},
 };
 
@@ -137,12 +138,42 @@ impl<N: Into<String>, V: Into<OsString>> FromIterator<(N, V)> for Environment {
     }
 }
 
+/// No file with settings is larger; certificates of all the world's CAs take a quarter of it.
+const MAX_FILE_BYTES: u64 = 1 << 20;
+
+/// The content of a file that a setting names. A pipe could wait for ever, and a device never end.
+///
+/// # Errors
+/// If it can't be read, is no regular file, or is too large.
+pub fn read_file(path: &Path) -> io::Result<Vec<u8>> {
+    if !fs::metadata(path)?.is_file() {
+        return Err(io::Error::other(
+            "it is not a regular file; copy what it holds into one",
+        ));
+    }
+    let mut content = Vec::new();
+    fs::File::open(path)?
+        .take(MAX_FILE_BYTES + 1)
+        .read_to_end(&mut content)?;
+    if content.len() as u64 > MAX_FILE_BYTES {
+        return Err(io::Error::other(
+            "it is larger than 1 MiB, so it can't be what is meant",
+        ));
+    }
+    Ok(content)
+}
+
+/// The text of a file that a setting names.
+///
+/// # Errors
+/// As [`read_file`], and if it is not valid UTF-8.
+pub fn read_text(path: &Path) -> io::Result<String> {
+    String::from_utf8(read_file(path)?).map_err(|_| io::Error::other("it is not valid UTF-8"))
+}
+
 /// A file's content as a value, one trailing newline removed.
 fn read_value(path: &Path) -> Result<String, String> {
-    let mut value = fs::read_to_string(path).map_err(|error| match error.kind() {
-        io::ErrorKind::InvalidData => "the file is not valid UTF-8".to_owned(),
-        _ => error.to_string(),
-    })?;
+    let mut value = read_text(path).map_err(|error| error.to_string())?;
     if value.ends_with('\n') {
         value.pop();
         if value.ends_with('\r') {
@@ -158,7 +189,7 @@ fn read_value(path: &Path) -> Result<String, String> {
 
 /// The variables of a dotenv file, if there is such a file.
 fn read_dotenv(path: &Path) -> Result<Option<BTreeMap<String, OsString>>, String> {
-    let text = match fs::read_to_string(path) {
+    let text = match read_text(path) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(format!(": cannot be read: {error}")),
@@ -262,6 +293,9 @@ mod tests {
         ] {
             assert!(read(content).unwrap_err().contains(fault), "{content:?}");
         }
+        let (largest, too_large) = (vec![b'x'; 1 << 20], vec![b'x'; (1 << 20) + 1]);
+        assert_eq!(read(&largest).unwrap().unwrap().len(), largest.len());
+        assert!(read(&too_large).unwrap_err().contains("larger than 1 MiB"));
         fs::remove_file(&path).unwrap();
         assert!(
             environment

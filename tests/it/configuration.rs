@@ -67,6 +67,43 @@ async fn a_malformed_dotenv_file_is_reported_with_file_and_line() {
 }
 
 #[tokio::test]
+async fn only_regular_files_are_read() {
+    let (directory, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let pipe = other.path().join("pipe");
+    for path in [&pipe, &directory.path().join(".env")] {
+        let made = std::process::Command::new("mkfifo").arg(path).status();
+        assert!(made.unwrap().success());
+    }
+    let pipe = pipe.to_str().unwrap().to_owned();
+    let relay = Relay::start_in(directory, GOOD);
+    let (code, log) = relay.ended().await;
+    assert_eq!(code, Some(78), "{log:#?}");
+    let expected = "bad configuration: .env: cannot be read: it is not a regular file";
+    assert!(log.last().unwrap().contains(expected), "{log:#?}");
+
+    let names = [
+        "NATS_CA",
+        "NATS_CERT",
+        "NATS_KEY",
+        "NATS_NKEY",
+        "NATS_CREDS",
+    ];
+    for path in ["/dev/zero", &pipe, "/"] {
+        for name in names.iter().chain(&["NATS_TOKEN_FILE"]) {
+            let variables = GOOD.into_iter().chain([(*name, path)]);
+            let (code, log) = Relay::start(variables).ended().await;
+            assert_eq!(code, Some(78), "{name}: {log:#?}");
+            let found = log.iter().any(|line| {
+                line.contains(name)
+                    && line.contains(&format!("{path:?}"))
+                    && line.contains("not a regular file")
+            });
+            assert!(found, "{name}={path}: {log:#?}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_misspelt_variable_is_pointed_out() {
     let variables = GOOD
         .into_iter()
