@@ -126,10 +126,15 @@ impl Keeper {
                 });
             }
         };
-        if config.no_ack {
-            return Err(Failure::Permanent(format!(
-                "the stream {stream} confirms nothing (no_ack); change that, or unset {variable}"
-            )));
+        for (is_set, effect) in [
+            (config.no_ack, "confirms nothing (no_ack)"),
+            (config.sealed, "takes nothing any more (sealed)"),
+        ] {
+            if is_set {
+                return Err(Failure::Permanent(format!(
+                    "the stream {stream} {effect}; change that, or set {variable} to another one"
+                )));
+            }
         }
         if !prefix.is_covered_by(&config.subjects) {
             return Err(Failure::Permanent(format!(

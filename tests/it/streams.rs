@@ -176,7 +176,7 @@ fn small(max_messages: i64, max_message_size: i32) -> Config {
 }
 
 /// Publishes numbered messages, each once the stream has it, through whatever happens to servers.
-async fn publish(jetstream: &Context, numbers: std::ops::Range<usize>) {
+async fn publish_all(jetstream: &Context, numbers: std::ops::Range<usize>) {
     for n in numbers {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -223,7 +223,7 @@ async fn a_full_stream_holds_messages_up_with_a_warning_until_it_has_room() {
         } else {
             Relay::listening(&nats, &webhook, &[RELAYED]).await
         };
-        publish(&jetstream, 0..3).await;
+        publish_all(&jetstream, 0..3).await;
         // Longer than a message may be out without a sign of life.
         let warnings = relay.logged_times("maximum messages exceeded", 6).await;
         assert!(
@@ -297,7 +297,7 @@ async fn a_stream_that_goes_away_is_waited_for_and_a_stop_leaves_the_message_to_
     let changes = [RELAYED, ("SHUTDOWN_TIMEOUT", "100ms")];
     let relay = Relay::durable(&nats, &webhook, &changes).await;
     jetstream.delete_stream("RELAYED").await.unwrap();
-    publish(&jetstream, 0..2).await;
+    publish_all(&jetstream, 0..2).await;
     relay.logged("no stream takes it just now").await;
     relay.signal("TERM");
     let (code, log) = relay.ended().await;
@@ -340,7 +340,7 @@ async fn nothing_is_missing_in_the_streams_of_a_cluster_that_loses_their_leaders
             cluster.leader?.trim_start_matches('n').parse().ok()
         }
     };
-    publish(&jetstream, 0..COUNT).await;
+    publish_all(&jetstream, 0..COUNT).await;
     for (enough, stream) in [
         (40, "RELAYED"),
         (80, "FAILED"),
@@ -392,7 +392,7 @@ async fn someone_else_s_answer_is_no_confirmation() {
     });
     let webhook = Webhook::ok().await;
     let relay = Relay::durable(&nats, &webhook, &[RELAYED]).await;
-    publish(&jetstream, 0..2).await;
+    publish_all(&jetstream, 0..2).await;
     relay.logged_times("maximum messages exceeded", 2).await;
     assert!(is_out(&jetstream).await);
     assert_eq!(relay.lines(" -> ").len(), 1);
@@ -413,6 +413,13 @@ async fn a_stream_that_cannot_keep_what_is_published_ends_it_and_check_says_so()
     let mute = NatsServer::with_stream().await;
     let jetstream = mute.jetstream().await;
     jetstream.create_stream(no_ack).await.unwrap();
+    let full = NatsServer::with_stream().await;
+    full.create_stream("SEALED", "relayed.>", 1).await;
+    let jetstream = full.jetstream().await;
+    let stream = jetstream.get_stream("SEALED").await.unwrap();
+    let mut sealed = stream.cached_info().config.clone();
+    sealed.sealed = true;
+    jetstream.update_stream(sealed).await.unwrap();
     let plain = NatsServer::start().await;
     let durable = [("NATS_STREAM", "CMS"), ("NATS_CONSUMER", "relay")];
     let relayed = |stream| vec![("NATS_RELAYED_STREAM", stream)];
@@ -439,6 +446,11 @@ async fn a_stream_that_cannot_keep_what_is_published_ends_it_and_check_says_so()
             "the stream PART does not keep failed.cache.>",
         ),
         (&mute, relayed("MUTE"), "the stream MUTE confirms nothing"),
+        (
+            &full,
+            relayed("SEALED"),
+            "the stream SEALED takes nothing any more",
+        ),
         (&plain, relayed("RELAYED"), "JetStream is not enabled"),
     ] {
         for mode in [&[][..], &durable] {
@@ -524,6 +536,57 @@ async fn missing_permissions_for_a_stream_that_keeps_end_it_with_their_names() {
 }
 
 #[tokio::test]
+async fn durable_mode_needs_no_permission_but_those_of_the_readme() {
+    let publish = [
+        "relayed.cache.>",
+        "failed.cache.>",
+        "$JS.API.CONSUMER.*.CMS.relay",
+        "$JS.API.CONSUMER.CREATE.CMS.relay.>",
+        "$JS.API.CONSUMER.MSG.NEXT.CMS.relay",
+        "$JS.ACK.CMS.relay.>",
+        "$JS.API.STREAM.MSG.GET.CMS",
+    ];
+    let streams = ["$JS.API.STREAM.INFO.RELAYED", "$JS.API.STREAM.INFO.FAILED"];
+    let names = ["$JS.API.STREAM.NAMES"];
+    let keeping = [&[RELAYED][..], &FAILED].concat();
+    for (permissions, changes, warnings) in [
+        (&streams[..], &keeping[..], 0),
+        (&names, &[FAILED[0]], 0),
+        // It goes on without, and says so for each prefix.
+        (&[], &[FAILED[0]], 2),
+    ] {
+        let nats = NatsServer::with_config(&format!(
+            "jetstream {{ store_dir: \"$DIR/jetstream\" }}
+             authorization {{ users = [
+                {{ user: admin, password: good }},
+                {{ user: relay, password: good, permissions: {{
+                    publish: {:?}, subscribe: \"_INBOX.>\"
+                }} }}
+             ] }}
+             no_auth_user: admin",
+            [&publish, permissions].concat()
+        ))
+        .await;
+        for (stream, subject) in [
+            ("CMS", "cms.cache.>"),
+            ("RELAYED", "relayed.>"),
+            ("FAILED", "failed.>"),
+        ] {
+            nats.create_stream(stream, subject, 1).await;
+        }
+        let webhook = Webhook::script([Answer::status(422)]).await;
+        let user = [("NATS_USER", "relay"), ("NATS_PASS", "good")];
+        let relay = Relay::durable(&nats, &webhook, &[changes, &user].concat()).await;
+        publish_all(&nats.jetstream().await, 0..2).await;
+        assert_eq!(payloads(&nats, "FAILED", 1).await, ["0"]);
+        assert_eq!(payloads(&nats, "RELAYED", 1).await, ["1"]);
+        let said = relay.lines("allow $JS.API.STREAM.NAMES");
+        assert_eq!(said.len(), warnings, "{said:?}");
+        assert_eq!(relay.lines("ERROR").len(), 1, "{:#?}", relay.log());
+    }
+}
+
+#[tokio::test]
 async fn a_message_that_nats_does_not_let_be_kept_is_given_up() {
     let nats = NatsServer::with_config(
         r#"jetstream { store_dir: "$DIR/jetstream" }
@@ -571,7 +634,7 @@ async fn one_stream_may_keep_all_prefixes() {
         } else {
             Relay::listening(&nats, &webhook, changes).await
         };
-        publish(&jetstream, 0..2).await;
+        publish_all(&jetstream, 0..2).await;
         let mut found = payloads(&nats, "CMS", 4).await;
         found.sort();
         assert_eq!(found, ["0", "0", "1", "1"]);
