@@ -195,6 +195,12 @@ fn read_dotenv(path: &Path) -> Result<Option<BTreeMap<String, OsString>>, String
         Err(error) => return Err(format!(": cannot be read: {error}")),
     };
     let text = text.trim_start_matches('\u{feff}');
+    if let Some(line) = substituted_line(text) {
+        return Err(format!(
+            ", line {line}: has a $ that would be replaced by the value of a variable; put the value \
+             in single quotes"
+        ));
+    }
     let variables = dotenvy::from_read_iter(text.as_bytes())
         .collect::<Result<Vec<_>, _>>()
         .map_err(|error| match error {
@@ -205,6 +211,31 @@ fn read_dotenv(path: &Path) -> Result<Option<BTreeMap<String, OsString>>, String
             error => format!(": cannot be read: {error}"),
         })?;
     Ok(Some(Environment::from_iter(variables).variables))
+}
+
+/// The number, from 1, of the first line in which the parser would replace a `$` and what follows it by
+/// the value of another variable, or by nothing: a password would silently be another one.
+fn substituted_line(text: &str) -> Option<usize> {
+    let (mut line, mut before) = (1, '\n');
+    let (mut quote, mut is_escaped, mut is_comment) = (None, false, false);
+    for c in text.chars() {
+        match c {
+            '\n' => {
+                line += 1;
+                (is_escaped, is_comment) = (false, false);
+            }
+            _ if is_comment => {}
+            _ if is_escaped => is_escaped = false,
+            '\\' if quote != Some('\'') => is_escaped = true,
+            '$' if quote != Some('\'') => return Some(line),
+            '#' if quote.is_none() && before.is_whitespace() => is_comment = true,
+            '\'' | '"' if quote.is_none() => quote = Some(c),
+            _ if quote == Some(c) => quote = None,
+            _ => {}
+        }
+        before = c;
+    }
+    None
 }
 
 /// The number, from 1, of the line at which `faulty` starts in `text`: what the parser hands back
@@ -250,6 +281,37 @@ mod tests {
                 .unwrap_err()
                 .starts_with(": cannot be read")
         );
+    }
+
+    #[test]
+    fn a_dollar_that_would_be_substituted_is_refused() {
+        for (text, line) in [
+            ("A=pa$word", 1),
+            ("A=1\nexport B=${HOME}\n", 2),
+            ("A=1\n\nB=\"pa$word\"\n", 3),
+            ("# don't\nA='$1' # it's\nB=$1\n", 3),
+            ("A='one\n# $two' \nB=\"three\nfour$\"\n", 4),
+            ("A=x#$word", 1),
+            ("A=\\\\$word", 1),
+            ("A='$a'$b", 1),
+            ("A=\"'$a'\"", 1),
+        ] {
+            let problem = dotenv(text.as_bytes()).unwrap_err();
+            let expected = format!(", line {line}: has a $ ");
+            assert!(problem.starts_with(&expected), "{text:?}: {problem}");
+            assert!(problem.ends_with("in single quotes"), "{problem}");
+            assert!(!problem.contains("word"), "{problem}");
+        }
+        for (text, value) in [
+            ("A='pa$word'", "pa$word"),
+            ("A=pa\\$word # costs $1", "pa$word"),
+            ("A=\"pa\\$word\"", "pa$word"),
+            ("  # $1\nA=1\\\n# $2", "1"),
+            ("A='one\n$two\n\"'\t# $3", "one\n$two\n\""),
+        ] {
+            let expected = Environment::from_iter([("A", value)]).0;
+            assert_eq!(dotenv(text.as_bytes()), Ok(expected), "{text:?}");
+        }
     }
 
     #[test]

@@ -67,6 +67,21 @@ async fn a_malformed_dotenv_file_is_reported_with_file_and_line() {
 }
 
 #[tokio::test]
+async fn a_dotenv_file_never_changes_a_password() {
+    let directory = tempfile::tempdir().unwrap();
+    fs::write(
+        directory.path().join(".env"),
+        "# $1\nNATS_PASS=pa$hunter2\n",
+    )
+    .unwrap();
+    let (code, log) = Relay::start_in(directory, GOOD).ended().await;
+    assert_eq!(code, Some(78), "{log:#?}");
+    let expected = "bad configuration: .env, line 2: has a $ that would be replaced";
+    assert!(log.last().unwrap().contains(expected), "{log:#?}");
+    assert!(!log.concat().contains("hunter2"), "{log:#?}");
+}
+
+#[tokio::test]
 async fn only_regular_files_are_read() {
     let (directory, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let pipe = other.path().join("pipe");
