@@ -29,7 +29,7 @@ pub use self::{
     secrets::Secrets,
 };
 use crate::{
-    environment::{Environment, FILE_SUFFIX, read_file, read_text},
+    environment::{Environment, FILE_SUFFIX, read_file, read_text, shown},
     signing::SigningSecret,
     subject::Prefix,
 };
@@ -815,7 +815,12 @@ fn headers(reader: &mut Reader<'_>) -> Option<HeaderMap> {
         .environment
         .names()
         .filter(|name| name.starts_with(HEADER_PREFIX))
-        .map(|name| name.strip_suffix(FILE_SUFFIX).unwrap_or(name).to_owned())
+        .map(|name| {
+            // WEBHOOK_HEADER_FILE is the header `file`.
+            let stem = name.strip_suffix(FILE_SUFFIX);
+            let stem = stem.filter(|stem| stem.starts_with(HEADER_PREFIX));
+            stem.unwrap_or(name).to_owned()
+        })
         .collect();
     let mut headers = HeaderMap::new();
     let mut good = true;
@@ -889,7 +894,8 @@ fn parse_list<T>(text: &str, parse: fn(&str) -> Result<T, String>) -> Result<Vec
 
 /// What a file holds, as `read` finds it.
 fn read<T>(path: &str, read: fn(&Path) -> io::Result<T>) -> Result<T, String> {
-    read(Path::new(path)).map_err(|error| format!("names {path:?}, which cannot be read: {error}"))
+    let path = Path::new(path);
+    read(path).map_err(|error| format!("names {}, which cannot be read: {error}", shown(path)))
 }
 
 fn read_nkey(path: &str) -> Result<SecretString, String> {
@@ -898,7 +904,8 @@ fn read_nkey(path: &str) -> Result<SecretString, String> {
     match nkeys::KeyPair::from_seed(seed) {
         Ok(_) => Ok(seed.into()),
         Err(_) => Err(format!(
-            "names {path:?}, which holds no seed of an nkey (SU...)"
+            "names {}, which holds no seed of an nkey (SU...)",
+            shown(Path::new(path))
         )),
     }
 }
@@ -908,7 +915,8 @@ fn read_credentials(path: &str) -> Result<SecretString, String> {
     match ConnectOptions::with_credentials(text.expose_secret()) {
         Ok(_) => Ok(text),
         Err(_) => Err(format!(
-            "names {path:?}, which holds no credentials (a JWT and a seed)"
+            "names {}, which holds no credentials (a JWT and a seed)",
+            shown(Path::new(path))
         )),
     }
 }
@@ -918,7 +926,8 @@ fn read_certificates(path: &str) -> Result<PathBuf, String> {
     let found: Vec<_> = CertificateDer::pem_slice_iter(&pem).collect();
     if found.is_empty() || found.iter().any(Result::is_err) {
         return Err(format!(
-            "names {path:?}, which holds no certificate in PEM form"
+            "names {}, which holds no certificate in PEM form",
+            shown(Path::new(path))
         ));
     }
     Ok(path.into())
@@ -928,7 +937,10 @@ fn read_key(path: &str) -> Result<PathBuf, String> {
     let pem = read(path, read_file)?;
     PrivateKeyDer::from_pem_slice(&pem)
         .map(|_| path.into())
-        .map_err(|error| format!("names {path:?}, which holds no private key in PEM form: {error}"))
+        .map_err(|error| {
+            let shown = shown(Path::new(path));
+            format!("names {shown}, which holds no private key in PEM form: {error}")
+        })
 }
 
 fn parse_destinations(text: &str) -> Result<Vec<Url>, String> {
@@ -1199,6 +1211,8 @@ mod tests {
             (DESTINATION, " http://a/\n\thttps://b/ "),
             ("WEBHOOK_HEADER_X_REVALIDATE_SECRET", "hunter2"),
             ("WEBHOOK_HEADER_AUTHORIZATION", "Bearer hunter2"),
+            ("WEBHOOK_HEADER_WEBHOOK_HEADER_X", "x"),
+            ("WEBHOOK_HEADER_FILE", "f"),
             (
                 SECRET,
                 "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
@@ -1209,6 +1223,8 @@ mod tests {
         assert_eq!(config.webhook.destinations.len(), 2);
         assert_eq!(config.webhook.headers["x-revalidate-secret"], "hunter2");
         assert_eq!(config.webhook.headers["authorization"], "Bearer hunter2");
+        assert_eq!(config.webhook.headers["webhook-header-x"], "x");
+        assert_eq!(config.webhook.headers["file"], "f");
         assert_eq!(config.webhook.secrets.len(), 2);
         assert_eq!(config.republish_delay, Duration::from_millis(100));
         let shown = format!("{config:?}");
@@ -1373,6 +1389,12 @@ mod tests {
             (HOST, "nats://user:hunter2@host:x"),
             (HOST, "user:hunter2@host"),
             (PASS, "hunter2"),
+            // Secrets in the place of the files that hold them.
+            (NKEY, "hunter2"),
+            (CREDS, "hunter2"),
+            (KEY, "hunter2"),
+            ("NATS_TOKEN_FILE", "hunter2"),
+            ("WEBHOOK_HEADER_X_FILE", "hunter2"),
         ] {
             let problems = problems(&[(name, value)]).concat();
             assert!(

@@ -92,9 +92,10 @@ impl Environment {
         match (self.raw(name), self.raw(&file_name)) {
             (Some(_), Some(_)) => Err(format!("and {file_name} are both set; keep one of them")),
             (Some(_), None) => self.text(name),
-            (None, Some(path)) => read_value(Path::new(path))
-                .map(Some)
-                .map_err(|fault| format!("cannot be taken from {file_name}={path:?}: {fault}")),
+            (None, Some(path)) => read_value(Path::new(path)).map(Some).map_err(|fault| {
+                let shown = shown(Path::new(path));
+                format!("cannot be taken from {shown}, which {file_name} names: {fault}")
+            }),
             (None, None) => Ok(None),
         }
     }
@@ -169,6 +170,15 @@ pub fn read_file(path: &Path) -> io::Result<Vec<u8>> {
 /// As [`read_file`], and if it is not valid UTF-8.
 pub fn read_text(path: &Path) -> io::Result<String> {
     String::from_utf8(read_file(path)?).map_err(|_| io::Error::other("it is not valid UTF-8"))
+}
+
+/// A path as it may be shown. What is no absolute path may be a secret in the place of one.
+pub fn shown(path: &Path) -> String {
+    if path.is_absolute() {
+        format!("{path:?}")
+    } else {
+        "a relative path".to_owned()
+    }
 }
 
 /// A file's content as a value, one trailing newline removed.
@@ -309,7 +319,7 @@ mod tests {
             ("  # $1\nA=1\\\n# $2", "1"),
             ("A='one\n$two\n\"'\t# $3", "one\n$two\n\""),
         ] {
-            let expected = Environment::from_iter([("A", value)]).0;
+            let expected = Environment::from_iter([("A", value)]).variables;
             assert_eq!(dotenv(text.as_bytes()), Ok(expected), "{text:?}");
         }
     }

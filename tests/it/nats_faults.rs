@@ -432,3 +432,12 @@ async fn a_client_that_breaks_down_is_replaced_and_what_waits_is_kept() {
         assert_eq!(relay.ended().await.0, Some(0));
     }
 }
+
+#[tokio::test]
+async fn core_mode_needs_no_more_than_one_subscription() {
+    let nats = NatsServer::with_config("max_subscriptions: 1").await;
+    let webhook = Webhook::ok().await;
+    let relay = Relay::listening(&nats, &webhook, &[]).await;
+    nats.publish("cms.cache.x", "x").await;
+    relay.logged(" -> ").await;
+}
