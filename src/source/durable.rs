@@ -363,7 +363,9 @@ impl Durable {
             // Such as no responders, a new leader, a server that shuts down.
             status => {
                 self.pull = Pull::Failed(number.unwrap_or_default());
-                self.report_failed_pull(&format!("{status} {description}"));
+                self.report_failed_pull(&format!(
+                    "the NATS server refuses to hand out the next one: {status} {description}"
+                ));
             }
         }
         Ok(())
@@ -376,10 +378,7 @@ impl Durable {
             .failure_reported
             .is_none_or(|reported| reported.elapsed() > REPORT_EVERY);
         if self.failed_pulls > 1 && is_due {
-            warn!(
-                "the NATS server answers the requests for the next message with {reason}; nothing is \
-                 relayed until that ends"
-            );
+            warn!("no message can come: {reason}");
             self.failure_reported = Some(Instant::now());
         } else {
             debug!("a pull request failed: {reason}");
@@ -439,6 +438,13 @@ impl Durable {
         if connected && (suspicious || due) {
             let is_verified = self.verify().await?;
             if suspicious && is_verified {
+                if matches!(self.pull, Pull::UnderWay(_)) {
+                    // Newer servers do not even say that.
+                    self.report_failed_pull(
+                        "the NATS server does not answer requests for the next one; max_waiting of the \
+                         consumer may be used up",
+                    );
+                }
                 self.heard = Instant::now();
                 self.end_pull();
             }
