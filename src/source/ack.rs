@@ -253,3 +253,27 @@ impl fmt::Debug for Ack {
         write!(f, "Ack({id}, {consumer_sequence})")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_acknowledged_before_is_recognised_but_not_in_a_restored_stream() {
+        let last = Position {
+            sequence: 7,
+            time: 1000,
+        };
+        for (sequence, time, covered) in [
+            (7, 1000, true),
+            (6, 900, true),
+            (8, 1100, false),
+            // A stream that was restored gives away the same sequences again, later.
+            (7, 1100, false),
+            (6, 1100, false),
+        ] {
+            let other = Position { sequence, time };
+            assert_eq!(last.covers(other), covered, "{other:?}");
+        }
+    }
+}
