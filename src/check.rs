@@ -19,12 +19,10 @@ use tokio_rustls::TlsConnector;
 
 use crate::{
     config::{self, Config, Destination, Login, Mode, Proxy},
-    endpoints,
-    keeper::Failure,
-    nats::{Connection, Faults, Notice, cannot_look, connect_once, inbox_refused, show},
-    outlet::Outlets,
+    monitor::{Monitor, endpoints},
+    nats::{Connection, Faults, Notice, Refusals, cannot_look, connect_once, inbox_refused, show},
+    publish::{Failure, Publishers},
     source::{Consumer, Trouble, try_to_look},
-    status::Status,
     text::{self, count, reasons},
     tls,
 };
@@ -71,9 +69,9 @@ pub async fn check(config: &Config, out: &mut dyn Write) -> anyhow::Result<bool>
     tls::install_provider();
     let mut report = Report { out, good: true };
     report.add("configuration", Ok("valid".to_owned()));
-    let status = Arc::new(Status::new()?);
-    if let Some((connection, mut faults)) = check_servers(config, &status, &mut report).await? {
-        let outlets = Outlets::new(connection.clone(), config, &status);
+    let monitor = Arc::new(Monitor::new(Refusals::default())?);
+    if let Some((connection, mut faults)) = check_servers(config, &monitor, &mut report).await? {
+        let publishers = Publishers::new(connection.clone(), config, &monitor);
         match &config.mode {
             Mode::Core { .. } => {
                 check_subscription(config, &connection, &mut faults, &mut report).await
@@ -88,7 +86,7 @@ pub async fn check(config: &Config, out: &mut dyn Write) -> anyhow::Result<bool>
                 check_consumer(&consumer, &mut faults, &mut report).await;
             }
         }
-        check_keepers(&outlets, &mut faults, &mut report).await;
+        check_confirming_streams(&publishers, &mut faults, &mut report).await;
     }
     if let Some(address) = config.status_listen {
         let found = match endpoints::listen(address) {
@@ -124,7 +122,7 @@ async fn within_patience<T>(what: impl Future<Output = anyhow::Result<T>>) -> an
 /// Connects to each server; the first connection that there is.
 async fn check_servers(
     config: &Config,
-    status: &Arc<Status>,
+    monitor: &Arc<Monitor>,
     report: &mut Report<'_>,
 ) -> anyhow::Result<Option<(Connection, Faults)>> {
     let welcome = match config.nats.login {
@@ -133,7 +131,7 @@ async fn check_servers(
     };
     let mut reached = None;
     for server in &config.nats.servers {
-        let connecting = connect_once(config, server, status);
+        let connecting = connect_once(config, server, monitor);
         let found = within_patience(connecting).await.map(|connection| {
             reached.get_or_insert(connection);
             welcome.to_owned()
@@ -196,19 +194,23 @@ async fn check_consumer(consumer: &Consumer, faults: &mut Faults, report: &mut R
 }
 
 /// Looks at the streams that are to keep what is published.
-async fn check_keepers(outlets: &Outlets, faults: &mut Faults, report: &mut Report<'_>) {
-    for (prefix, keeper) in outlets.keepers() {
+async fn check_confirming_streams(
+    publishers: &Publishers,
+    faults: &mut Faults,
+    report: &mut Report<'_>,
+) {
+    for (prefix, stream) in publishers.confirming_streams() {
         let found = tokio::select! {
             biased;
             reason = faults.fatal(true) => Err(reason),
-            found = keeper.open(prefix) => match found {
+            found = stream.open(prefix) => match found {
                 Ok(_) => Ok(format!("is there, and keeps {prefix}.>")),
                 Err(Failure::Permanent(reason) | Failure::Temporary(reason)) => {
                     Err(anyhow!(reason))
                 }
             },
         };
-        report.add(&format!("stream {}", keeper.stream()), found);
+        report.add(&format!("stream {}", stream.name()), found);
     }
 }
 

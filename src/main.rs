@@ -9,10 +9,7 @@ use std::{
 use futures::{Stream, stream::poll_fn};
 use log::{error, info, warn};
 use nats_webhook_relay::{
-    check,
-    config::{self, Config},
-    environment::Environment,
-    logging, run, text,
+    Config, Environment, help as variables, misnamed, nearest, reasons, run, start_logging,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -63,7 +60,7 @@ fn not_understood(arguments: &[OsString]) -> String {
         .map(|argument| argument.to_string_lossy())
         .collect();
     let meant = match &given[..] {
-        [one] => config::nearest(one, ["--check", "--help", "--version"]),
+        [one] => nearest(one, ["--check", "--help", "--version"]),
         _ => None,
     };
     let hint = match meant {
@@ -96,7 +93,7 @@ async fn relay() -> End {
             End::Good
         }
         Err(reason) => {
-            error!("cannot go on: {}", text::reasons(&reason));
+            error!("cannot go on: {}", reasons(&reason));
             End::Failed
         }
     }
@@ -106,7 +103,7 @@ async fn relay() -> End {
 async fn check() -> End {
     let (environment, config) = read();
     print(&format!("ok      environment: {}\n", environment.files()));
-    for misnamed in config::misnamed(&environment) {
+    for misnamed in misnamed(&environment) {
         print(&format!("warning {misnamed}\n"));
     }
     let config = match config {
@@ -118,11 +115,11 @@ async fn check() -> End {
             return End::BadConfiguration;
         }
     };
-    match check::check(&config, &mut io::stdout()).await {
+    match nats_webhook_relay::check(&config, &mut io::stdout()).await {
         Ok(true) => End::Good,
         Ok(false) => End::Failed,
         Err(reason) => {
-            print(&format!("FAILED  {}\n", text::reasons(&reason)));
+            print(&format!("FAILED  {}\n", reasons(&reason)));
             End::Failed
         }
     }
@@ -131,14 +128,14 @@ async fn check() -> End {
 /// Reads the settings, and starts logging as they say.
 fn configure() -> Result<Config, Vec<String>> {
     let (environment, config) = read();
-    logging::start(config.as_ref().map_or("info", |config| &config.log_filter));
+    start_logging(config.as_ref().map_or("info", |config| &config.log_filter));
     std::panic::set_hook(Box::new(|panic| error!("a task has broken down: {panic}")));
     info!("{}", version());
     // Nobody misses a dotenv file where all is set without one.
     if environment.has_files() || config.is_err() {
         info!("{}", environment.files());
     }
-    for misnamed in config::misnamed(&environment) {
+    for misnamed in misnamed(&environment) {
         warn!("{misnamed}");
     }
     for destination in config
@@ -217,7 +214,7 @@ what the environment leaves unset. X_FILE may name a file that holds the value o
 {}
 Exit codes: 0 stopped by its operator; 1 cannot go on; 78 bad configuration.
 ",
-        config::help()
+        variables()
     )
 }
 

@@ -24,11 +24,11 @@ use tokio::{
 };
 
 use self::connection::Current;
-pub use self::connection::{ClientEnded, Connection, Epoch};
+pub use self::connection::{ClientEnded, Connection, Epoch, Refusals};
 use crate::{
     backoff::Backoff,
     config::{self, Config, Login, Mode},
-    status::Status,
+    monitor::Monitor,
     tls,
 };
 
@@ -64,13 +64,15 @@ const READ_BUFFER_BYTES: u16 = 16 * 1024;
 /// If the settings can't be used at all.
 pub async fn connect(
     config: &Arc<Config>,
-    status: &Arc<Status>,
+    monitor: &Arc<Monitor>,
+    refusals: Refusals,
 ) -> anyhow::Result<(Connection, Faults)> {
-    let (client, notices) = start(config, status).await?;
-    let (current, connection) = Connection::new(client);
+    let (client, notices) = start(config, monitor, &refusals).await?;
+    let (current, connection) = Connection::new(client, refusals.clone());
     let successor = Successor {
         config: Arc::clone(config),
-        status: Arc::clone(status),
+        monitor: Arc::clone(monitor),
+        refusals,
         current,
         failures: 0,
         due: Instant::now(),
@@ -85,9 +87,10 @@ pub async fn connect(
 /// A client that keeps on connecting, and what it reports.
 async fn start(
     config: &Config,
-    status: &Arc<Status>,
+    monitor: &Arc<Monitor>,
+    refusals: &Refusals,
 ) -> anyhow::Result<(Client, mpsc::UnboundedReceiver<Notice>)> {
-    let (observer, notices) = Observer::new(config, status);
+    let (observer, notices) = Observer::new(config, monitor, refusals);
     let chooser = Arc::clone(&observer);
     let client = options(&config.nats, Arc::clone(&observer))?
         .retry_on_initial_connect()
@@ -108,9 +111,10 @@ async fn start(
 pub async fn connect_once(
     config: &Config,
     server: &ServerAddr,
-    status: &Arc<Status>,
+    monitor: &Arc<Monitor>,
 ) -> anyhow::Result<(Connection, Faults)> {
-    let (observer, notices) = Observer::new(config, status);
+    let refusals = Refusals::default();
+    let (observer, notices) = Observer::new(config, monitor, &refusals);
     let client = options(&config.nats, observer)?
         .ignore_discovered_servers()
         .connect(server)
@@ -121,7 +125,7 @@ pub async fn connect_once(
             }
             _ => anyhow!("{}", explain(&error.to_string())),
         })?;
-    let (_, connection) = Connection::new(client);
+    let (_, connection) = Connection::new(client, refusals);
     let faults = Faults {
         notices,
         successor: None,
@@ -207,7 +211,8 @@ pub struct Faults {
 /// Puts another client in the place of one that has broken down.
 struct Successor {
     config: Arc<Config>,
-    status: Arc<Status>,
+    monitor: Arc<Monitor>,
+    refusals: Refusals,
     current: watch::Sender<Current>,
     /// How many clients in a row have broken down at once.
     failures: u32,
@@ -310,10 +315,10 @@ impl Successor {
             self.failures = 0;
         }
         sleep_until(self.due.into()).await;
-        let (client, notices) = start(&self.config, &self.status).await?;
+        let (client, notices) = start(&self.config, &self.monitor, &self.refusals).await?;
         self.failures += 1;
         self.due = Instant::now() + BACKOFF.wait(self.failures);
-        self.status.set_disconnected();
+        self.monitor.set_disconnected();
         let loss = match self.config.mode {
             Mode::Core { .. } => "; messages that were on their way are lost",
             Mode::Durable { .. } => "",
@@ -347,7 +352,8 @@ struct Observer {
     progress: Mutex<Progress>,
     /// The client's own, which know of a connection before its event comes.
     statistics: OnceLock<Arc<Statistics>>,
-    status: Arc<Status>,
+    monitor: Arc<Monitor>,
+    refusals: Refusals,
     faults: mpsc::UnboundedSender<Notice>,
 }
 
@@ -365,7 +371,11 @@ struct Progress {
 }
 
 impl Observer {
-    fn new(config: &Config, status: &Arc<Status>) -> (Arc<Self>, mpsc::UnboundedReceiver<Notice>) {
+    fn new(
+        config: &Config,
+        monitor: &Arc<Monitor>,
+        refusals: &Refusals,
+    ) -> (Arc<Self>, mpsc::UnboundedReceiver<Notice>) {
         let (sender, receiver) = mpsc::unbounded_channel();
         let observer = Self {
             subject: config.prefix.wildcard(),
@@ -381,7 +391,8 @@ impl Observer {
             is_lossy: matches!(config.mode, Mode::Core { .. }),
             progress: Mutex::default(),
             statistics: OnceLock::new(),
-            status: Arc::clone(status),
+            monitor: Arc::clone(monitor),
+            refusals: refusals.clone(),
             faults: sender,
         };
         (Arc::new(observer), receiver)
@@ -439,11 +450,11 @@ impl Observer {
                 progress.connected = Some(Instant::now());
                 let server = self.server(&progress);
                 info!("connected to NATS at {server}");
-                self.status.set_connected(server);
+                self.monitor.set_connected(server);
                 self.tell(Notice::Connected);
             }
             Event::Disconnected => {
-                self.status.set_disconnected();
+                self.monitor.set_disconnected();
                 if self.is_lossy {
                     error!(
                         "lost the connection to NATS; messages that were on their way or are published \
@@ -504,14 +515,14 @@ impl Observer {
                      this NATS user"
                 ));
             }
-            self.status.add_publish_refused();
+            self.refusals.add();
             return error!(
                 "no permission to publish on {refused}, so this message was not republished; \
                  allow it for this NATS user"
             );
         }
         if text.eq_ignore_ascii_case("maximum control line exceeded") {
-            self.status.add_publish_refused();
+            self.refusals.add();
             return error!(
                 "the subject of a message is too long for the NATS server, so it was not \
                  republished; shorten NATS_RELAYED_SUBJECT_PREFIX, or raise max_control_line of \
@@ -519,7 +530,7 @@ impl Observer {
             );
         }
         if text.eq_ignore_ascii_case("maximum payload violation") {
-            self.status.add_publish_refused();
+            self.refusals.add();
             return error!(
                 "a message is larger than the NATS server takes, so it was not republished; raise \
                  max_payload of the server"

@@ -7,7 +7,6 @@ use async_nats::{
 
 use crate::{
     source::Delivery,
-    status::Cause,
     subject::{LONGEST_SUBJECT, Prefix},
     text,
 };
@@ -21,8 +20,21 @@ pub struct GivenUp {
     pub status: Option<u16>,
     /// How often it was tried.
     pub attempts: u32,
-    /// For the metrics.
+    /// Of which kind that is.
     pub cause: Cause,
+}
+
+/// The kinds of reasons for which a message is given up.
+#[derive(Clone, Copy, Debug)]
+pub enum Cause {
+    /// A destination refused it.
+    Refused,
+    /// All attempts were used.
+    AttemptsUsed,
+    /// It could not be published.
+    NotPublished,
+    /// The relay ended first.
+    Stopped,
 }
 
 impl GivenUp {
@@ -53,7 +65,11 @@ impl GivenUp {
 ///
 /// # Errors
 /// With the reason, if there is none or NATS does not take it.
-pub fn target_subject(delivery: &Delivery, prefix: &Prefix, to: &Prefix) -> Result<String, String> {
+pub fn relayed_subject(
+    delivery: &Delivery,
+    prefix: &Prefix,
+    to: &Prefix,
+) -> Result<String, String> {
     let target = prefix
         .rewrite(&delivery.subject, to)
         .ok_or_else(|| format!("it is not below {prefix}"))?;
@@ -68,14 +84,14 @@ pub fn target_subject(delivery: &Delivery, prefix: &Prefix, to: &Prefix) -> Resu
 
 /// What streams are to know a message by.
 #[derive(Default)]
-pub struct Marks<'a> {
+pub struct StreamHeaders<'a> {
     /// By which a stream recognises a duplicate.
     pub id: Option<String>,
     /// The only stream that is to take it.
     pub stream: Option<&'a str>,
 }
 
-impl Marks<'_> {
+impl StreamHeaders<'_> {
     fn added_to(&self, headers: &HeaderMap) -> HeaderMap {
         let mut headers = headers.clone();
         if let Some(id) = &self.id {
@@ -88,7 +104,7 @@ impl Marks<'_> {
     }
 }
 
-/// The headers of the relayed message: its own and the marks, as far as there is room for them. It must
+/// The headers of the relayed message: its own and the stream_headers, as far as there is room for them. It must
 /// never become a message that can't be relayed at all.
 ///
 /// # Errors
@@ -96,17 +112,17 @@ impl Marks<'_> {
 /// client does.
 pub fn relayed_headers(
     delivery: &Delivery,
-    marks: Marks<'_>,
+    stream_headers: StreamHeaders<'_>,
     max_payload: usize,
 ) -> Result<HeaderMap, String> {
     let own = carried_over(delivery);
-    let all = marks.added_to(&own);
+    let all = stream_headers.added_to(&own);
     if fits(&all, delivery, max_payload) {
         return Ok(all);
     }
-    let id = Marks {
+    let id = StreamHeaders {
         stream: None,
-        ..marks
+        ..stream_headers
     };
     let with_id = id.added_to(&own);
     [with_id, own]
@@ -117,13 +133,13 @@ pub fn relayed_headers(
         })
 }
 
-/// The headers of a message given up: its own, the marks, and why. Where the message would become larger
+/// The headers of a message given up: its own, the stream_headers, and why. Where the message would become larger
 /// than the server accepts, the reason is cut short, and then left out bit by bit with all the rest.
 #[must_use]
 pub fn failed_headers(
     delivery: &Delivery,
     given_up: &GivenUp,
-    marks: &Marks<'_>,
+    stream_headers: &StreamHeaders<'_>,
     max_payload: usize,
 ) -> HeaderMap {
     let GivenUp {
@@ -133,10 +149,15 @@ pub fn failed_headers(
         ..
     } = given_up;
     let own = carried_over(delivery);
-    let none = Marks::default();
+    let none = StreamHeaders::default();
     let longest = text::LONGEST_NOTE;
-    for (length, marks) in [(longest, marks), (100, marks), (20, marks), (20, &none)] {
-        let mut headers = marks.added_to(&own);
+    for (length, stream_headers) in [
+        (longest, stream_headers),
+        (100, stream_headers),
+        (20, stream_headers),
+        (20, &none),
+    ] {
+        let mut headers = stream_headers.added_to(&own);
         headers.insert(RELAY_ERROR, &*text::one_line(reason, length));
         headers.insert(RELAY_ATTEMPTS, attempts.to_string());
         if let Some(status) = status {
@@ -147,7 +168,7 @@ pub fn failed_headers(
         }
     }
     // Their publisher may have written them more tightly than the client does.
-    [marks.added_to(&own), own]
+    [stream_headers.added_to(&own), own]
         .into_iter()
         .find(|headers| fits(headers, delivery, max_payload))
         .unwrap_or_default()
@@ -181,7 +202,7 @@ const SHED_FAMILIES: [&str; 3] = ["Nats-Expected-", "Nats-Batch-", "Nats-Schedul
 
 /// Headers that are not carried over.
 const SHED: [&str; 19] = [
-    // The message gets it anew, see [`Marks`].
+    // The message gets it anew, see [`StreamHeaders`].
     "Nats-Msg-Id",
     // By these a publisher tells a stream what to do (ADR-4, ADR-43, ADR-44, ADR-49).
     "Nats-Rollup",

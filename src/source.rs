@@ -17,8 +17,8 @@ use bytes::Bytes;
 
 use crate::{
     config::{Config, Mode},
+    monitor::Monitor,
     nats::{Connection, Faults},
-    status::Status,
 };
 
 pub use self::{
@@ -61,9 +61,9 @@ impl Source {
         connection: Connection,
         faults: Faults,
         config: &Config,
-        status: &Arc<Status>,
+        monitor: &Arc<Monitor>,
     ) -> Self {
-        let (subject, status) = (config.prefix.wildcard(), Arc::clone(status));
+        let (subject, monitor) = (config.prefix.wildcard(), Arc::clone(monitor));
         match config.mode.clone() {
             Mode::Core { queue_group } => {
                 let needs_inbox = config.relayed_stream.is_some() || config.failed_stream.is_some();
@@ -73,7 +73,7 @@ impl Source {
                     subject,
                     queue_group,
                     needs_inbox,
-                    status,
+                    monitor,
                 );
                 Self::Core(Box::new(core))
             }
@@ -84,7 +84,9 @@ impl Source {
                     name: consumer,
                     filter: subject,
                 };
-                Self::Durable(Box::new(Durable::new(connection, faults, status, consumer)))
+                Self::Durable(Box::new(Durable::new(
+                    connection, faults, monitor, consumer,
+                )))
             }
         }
     }
@@ -100,7 +102,7 @@ impl Source {
         }
     }
 
-    /// The next message; none if the source was [retired](Self::retire) and has no other.
+    /// The next message; none if the source was [stopped](Self::stop) and has no other.
     ///
     /// # Errors
     /// If there can be no further one.
@@ -141,10 +143,10 @@ impl Source {
 
     /// No further message is wanted from the server. What has arrived is still handed out where no
     /// server keeps it.
-    pub async fn retire(&mut self) {
+    pub async fn stop(&mut self) {
         match self {
-            Self::Core(core) => core.retire().await,
-            Self::Durable(durable) => durable.retire().await,
+            Self::Core(core) => core.stop().await,
+            Self::Durable(durable) => durable.stop().await,
         }
     }
 

@@ -2,7 +2,14 @@
 //! once it has broken down. The client does so on some messages (a carriage return in a header value), and
 //! that must not end the relay.
 
-use std::{fmt, sync::atomic::Ordering::Relaxed, time::Duration};
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use async_nats::{
     Client, HeaderMap, PublishError,
@@ -18,7 +25,10 @@ const API_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The connection to NATS.
 #[derive(Clone)]
-pub struct Connection(watch::Receiver<Current>);
+pub struct Connection {
+    current: watch::Receiver<Current>,
+    refusals: Refusals,
+}
 
 /// The client that there is now.
 #[derive(Clone)]
@@ -35,6 +45,23 @@ pub(super) struct Current {
 pub struct Epoch {
     client: u64,
     connects: u64,
+}
+
+/// How many messages NATS has refused to publish.
+#[derive(Clone, Default)]
+pub struct Refusals(Arc<AtomicU64>);
+
+impl Refusals {
+    /// One more.
+    pub(super) fn add(&self) {
+        self.0.fetch_add(1, Relaxed);
+    }
+
+    /// How many there have been.
+    #[must_use]
+    pub fn count(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
 }
 
 /// The client has broken down; there will be another one.
@@ -59,21 +86,27 @@ impl Epoch {
 
 impl Connection {
     /// The first client.
-    pub(super) fn new(client: Client) -> (watch::Sender<Current>, Self) {
-        let (sender, receiver) = watch::channel(Current::new(client, 0));
-        (sender, Self(receiver))
+    pub(super) fn new(client: Client, refusals: Refusals) -> (watch::Sender<Current>, Self) {
+        let (sender, current) = watch::channel(Current::new(client, 0));
+        (sender, Self { current, refusals })
+    }
+
+    /// How many messages NATS has refused to publish so far.
+    #[must_use]
+    pub fn refusals(&self) -> u64 {
+        self.refusals.count()
     }
 
     /// The client that there is now.
     #[must_use]
     pub fn client(&self) -> Client {
-        self.0.borrow().client.clone()
+        self.current.borrow().client.clone()
     }
 
     /// The JetStream API, with a bound on how long a request takes.
     #[must_use]
     pub fn jetstream(&self) -> Context {
-        self.0.borrow().jetstream.clone()
+        self.current.borrow().jetstream.clone()
     }
 
     /// What JetStream tells about a stream.
@@ -88,7 +121,7 @@ impl Connection {
     /// Which connection to a server this is. What was sent on an earlier one may be lost.
     #[must_use]
     pub fn epoch(&self) -> Epoch {
-        let current = self.0.borrow();
+        let current = self.current.borrow();
         Epoch {
             client: current.number,
             connects: current.client.statistics().connects.load(Relaxed),
@@ -98,12 +131,12 @@ impl Connection {
     /// Whether there is a connection to a server just now.
     #[must_use]
     pub fn is_up(&self) -> bool {
-        self.0.borrow().client.connection_state() == State::Connected
+        self.current.borrow().client.connection_state() == State::Connected
     }
 
     /// Resolves once there is another client than in that epoch.
     pub async fn replaced(&self, epoch: Epoch) {
-        let mut receiver = self.0.clone();
+        let mut receiver = self.current.clone();
         // It only fails where nobody is left to replace the client, as when the relay ends.
         let _ = receiver
             .wait_for(|current| current.number != epoch.client)

@@ -15,8 +15,8 @@ use super::{
     buffer::{BUFFER_BYTES, Buffer},
 };
 use crate::{
+    monitor::Monitor,
     nats::{ClientEnded, Connection, Faults, Notice, inbox_refused},
-    status::Status,
     text::count,
 };
 
@@ -33,15 +33,16 @@ pub struct Core {
     needs_inbox: bool,
     subscriber: Option<Subscriber>,
     /// Whether the subscription has been ended by ourselves.
-    is_retired: bool,
+    is_stopped: bool,
     waiting: Buffer,
     drops: Drops,
-    status: Arc<Status>,
+    monitor: Arc<Monitor>,
 }
 
 /// Messages that did not fit into the buffer.
 #[derive(Default)]
 struct Drops {
+    total: u64,
     unreported: u64,
     next_report: Option<Instant>,
 }
@@ -53,7 +54,7 @@ impl Core {
         subject: String,
         queue_group: Option<String>,
         needs_inbox: bool,
-        status: Arc<Status>,
+        monitor: Arc<Monitor>,
     ) -> Self {
         Self {
             connection,
@@ -62,10 +63,10 @@ impl Core {
             queue_group,
             needs_inbox,
             subscriber: None,
-            is_retired: false,
+            is_stopped: false,
             waiting: Buffer::default(),
             drops: Drops::default(),
-            status,
+            monitor,
         }
     }
 
@@ -96,7 +97,7 @@ impl Core {
                 self.show_waiting();
                 return Ok(Some(delivery));
             }
-            if self.is_retired && self.subscriber.is_none() {
+            if self.is_stopped && self.subscriber.is_none() {
                 return Ok(None);
             }
             self.step().await?;
@@ -108,8 +109,8 @@ impl Core {
     }
 
     /// Unsubscribes, so that the other members of the queue group get what follows.
-    pub(super) async fn retire(&mut self) {
-        self.is_retired = true;
+    pub(super) async fn stop(&mut self) {
+        self.is_stopped = true;
         let is_connected = self.connection.is_up();
         if let Some(subscriber) = &mut self.subscriber {
             // What is under way still arrives; without a connection nothing is.
@@ -145,7 +146,7 @@ impl Core {
                 Notice::InboxRefused if self.needs_inbox => return Err(inbox_refused()),
                 Notice::Replaced => {
                     self.end_subscription();
-                    if !self.is_retired {
+                    if !self.is_stopped {
                         self.subscribe().await;
                     }
                 }
@@ -159,13 +160,13 @@ impl Core {
                 // It was ended by us, or the client has broken down, which is noticed in a moment.
                 None => self.subscriber = None,
             },
-            () = self.drops.report_due() => self.drops.report(&self.status),
+            () = self.drops.report_due() => self.drops.report(),
         }
         Ok(())
     }
 
     fn show_waiting(&self) {
-        self.status
+        self.monitor
             .set_waiting(self.waiting.len() as u64, self.waiting.bytes());
     }
 
@@ -173,14 +174,14 @@ impl Core {
         if self.waiting.push(message) {
             self.show_waiting();
         } else {
-            self.status.add_dropped();
+            self.monitor.add_dropped();
             self.drops.add();
         }
     }
 
     pub(super) fn close(mut self) {
         self.end_subscription();
-        self.drops.report(&self.status);
+        self.drops.report();
         if self.waiting.len() > 0 {
             error!(
                 "stopped with {} still waiting, which core mode does not keep",
@@ -207,6 +208,7 @@ fn arrived(subscriber: &mut Subscriber) -> impl Future<Output = Option<Message>>
 
 impl Drops {
     fn add(&mut self) {
+        self.total += 1;
         self.unreported += 1;
         self.next_report.get_or_insert_with(Instant::now);
     }
@@ -219,13 +221,13 @@ impl Drops {
         }
     }
 
-    fn report(&mut self, status: &Status) {
+    fn report(&mut self) {
         if self.unreported > 0 {
             error!(
                 "dropped {}, {} since the start: they come faster than the webhook takes \
                  them, and {} MiB are waiting already; use NATS_STREAM to keep such messages",
                 count(self.unreported, "message"),
-                status.dropped(),
+                self.total,
                 BUFFER_BYTES / (1024 * 1024)
             );
             self.unreported = 0;

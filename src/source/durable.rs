@@ -19,8 +19,8 @@ use super::{
 };
 use crate::{
     backoff::Backoff,
+    monitor::Monitor,
     nats::{Connection, Faults, Notice, inbox_refused},
-    status::Status,
 };
 
 /// How long a pull request stays with the server.
@@ -55,14 +55,14 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 pub struct Durable {
     connection: Connection,
     faults: Faults,
-    status: Arc<Status>,
+    monitor: Arc<Monitor>,
     consumer: Arc<Consumer>,
     handed_out: HandedOut,
     /// Pull request `n` is answered on `<inbox>.<n>`.
     inbox: String,
     subscriber: Option<Subscriber>,
     /// Whether the subscription has been ended by ourselves.
-    is_retired: bool,
+    is_stopped: bool,
     pull: Pull,
     /// When the server last said anything.
     heard: Instant,
@@ -96,7 +96,7 @@ impl Durable {
     pub(super) fn new(
         connection: Connection,
         faults: Faults,
-        status: Arc<Status>,
+        monitor: Arc<Monitor>,
         consumer: Consumer,
     ) -> Self {
         Self {
@@ -105,9 +105,9 @@ impl Durable {
             handed_out: HandedOut::default(),
             connection,
             faults,
-            status,
+            monitor,
             subscriber: None,
-            is_retired: false,
+            is_stopped: false,
             pull: Pull::Ended(0),
             heard: Instant::now(),
             verified: Instant::now(),
@@ -171,7 +171,7 @@ impl Durable {
 
     pub(super) async fn next(&mut self) -> anyhow::Result<Option<Delivery>> {
         loop {
-            if self.is_retired {
+            if self.is_stopped {
                 return Ok(None);
             }
             self.request_next().await;
@@ -225,8 +225,8 @@ impl Durable {
     }
 
     /// From now on the server hands out nothing to us.
-    pub(super) async fn retire(&mut self) {
-        self.is_retired = true;
+    pub(super) async fn stop(&mut self) {
+        self.is_stopped = true;
         if let Some(mut subscriber) = self.subscriber.take() {
             // It only fails where the client has ended, and the subscription with it.
             let _ = subscriber.unsubscribe().await;
@@ -238,7 +238,7 @@ impl Durable {
 
     /// Hands back what was not finished, so that another replica can go on at once.
     pub(super) async fn close(mut self) {
-        self.retire().await;
+        self.stop().await;
         let arrived = self
             .arrived
             .iter()
@@ -287,7 +287,7 @@ impl Durable {
                 Notice::InboxRefused => return Err(inbox_refused()),
                 Notice::LookRefused | Notice::ProbeRefused => {}
                 Notice::Replaced => {
-                    if !self.is_retired {
+                    if !self.is_stopped {
                         self.subscribe().await;
                     }
                 }
@@ -388,7 +388,7 @@ impl Durable {
     fn take(&mut self, message: Message) -> anyhow::Result<()> {
         self.failed_pulls = 0;
         let (ack, pending) = Ack::of(&message, &self.consumer, &self.handed_out)?;
-        self.status.set_waiting(pending, 0);
+        self.monitor.set_waiting(pending, 0);
         let position = ack.position;
         let delivery = Delivery {
             subject: message.subject,
@@ -458,7 +458,7 @@ impl Durable {
         self.verified = Instant::now();
         match self.consumer.verify().await {
             Ok(pending) => {
-                self.status.set_waiting(pending, 0);
+                self.monitor.set_waiting(pending, 0);
                 return Ok(true);
             }
             Err(Trouble::Fatal(reason)) => return Err(reason),

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, fs};
 
-use nats_webhook_relay::config::{Default, VARIABLES};
+use nats_webhook_relay::{Default, VARIABLES};
 
 use crate::support::{Answer, NatsServer, Relay, Webhook};
 

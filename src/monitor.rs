@@ -1,6 +1,10 @@
 //! What the relay is doing, for whoever watches it: counters and states. Written where things
 //! happen, read by the endpoints and by systemd.
 
+pub mod endpoints;
+mod heartbeat;
+pub mod logging;
+
 use std::{
     fmt::Write,
     sync::{
@@ -14,8 +18,10 @@ use prometheus::{
     Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
     TextEncoder,
 };
+use reqwest::StatusCode;
 
-use crate::{logging, text};
+pub use self::heartbeat::Heartbeat;
+use crate::{nats::Refusals, republish::Cause, text, webhook::Failure};
 
 /// What all names of metrics begin with.
 const NAMESPACE: &str = "nats_webhook_relay";
@@ -29,13 +35,14 @@ const BUCKETS: [f64; 13] = [
 const LONGEST_TURN: Duration = Duration::from_secs(10);
 
 /// Counters and states.
-pub struct Status {
+pub struct Monitor {
     registry: Registry,
     received: IntCounter,
     relayed: IntCounter,
     given_up: IntCounterVec,
     dropped: IntCounter,
     publish_refused: IntCounter,
+    refusals: Refusals,
     log_lines_dropped: IntCounter,
     attempts: IntCounterVec,
     attempt_duration: HistogramVec,
@@ -52,55 +59,20 @@ pub struct Status {
     last_failure: Mutex<Option<String>>,
 }
 
-/// Why a message is given up.
-#[derive(Clone, Copy, Debug)]
-pub enum Cause {
-    /// A destination refused it.
-    Refused,
-    /// All attempts were used.
-    AttemptsUsed,
-    /// It could not be published.
-    NotPublished,
-    /// The relay ended first.
-    Stopped,
-}
+/// Every cause for which a message is given up.
+const CAUSES: [Cause; 4] = [
+    Cause::Refused,
+    Cause::AttemptsUsed,
+    Cause::NotPublished,
+    Cause::Stopped,
+];
 
-impl Cause {
-    const ALL: [Self; 4] = [
-        Self::Refused,
-        Self::AttemptsUsed,
-        Self::NotPublished,
-        Self::Stopped,
-    ];
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::Refused => "refused",
-            Self::AttemptsUsed => "attempts_used",
-            Self::NotPublished => "not_published",
-            Self::Stopped => "stopped",
-        }
-    }
-}
-
-/// How an attempt to POST ended.
-#[derive(Clone, Copy, Debug)]
-pub enum AttemptOutcome {
-    /// With success.
-    Success,
-    /// With a failure after which another attempt may succeed.
-    Temporary,
-    /// With a refusal.
-    Permanent,
-}
-
-impl AttemptOutcome {
-    fn label(self) -> &'static str {
-        match self {
-            Self::Success => "success",
-            Self::Temporary => "temporary_failure",
-            Self::Permanent => "permanent_failure",
-        }
+fn label(cause: Cause) -> &'static str {
+    match cause {
+        Cause::Refused => "refused",
+        Cause::AttemptsUsed => "attempts_used",
+        Cause::NotPublished => "not_published",
+        Cause::Stopped => "stopped",
     }
 }
 
@@ -114,22 +86,22 @@ pub struct DestinationMetrics {
 
 impl DestinationMetrics {
     /// An attempt to POST has ended.
-    pub fn add_attempt(&self, outcome: AttemptOutcome, took: Duration) {
-        match outcome {
-            AttemptOutcome::Success => self.success.inc(),
-            AttemptOutcome::Temporary => self.temporary.inc(),
-            AttemptOutcome::Permanent => self.permanent.inc(),
+    pub fn add_attempt(&self, answer: &Result<StatusCode, Failure>, took: Duration) {
+        match answer {
+            Ok(_) => self.success.inc(),
+            Err(Failure::Temporary { .. }) => self.temporary.inc(),
+            Err(Failure::Permanent { .. }) => self.permanent.inc(),
         }
         self.duration.observe(took.as_secs_f64());
     }
 }
 
-impl Status {
+impl Monitor {
     /// All zero, not connected.
     ///
     /// # Errors
     /// If two metrics have the same name.
-    pub fn new() -> prometheus::Result<Self> {
+    pub fn new(refusals: Refusals) -> prometheus::Result<Self> {
         let registry = Registry::new_custom(Some(NAMESPACE.to_owned()), None)?;
         let counter = |name, help| {
             let counter = IntCounter::new(name, help)?;
@@ -177,6 +149,7 @@ impl Status {
                 "messages_dropped_total",
                 "Messages that did not fit into the buffer of core mode.",
             )?,
+            refusals,
             publish_refused: counter(
                 "publish_refused_total",
                 "Messages that NATS did not let be published.",
@@ -217,8 +190,8 @@ impl Status {
             last_failure: Mutex::default(),
         };
         // A counter that is not there before its first event can't be alerted on.
-        for cause in Cause::ALL {
-            status.given_up.with_label_values(&[cause.label()]);
+        for cause in CAUSES {
+            status.given_up.with_label_values(&[label(cause)]);
         }
         Ok(status)
     }
@@ -258,14 +231,11 @@ impl Status {
     #[must_use]
     pub fn destination(&self, place: usize) -> DestinationMetrics {
         let place = place.to_string();
-        let counter = |outcome: AttemptOutcome| {
-            self.attempts
-                .with_label_values(&[&place[..], outcome.label()])
-        };
+        let counter = |outcome| self.attempts.with_label_values(&[&place[..], outcome]);
         DestinationMetrics {
-            success: counter(AttemptOutcome::Success),
-            temporary: counter(AttemptOutcome::Temporary),
-            permanent: counter(AttemptOutcome::Permanent),
+            success: counter("success"),
+            temporary: counter("temporary_failure"),
+            permanent: counter("permanent_failure"),
             duration: self.attempt_duration.with_label_values(&[&place[..]]),
         }
     }
@@ -283,30 +253,13 @@ impl Status {
 
     /// A message was taken and is not relayed.
     pub fn add_given_up(&self, cause: Cause, failure: String) {
-        self.given_up.with_label_values(&[cause.label()]).inc();
+        self.given_up.with_label_values(&[label(cause)]).inc();
         self.set_last_failure(failure);
     }
 
     /// A message did not fit into the buffer.
     pub fn add_dropped(&self) {
         self.dropped.inc();
-    }
-
-    /// How many messages were dropped.
-    #[must_use]
-    pub fn dropped(&self) -> u64 {
-        self.dropped.get()
-    }
-
-    /// NATS did not let a message be published.
-    pub fn add_publish_refused(&self) {
-        self.publish_refused.inc();
-    }
-
-    /// How many messages NATS did not let be published.
-    #[must_use]
-    pub fn publish_refused(&self) -> u64 {
-        self.publish_refused.get()
     }
 
     /// What waits.
@@ -348,8 +301,13 @@ impl Status {
     /// # Errors
     /// If they can't be put into it.
     pub fn metrics(&self) -> prometheus::Result<String> {
-        let dropped = &self.log_lines_dropped;
-        dropped.inc_by(logging::dropped().saturating_sub(dropped.get()));
+        // These are counted where they happen, as something depends on them there.
+        for (counter, count) in [
+            (&self.log_lines_dropped, logging::dropped()),
+            (&self.publish_refused, self.refusals.count()),
+        ] {
+            counter.inc_by(count.saturating_sub(counter.get()));
+        }
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
 
@@ -360,9 +318,9 @@ impl Status {
             Some(server) => format!("connected to {server}"),
             None => "not connected to NATS".to_owned(),
         };
-        let given_up: u64 = Cause::ALL
-            .iter()
-            .map(|cause| self.given_up.with_label_values(&[cause.label()]).get())
+        let given_up: u64 = CAUSES
+            .into_iter()
+            .map(|cause| self.given_up.with_label_values(&[label(cause)]).get())
             .sum();
         let _ = write!(
             line,

@@ -29,7 +29,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use crate::status::Status;
+use crate::monitor::Monitor;
 
 /// So many clients are served at the same time. For a further one the oldest of those that have not
 /// asked for anything yet has to go: silent clients must not keep a probe waiting.
@@ -56,12 +56,12 @@ const PROMETHEUS: HeaderValue =
 /// # Errors
 /// If the address can't be listened on. That may get better: the network that it belongs to may come up
 /// later, and whoever uses it may end.
-pub fn start(address: SocketAddr, status: Arc<Status>) -> anyhow::Result<()> {
+pub fn start(address: SocketAddr, monitor: Arc<Monitor>) -> anyhow::Result<()> {
     let listener = listen(address)
         .with_context(|| format!("STATUS_LISTEN {address} cannot be listened on"))?;
     let address = listener.local_addr().unwrap_or(address);
     info!("status on http://{address}/livez, /readyz and /metrics");
-    tokio::spawn(serve(listener, status));
+    tokio::spawn(serve(listener, monitor));
     Ok(())
 }
 
@@ -88,7 +88,7 @@ struct Client {
     has_asked: Arc<AtomicBool>,
 }
 
-async fn serve(listener: TcpListener, status: Arc<Status>) {
+async fn serve(listener: TcpListener, monitor: Arc<Monitor>) {
     let mut clients: VecDeque<Client> = VecDeque::new();
     loop {
         let stream = match listener.accept().await {
@@ -108,7 +108,7 @@ async fn serve(listener: TcpListener, status: Arc<Status>) {
             }
         }
         let has_asked = Arc::new(AtomicBool::new(false));
-        let client = serve_client(stream, Arc::clone(&status), Arc::clone(&has_asked));
+        let client = serve_client(stream, Arc::clone(&monitor), Arc::clone(&has_asked));
         let task = tokio::spawn(client).abort_handle();
         clients.push_back(Client { task, has_asked });
         // However many connect at once, everything else gets its turn, and whoever had to go is gone.
@@ -116,10 +116,10 @@ async fn serve(listener: TcpListener, status: Arc<Status>) {
     }
 }
 
-async fn serve_client(stream: TcpStream, status: Arc<Status>, has_asked: Arc<AtomicBool>) {
+async fn serve_client(stream: TcpStream, monitor: Arc<Monitor>, has_asked: Arc<AtomicBool>) {
     let service = service_fn(|request| {
         has_asked.store(true, Relaxed);
-        let response = answer(&request, &status);
+        let response = answer(&request, &monitor);
         async { Ok::<_, Infallible>(response) }
     });
     let connection = http1::Builder::new()
@@ -132,7 +132,7 @@ async fn serve_client(stream: TcpStream, status: Arc<Status>, has_asked: Arc<Ato
     let _ = timeout(PATIENCE, connection).await;
 }
 
-fn answer(request: &Request<Incoming>, status: &Status) -> Response<Full<Bytes>> {
+fn answer(request: &Request<Incoming>, monitor: &Monitor) -> Response<Full<Bytes>> {
     if request.method() != Method::GET && request.method() != Method::HEAD {
         return text(
             StatusCode::METHOD_NOT_ALLOWED,
@@ -140,9 +140,9 @@ fn answer(request: &Request<Incoming>, status: &Status) -> Response<Full<Bytes>>
         );
     }
     match request.uri().path() {
-        "/livez" => check(status.alive()),
-        "/readyz" => check(status.ready()),
-        "/metrics" => match status.metrics() {
+        "/livez" => check(monitor.alive()),
+        "/readyz" => check(monitor.ready()),
+        "/metrics" => match monitor.metrics() {
             Ok(metrics) => {
                 let mut response = text(StatusCode::OK, metrics);
                 response.headers_mut().insert(CONTENT_TYPE, PROMETHEUS);

@@ -20,9 +20,9 @@ use tokio::{
 
 use crate::{
     backoff::Backoff,
+    monitor::Monitor,
     nats::{ClientEnded, Connection, Epoch},
     source::Delivery,
-    status::Status,
     subject::Prefix,
 };
 
@@ -36,9 +36,9 @@ pub const BACKOFF: Backoff = Backoff {
 };
 
 /// A stream that keeps what is published under a prefix, and has to confirm it.
-pub struct Keeper {
+pub struct ConfirmingStream {
     connection: Connection,
-    status: Arc<Status>,
+    monitor: Arc<Monitor>,
     /// The variable that names the stream.
     variable: &'static str,
     /// The stream.
@@ -65,12 +65,12 @@ pub enum Failure {
     Permanent(String),
 }
 
-impl Keeper {
+impl ConfirmingStream {
     /// The stream that `variable` names.
     #[must_use]
     pub fn new(
         connection: Connection,
-        status: Arc<Status>,
+        monitor: Arc<Monitor>,
         variable: &'static str,
         stream: String,
     ) -> Self {
@@ -81,7 +81,7 @@ impl Keeper {
         };
         Self {
             connection,
-            status,
+            monitor,
             variable,
             stream,
             answers: Mutex::new(answers),
@@ -90,7 +90,7 @@ impl Keeper {
 
     /// The name of the stream.
     #[must_use]
-    pub fn stream(&self) -> &str {
+    pub fn name(&self) -> &str {
         &self.stream
     }
 
@@ -150,7 +150,7 @@ impl Keeper {
     ///
     /// # Errors
     /// If the stream, or the server, refuses it for good.
-    pub async fn keep(
+    pub async fn publish(
         &self,
         delivery: &Delivery,
         subject: &str,
@@ -159,7 +159,7 @@ impl Keeper {
         let mut attempts = 0;
         loop {
             attempts += 1;
-            let reason = match self.publish(delivery, subject, headers).await {
+            let reason = match self.publish_once(delivery, subject, headers).await {
                 Ok(()) => return Ok(()),
                 Err(Failure::Permanent(reason)) => bail!(reason),
                 Err(Failure::Temporary(reason)) => reason,
@@ -170,13 +170,13 @@ impl Keeper {
                 delivery.subject, self.stream
             );
             warn!("{failure}; next attempt in {wait:.1?}");
-            self.status.set_last_failure(failure);
+            self.monitor.set_last_failure(failure);
             sleep(wait).await;
         }
     }
 
     /// Publishes a message once, and waits for the stream to confirm it.
-    async fn publish(
+    async fn publish_once(
         &self,
         delivery: &Delivery,
         subject: &str,
@@ -212,7 +212,7 @@ impl Keeper {
         };
         *last += 1;
         let reply = format!("{inbox}.{last}");
-        let refused = self.status.publish_refused();
+        let refusals = self.connection.refusals();
         let (headers, payload) = (headers.clone(), delivery.payload.clone());
         self.connection
             .publish(subject.to_owned(), Some(reply.clone()), headers, payload)
@@ -233,7 +233,7 @@ impl Keeper {
         };
         match timeout(CONFIRMATION_TIMEOUT, answer).await {
             Ok(confirmed) => confirmed,
-            Err(_) if self.status.publish_refused() > refused => {
+            Err(_) if self.connection.refusals() > refusals => {
                 Err(Failure::Permanent("NATS refuses it".to_owned()))
             }
             Err(_) => Err(Failure::Temporary(format!(

@@ -1,5 +1,7 @@
 //! Where messages are published: under a prefix, and maybe into the stream that keeps it.
 
+mod stream;
+
 use std::sync::Arc;
 
 use anyhow::bail;
@@ -8,35 +10,36 @@ use log::warn;
 use reqwest::header::HeaderValue;
 use tokio::{time::sleep, try_join};
 
+use self::stream::BACKOFF;
+pub use self::stream::{ConfirmingStream, Failure};
 use crate::{
     config::{Config, FAILED_STREAM, Mode, RELAYED_STREAM},
-    keeper::{BACKOFF, Failure, Keeper},
+    monitor::Monitor,
     nats::Connection,
-    republish::Marks,
+    republish::StreamHeaders,
     source::Delivery,
-    status::Status,
     subject::Prefix,
 };
 
 /// Where a relay publishes.
-pub struct Outlets {
+pub struct Publishers {
     connection: Connection,
     /// The prefix of what it takes.
     prefix: Prefix,
     /// The stream that it takes it from, if it does.
     input: Option<String>,
     /// Where it publishes what is relayed.
-    pub relayed: Outlet,
+    pub relayed: Publisher,
     /// Where it publishes what is given up, if it does.
-    pub failed: Option<Outlet>,
+    pub failed: Option<Publisher>,
 }
 
 /// Where messages are published.
-pub struct Outlet {
+pub struct Publisher {
     /// Under which prefix.
     pub prefix: Prefix,
     /// The stream that has to confirm them, if one has to.
-    pub keeper: Option<Keeper>,
+    pub stream: Option<ConfirmingStream>,
     /// Whether a message that has no id of its own gets one.
     adds_id: bool,
     /// Appended to each id where one stream keeps several of the relay's prefixes: it would take the
@@ -44,24 +47,29 @@ pub struct Outlet {
     suffix: &'static str,
 }
 
-impl Outlets {
+impl Publishers {
     /// As the configuration says.
     #[must_use]
-    pub fn new(connection: Connection, config: &Config, status: &Arc<Status>) -> Self {
-        let keeper = |variable, stream: &Option<String>| {
+    pub fn new(connection: Connection, config: &Config, monitor: &Arc<Monitor>) -> Self {
+        let confirmed_by = |variable, stream: &Option<String>| {
             let connection = connection.clone();
-            let status = Arc::clone(status);
-            Some(Keeper::new(connection, status, variable, stream.clone()?))
+            let monitor = Arc::clone(monitor);
+            Some(ConfirmingStream::new(
+                connection,
+                monitor,
+                variable,
+                stream.clone()?,
+            ))
         };
         let input = match &config.mode {
             Mode::Core { .. } => None,
             Mode::Durable { stream, .. } => Some(stream.clone()),
         };
-        let relayed = keeper(RELAYED_STREAM, &config.relayed_stream);
-        let relayed = Outlet::new(config.relayed_prefix.clone(), relayed, input.is_some());
+        let relayed = confirmed_by(RELAYED_STREAM, &config.relayed_stream);
+        let relayed = Publisher::new(config.relayed_prefix.clone(), relayed, input.is_some());
         let failed = config.failed_prefix.clone().map(|prefix| {
-            let failed = keeper(FAILED_STREAM, &config.failed_stream);
-            Outlet::new(prefix, failed, false)
+            let failed = confirmed_by(FAILED_STREAM, &config.failed_stream);
+            Publisher::new(prefix, failed, false)
         });
         Self {
             connection,
@@ -122,21 +130,21 @@ impl Outlets {
     }
 
     /// The streams that are to keep what is published, with the prefix of each.
-    pub fn keepers(&self) -> impl Iterator<Item = (&Prefix, &Keeper)> {
-        let outlets = [Some(&self.relayed), self.failed.as_ref()];
-        outlets
+    pub fn confirming_streams(&self) -> impl Iterator<Item = (&Prefix, &ConfirmingStream)> {
+        let publishers = [Some(&self.relayed), self.failed.as_ref()];
+        publishers
             .into_iter()
             .flatten()
-            .filter_map(|outlet| Some((&outlet.prefix, outlet.keeper.as_ref()?)))
+            .filter_map(|publisher| Some((&publisher.prefix, publisher.stream.as_ref()?)))
     }
 }
 
-impl Outlet {
-    fn new(prefix: Prefix, keeper: Option<Keeper>, adds_id: bool) -> Self {
+impl Publisher {
+    fn new(prefix: Prefix, stream: Option<ConfirmingStream>, adds_id: bool) -> Self {
         Self {
             prefix,
-            adds_id: adds_id || keeper.is_some(),
-            keeper,
+            adds_id: adds_id || stream.is_some(),
+            stream,
             suffix: "",
         }
     }
@@ -149,9 +157,9 @@ impl Outlet {
         input: Option<&str>,
         others: &[&Prefix],
     ) -> Result<bool, Failure> {
-        match (&self.keeper, input) {
-            (Some(keeper), _) => {
-                let subjects = keeper.open(&self.prefix).await?;
+        match (&self.stream, input) {
+            (Some(stream), _) => {
+                let subjects = stream.open(&self.prefix).await?;
                 Ok(others.iter().any(|other| other.meets_any(&subjects)))
             }
             (None, Some(input)) => Ok(keeps(connection, input, &self.prefix).await),
@@ -162,7 +170,11 @@ impl Outlet {
     /// What streams are to know a message by: its own id, else its place in the stream that it comes
     /// from, else the id that the webhook was told.
     #[must_use]
-    pub fn marks(&self, delivery: &Delivery, webhook_id: &HeaderValue) -> Marks<'_> {
+    pub fn stream_headers(
+        &self,
+        delivery: &Delivery,
+        webhook_id: &HeaderValue,
+    ) -> StreamHeaders<'_> {
         let own = delivery.headers.get(NATS_MESSAGE_ID);
         let own = own.map(|id| id.as_str()).filter(|id| !id.is_empty());
         let other = match &delivery.ack {
@@ -170,9 +182,9 @@ impl Outlet {
             None => webhook_id.to_str().ok(),
         };
         let id = own.or(other.filter(|_| self.adds_id));
-        Marks {
+        StreamHeaders {
             id: id.map(|id| [id, self.suffix].concat()),
-            stream: self.keeper.as_ref().map(Keeper::stream),
+            stream: self.stream.as_ref().map(ConfirmingStream::name),
         }
     }
 }

@@ -1,0 +1,386 @@
+//! One message: POST it until that succeeded, wait if told to, publish it, and acknowledge it; or give it
+//! up. Promises 1, 3 and 4 are kept here (see the crate's documentation).
+
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{anyhow, bail};
+use async_nats::HeaderMap;
+use futures::future::join_all;
+use log::{error, info, warn};
+use reqwest::{StatusCode, header::HeaderValue};
+use tokio::time::sleep;
+
+use crate::{
+    backoff::Backoff,
+    config::Config,
+    monitor::{DestinationMetrics, Monitor},
+    nats::{ClientEnded, Connection},
+    publish::{Publisher, Publishers},
+    republish::{Cause, GivenUp, failed_headers, relayed_headers, relayed_subject},
+    source::{Delivery, Outcome},
+    webhook::{Failure, Target, Webhook, message_id},
+};
+
+/// Growing waits between attempts to POST one message.
+const BACKOFF: Backoff = Backoff {
+    first: Duration::from_millis(250),
+    longest: Duration::from_secs(30),
+};
+
+/// What forwards messages, one at a time.
+pub struct Forward {
+    connection: Connection,
+    publishers: Publishers,
+    webhook: Webhook,
+    config: Arc<Config>,
+    monitor: Arc<Monitor>,
+    /// In the order of the webhook's targets.
+    destinations: Vec<DestinationMetrics>,
+}
+
+/// What is published.
+struct Publication<'a> {
+    publisher: &'a Publisher,
+    subject: &'a str,
+    headers: HeaderMap,
+}
+
+/// A destination has succeeded.
+struct Posted {
+    status: StatusCode,
+    attempts: u32,
+}
+
+/// All destinations have succeeded, and the message was republished.
+struct Relayed {
+    target: String,
+    posted: Vec<Posted>,
+    is_acknowledged: bool,
+}
+
+impl fmt::Display for Relayed {
+    /// The part of the log line that tells where to and how, up to how long it took.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (", self.target)?;
+        for (index, Posted { status, attempts }) in self.posted.iter().enumerate() {
+            let comma = if index > 0 { ", " } else { "" };
+            write!(f, "{comma}{}", status.as_u16())?;
+            if *attempts > 1 {
+                write!(f, " after {attempts} attempts")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Forward {
+    /// POSTs to `webhook` and publishes by `connection`.
+    #[must_use]
+    pub fn new(
+        connection: Connection,
+        webhook: Webhook,
+        config: Arc<Config>,
+        monitor: Arc<Monitor>,
+    ) -> Self {
+        let destinations = (0..webhook.targets().len()).map(|index| monitor.destination(index));
+        Self {
+            destinations: destinations.collect(),
+            publishers: Publishers::new(connection.clone(), &config, &monitor),
+            connection,
+            webhook,
+            config,
+            monitor,
+        }
+    }
+
+    /// Verifies what it needs to publish.
+    ///
+    /// # Errors
+    /// If a stream that is to confirm what is published cannot be used.
+    pub async fn open(&mut self) -> anyhow::Result<()> {
+        self.publishers.open().await
+    }
+
+    /// Where messages are POSTed to, in words.
+    #[must_use]
+    pub fn destinations(&self) -> String {
+        let targets = self.webhook.targets().iter();
+        let names: Vec<_> = targets
+            .map(|target| target.destination.to_string())
+            .collect();
+        names.join(" and ")
+    }
+
+    /// Brings one message to its end: relayed, or given up. Whether that is settled with the server;
+    /// if not, the message may come again, and counts then.
+    pub async fn forward(&self, delivery: &Delivery) -> bool {
+        let start = Instant::now();
+        self.monitor.add_received();
+        let id = message_id(delivery);
+        match self.try_relay(delivery, &id).await {
+            Ok(relayed) => {
+                if relayed.is_acknowledged {
+                    let elapsed = start.elapsed();
+                    self.monitor.add_relayed(elapsed);
+                    info!("{} -> {relayed}, {elapsed:.1?})", delivery.subject);
+                }
+                relayed.is_acknowledged
+            }
+            Err(given_up) => self.give_up(delivery, &id, given_up).await,
+        }
+    }
+
+    /// POSTs a message until that succeeded, and only then republishes it.
+    async fn try_relay(&self, delivery: &Delivery, id: &HeaderValue) -> Result<Relayed, GivenUp> {
+        let publisher = &self.publishers.relayed;
+        let target = relayed_subject(delivery, &self.config.prefix, &publisher.prefix)
+            .map_err(GivenUp::unpublishable)?;
+        if let Some(fault) = delivery.fault {
+            return Err(GivenUp::unpublishable(fault.to_owned()));
+        }
+        let stream_headers = publisher.stream_headers(delivery, id);
+        let max_payload = self.connection.client().max_payload();
+        let publication = Publication {
+            publisher,
+            subject: &target,
+            headers: relayed_headers(delivery, stream_headers, max_payload)
+                .map_err(GivenUp::unpublishable)?,
+        };
+        let posted = self.post(delivery, id).await?;
+        let delay = self.config.republish_delay;
+        if !delay.is_zero() {
+            sleep(delay).await;
+        }
+        let is_acknowledged = self
+            .conclude(delivery, Some(publication), Outcome::Relayed)
+            .await
+            .map_err(|error| {
+                GivenUp::unpublishable(format!("it cannot be published on {target}: {error:#}"))
+            })?;
+        Ok(Relayed {
+            target,
+            posted,
+            is_acknowledged,
+        })
+    }
+
+    /// POSTs to all destinations at the same time, until each has succeeded or is to be given up.
+    async fn post(&self, delivery: &Delivery, id: &HeaderValue) -> Result<Vec<Posted>, GivenUp> {
+        let targets = self.webhook.targets().iter().zip(&self.destinations);
+        let ends = join_all(targets.map(|target| self.post_to(target, delivery, id))).await;
+        let (mut posted, mut given_up) = (Vec::new(), Vec::new());
+        for end in ends {
+            match end {
+                Ok(success) => posted.push(success),
+                Err(failure) => given_up.push(failure),
+            }
+        }
+        GivenUp::all(given_up).map_or(Ok(posted), Err)
+    }
+
+    /// POSTs to one destination until it succeeds, or is to be given up.
+    async fn post_to(
+        &self,
+        (target, metrics): (&Target, &DestinationMetrics),
+        delivery: &Delivery,
+        id: &HeaderValue,
+    ) -> Result<Posted, GivenUp> {
+        let name = |reason: String| match self.webhook.targets() {
+            [_] => reason,
+            _ => format!("{}: {reason}", target.destination),
+        };
+        let max_attempts = self.config.webhook.max_attempts;
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            let start = Instant::now();
+            let answer = self.webhook.post(target, delivery, id).await;
+            metrics.add_attempt(&answer, start.elapsed());
+            let (reason, status, retry_after) = match answer {
+                Ok(status) => return Ok(Posted { status, attempts }),
+                Err(Failure::Permanent { reason, status }) => {
+                    let (reason, status) = (name(reason), Some(status.as_u16()));
+                    return Err(GivenUp {
+                        reason,
+                        status,
+                        attempts,
+                        cause: Cause::Refused,
+                    });
+                }
+                Err(Failure::Temporary {
+                    reason,
+                    status,
+                    retry_after,
+                }) => (
+                    name(reason),
+                    status.map(|status| status.as_u16()),
+                    retry_after,
+                ),
+            };
+            if Some(attempts) == max_attempts {
+                let reason = format!("given up after {attempts} attempts: {reason}");
+                return Err(GivenUp {
+                    reason,
+                    status,
+                    attempts,
+                    cause: Cause::AttemptsUsed,
+                });
+            }
+            let wait = BACKOFF.wait(attempts).max(retry_after.unwrap_or_default());
+            let failure = format!("{}, attempt {attempts}: {reason}", delivery.subject);
+            warn!("{failure}; next attempt in {wait:.1?}");
+            self.monitor.set_last_failure(failure);
+            sleep(wait).await;
+        }
+    }
+
+    /// Says that a message is not relayed, and why; publishes it on the failed prefix. Whether that is
+    /// settled with the server.
+    async fn give_up(&self, delivery: &Delivery, id: &HeaderValue, given_up: GivenUp) -> bool {
+        let line = format!("{} is not relayed: {}", delivery.subject, given_up.reason);
+        error!("{line}");
+        self.monitor.add_given_up(given_up.cause, line);
+        let outcome = Outcome::GivenUp(&given_up.reason);
+        if let Some(publisher) = &self.publishers.failed {
+            let published = match relayed_subject(delivery, &self.config.prefix, &publisher.prefix)
+            {
+                Ok(target) => {
+                    let stream_headers = publisher.stream_headers(delivery, id);
+                    let max_payload = self.connection.client().max_payload();
+                    let publication = Publication {
+                        publisher,
+                        subject: &target,
+                        headers: failed_headers(delivery, &given_up, &stream_headers, max_payload),
+                    };
+                    self.conclude(delivery, Some(publication), outcome).await
+                }
+                Err(reason) => Err(anyhow!(reason)),
+            };
+            match published {
+                Ok(is_acknowledged) => return is_acknowledged,
+                Err(error) => error!(
+                    "{} is not published as failed either: {error:#}",
+                    delivery.subject
+                ),
+            }
+        }
+        // It only fails where the client has ended, and with it all that could be told.
+        self.conclude(delivery, None, outcome)
+            .await
+            .unwrap_or(false)
+    }
+
+    /// Says that a message was left unfinished. A stream keeps it, a core subscription does not.
+    pub fn abandon(&self, delivery: &Delivery, reason: &str) {
+        let subject = &delivery.subject;
+        match &delivery.ack {
+            None => {
+                let line = format!("{subject} is not relayed: {reason}");
+                error!("{line}");
+                self.monitor.add_given_up(Cause::Stopped, line);
+            }
+            Some(ack) => {
+                warn!(
+                    "{subject} is not finished: {reason}; {} stays in the stream",
+                    ack.id
+                )
+            }
+        }
+    }
+
+    /// Publishes a message, if there is one to publish, and tells the source's server what has
+    /// become of the delivery; whether it has confirmed that. Both on one connection and in this order,
+    /// so that a server that has seen the verdict has seen the message too; where a stream is to keep the
+    /// message, only once it has.
+    async fn conclude(
+        &self,
+        delivery: &Delivery,
+        mut message: Option<Publication<'_>>,
+        outcome: Outcome<'_>,
+    ) -> anyhow::Result<bool> {
+        if !is_current(delivery).await {
+            return Ok(false);
+        }
+        if let Some(Publication {
+            publisher,
+            subject,
+            headers,
+        }) = &message
+            && let Some(stream) = &publisher.stream
+        {
+            stream.publish(delivery, subject, headers).await?;
+            message = None;
+        }
+        loop {
+            if !self.connection.is_up() {
+                // Completes only with a connection.
+                let _ = self.connection.client().flush().await;
+            }
+            if !is_current(delivery).await {
+                return Ok(false);
+            }
+            let epoch = self.connection.epoch();
+            let is_acknowledged = match self.try_to_conclude(delivery, &message, outcome).await {
+                Err(error) if error.is::<ClientEnded>() => {
+                    self.connection.replaced(epoch).await;
+                    continue;
+                }
+                is_acknowledged => is_acknowledged?,
+            };
+            // What was under way on a connection that broke may be lost: once more, then.
+            if self.connection.epoch() == epoch {
+                return Ok(is_acknowledged);
+            }
+        }
+    }
+
+    async fn try_to_conclude(
+        &self,
+        delivery: &Delivery,
+        message: &Option<Publication<'_>>,
+        outcome: Outcome<'_>,
+    ) -> anyhow::Result<bool> {
+        let refusals = self.connection.refusals();
+        if let Some(message) = message {
+            let (subject, headers) = (message.subject.to_owned(), message.headers.clone());
+            let payload = delivery.payload.clone();
+            self.connection
+                .publish(subject, None, headers, payload)
+                .await?;
+        }
+        match &delivery.ack {
+            None => {
+                let flushed = self.connection.client().flush().await;
+                flushed.map_err(|_| ClientEnded)?;
+                Ok(true)
+            }
+            Some(ack) => {
+                let is_acknowledged = ack.confirm(outcome).await;
+                // A refusal comes before the confirmation of the ack.
+                if message.is_some() && self.connection.refusals() > refusals {
+                    bail!("NATS refuses it");
+                }
+                Ok(is_acknowledged)
+            }
+        }
+    }
+}
+
+/// Whether a message is still ours to publish; says so if it is not.
+async fn is_current(delivery: &Delivery) -> bool {
+    let Some(ack) = &delivery.ack else {
+        return true;
+    };
+    let is_current = ack.is_current().await;
+    if !is_current {
+        warn!(
+            "{} is abandoned: NATS has handed it, or what follows it, to another relay meanwhile",
+            delivery.subject
+        );
+    }
+    is_current
+}
