@@ -20,7 +20,10 @@ use tokio_rustls::TlsConnector;
 use crate::{
     config::{self, Config, Destination, Login, Mode, Proxy},
     monitor::{Monitor, endpoints},
-    nats::{Connection, Faults, Notice, Refusals, cannot_look, connect_once, inbox_refused, show},
+    nats::{
+        Connection, ConnectionEvent, ConnectionEvents, Refusals, cannot_look, connect_once,
+        inbox_refused, show,
+    },
     publish::{Failure, Publishers},
     source::{Consumer, Trouble, try_to_look},
     text::{self, count, reasons},
@@ -70,11 +73,11 @@ pub async fn check(config: &Config, out: &mut dyn Write) -> anyhow::Result<bool>
     let mut report = Report { out, good: true };
     report.add("configuration", Ok("valid".to_owned()));
     let monitor = Arc::new(Monitor::new(Refusals::default())?);
-    if let Some((connection, mut faults)) = check_servers(config, &monitor, &mut report).await? {
+    if let Some((connection, mut events)) = check_servers(config, &monitor, &mut report).await? {
         let publishers = Publishers::new(connection.clone(), config, &monitor);
         match &config.mode {
             Mode::Core { .. } => {
-                check_subscription(config, &connection, &mut faults, &mut report).await
+                check_subscription(config, &connection, &mut events, &mut report).await
             }
             Mode::Durable { stream, consumer } => {
                 let consumer = Consumer {
@@ -83,10 +86,10 @@ pub async fn check(config: &Config, out: &mut dyn Write) -> anyhow::Result<bool>
                     name: consumer.clone(),
                     filter: config.prefix.wildcard(),
                 };
-                check_consumer(&consumer, &mut faults, &mut report).await;
+                check_consumer(&consumer, &mut events, &mut report).await;
             }
         }
-        check_confirming_streams(&publishers, &mut faults, &mut report).await;
+        check_confirming_streams(&publishers, &mut events, &mut report).await;
     }
     if let Some(address) = config.status_listen {
         let found = match endpoints::listen(address) {
@@ -124,7 +127,7 @@ async fn check_servers(
     config: &Config,
     monitor: &Arc<Monitor>,
     report: &mut Report<'_>,
-) -> anyhow::Result<Option<(Connection, Faults)>> {
+) -> anyhow::Result<Option<(Connection, ConnectionEvents)>> {
     let welcome = match config.nats.login {
         Login::Anonymous => "connected, without a login",
         _ => "connected, the login is accepted",
@@ -144,14 +147,14 @@ async fn check_servers(
 async fn check_subscription(
     config: &Config,
     connection: &Connection,
-    faults: &mut Faults,
+    events: &mut ConnectionEvents,
     report: &mut Report<'_>,
 ) {
     let subject = config.prefix.wildcard();
     // Outside of the queue group, so that it takes no message away from it.
     let client = connection.client();
     let found = match client.subscribe(subject.clone()).await {
-        Ok(_subscriber) => within_patience(faults.confirm(&client, false)).await,
+        Ok(_subscriber) => within_patience(events.confirm(&client, false)).await,
         Err(error) => Err(error.into()),
     };
     report.add(
@@ -160,11 +163,15 @@ async fn check_subscription(
     );
 }
 
-async fn check_consumer(consumer: &Consumer, faults: &mut Faults, report: &mut Report<'_>) {
+async fn check_consumer(
+    consumer: &Consumer,
+    events: &mut ConnectionEvents,
+    report: &mut Report<'_>,
+) {
     let Consumer { stream, name, .. } = consumer;
     let found = tokio::select! {
         biased;
-        reason = faults.fatal(true) => Err(reason),
+        reason = events.fatal(true) => Err(reason),
         found = consumer.verify() => match found {
             Ok(waiting) => Ok(format!(
                 "is there and as it must be; waiting in the stream: {}", count(waiting, "message")
@@ -180,7 +187,7 @@ async fn check_consumer(consumer: &Consumer, faults: &mut Faults, report: &mut R
     if is_usable {
         let found = tokio::select! {
             biased;
-            reason = look_refused(faults, stream) => Err(reason),
+            reason = look_refused(events, stream) => Err(reason),
             found = try_to_look(consumer) => found.map_err(anyhow::Error::from),
         };
         report.add(
@@ -196,13 +203,13 @@ async fn check_consumer(consumer: &Consumer, faults: &mut Faults, report: &mut R
 /// Looks at the streams that are to keep what is published.
 async fn check_confirming_streams(
     publishers: &Publishers,
-    faults: &mut Faults,
+    events: &mut ConnectionEvents,
     report: &mut Report<'_>,
 ) {
     for (prefix, stream) in publishers.confirming_streams() {
         let found = tokio::select! {
             biased;
-            reason = faults.fatal(true) => Err(reason),
+            reason = events.fatal(true) => Err(reason),
             found = stream.open(prefix) => match found {
                 Ok(_) => Ok(format!("is there, and keeps {prefix}.>")),
                 Err(Failure::Permanent(reason) | Failure::Temporary(reason)) => {
@@ -215,18 +222,20 @@ async fn check_confirming_streams(
 }
 
 /// Resolves when our user turns out to have no permission to look at the messages of the stream.
-async fn look_refused(faults: &mut Faults, stream: &str) -> anyhow::Error {
+async fn look_refused(events: &mut ConnectionEvents, stream: &str) -> anyhow::Error {
     loop {
-        match faults.notice().await {
-            Notice::LookRefused => {
+        match events.next().await {
+            ConnectionEvent::LookRefused => {
                 return anyhow!(
                     "{}",
                     cannot_look(&format!("$JS.API.STREAM.MSG.GET.{stream}"))
                 );
             }
-            Notice::Fatal(reason) => return reason,
-            Notice::InboxRefused => return inbox_refused(),
-            Notice::Connected | Notice::Replaced | Notice::ProbeRefused => {}
+            ConnectionEvent::Fatal(reason) => return reason,
+            ConnectionEvent::InboxRefused => return inbox_refused(),
+            ConnectionEvent::Connected
+            | ConnectionEvent::Replaced
+            | ConnectionEvent::ProbeRefused => {}
         }
     }
 }

@@ -83,8 +83,8 @@ pub async fn run(config: Config, stop: impl Stream<Item = ()> + Unpin) -> anyhow
         endpoints::start(address, Arc::clone(&monitor))?;
     }
     let webhook = Webhook::new(&config.webhook)?;
-    let (connection, faults) = nats::connect(&config, &monitor, refusals).await?;
-    let source = Source::new(connection.clone(), faults, &config, &monitor);
+    let (connection, events) = nats::connect(&config, &monitor, refusals).await?;
+    let source = Source::new(connection.clone(), events, &config, &monitor);
     let forward = Forward::new(
         connection,
         webhook,

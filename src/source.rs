@@ -18,7 +18,7 @@ use bytes::Bytes;
 use crate::{
     config::{Config, Mode},
     monitor::Monitor,
-    nats::{Connection, Faults},
+    nats::{Connection, ConnectionEvents},
 };
 
 pub use self::{
@@ -59,7 +59,7 @@ impl Source {
     #[must_use]
     pub fn new(
         connection: Connection,
-        faults: Faults,
+        events: ConnectionEvents,
         config: &Config,
         monitor: &Arc<Monitor>,
     ) -> Self {
@@ -69,7 +69,7 @@ impl Source {
                 let needs_inbox = config.relayed_stream.is_some() || config.failed_stream.is_some();
                 let core = Core::new(
                     connection,
-                    faults,
+                    events,
                     subject,
                     queue_group,
                     needs_inbox,
@@ -85,7 +85,7 @@ impl Source {
                     filter: subject,
                 };
                 Self::Durable(Box::new(Durable::new(
-                    connection, faults, monitor, consumer,
+                    connection, events, monitor, consumer,
                 )))
             }
         }

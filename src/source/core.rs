@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     monitor::Monitor,
-    nats::{ClientEnded, Connection, Faults, Notice, inbox_refused},
+    nats::{ClientEnded, Connection, ConnectionEvent, ConnectionEvents, inbox_refused},
     text::count,
 };
 
@@ -26,7 +26,7 @@ const REPORT_EVERY: Duration = Duration::from_secs(1);
 /// A core subscription with its buffer.
 pub struct Core {
     connection: Connection,
-    faults: Faults,
+    events: ConnectionEvents,
     subject: String,
     queue_group: Option<String>,
     /// Whether the relay is to hear what streams confirm.
@@ -50,7 +50,7 @@ struct Drops {
 impl Core {
     pub(super) fn new(
         connection: Connection,
-        faults: Faults,
+        events: ConnectionEvents,
         subject: String,
         queue_group: Option<String>,
         needs_inbox: bool,
@@ -58,7 +58,7 @@ impl Core {
     ) -> Self {
         Self {
             connection,
-            faults,
+            events,
             subject,
             queue_group,
             needs_inbox,
@@ -74,7 +74,7 @@ impl Core {
         loop {
             self.subscribe().await;
             let client = self.connection.client();
-            match self.faults.confirm(&client, self.needs_inbox).await {
+            match self.events.confirm(&client, self.needs_inbox).await {
                 Err(error) if error.is::<ClientEnded>() => {}
                 confirmed => return confirmed,
             }
@@ -141,19 +141,19 @@ impl Core {
     async fn step(&mut self) -> anyhow::Result<()> {
         tokio::select! {
             biased;
-            notice = self.faults.notice() => match notice {
-                Notice::Fatal(reason) => return Err(reason),
-                Notice::InboxRefused if self.needs_inbox => return Err(inbox_refused()),
-                Notice::Replaced => {
+            event = self.events.next() => match event {
+                ConnectionEvent::Fatal(reason) => return Err(reason),
+                ConnectionEvent::InboxRefused if self.needs_inbox => return Err(inbox_refused()),
+                ConnectionEvent::Replaced => {
                     self.end_subscription();
                     if !self.is_stopped {
                         self.subscribe().await;
                     }
                 }
-                Notice::InboxRefused
-                | Notice::ProbeRefused
-                | Notice::LookRefused
-                | Notice::Connected => {}
+                ConnectionEvent::InboxRefused
+                | ConnectionEvent::ProbeRefused
+                | ConnectionEvent::LookRefused
+                | ConnectionEvent::Connected => {}
             },
             message = next_of(&mut self.subscriber) => match message {
                 Some(message) => self.take(message),

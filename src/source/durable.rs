@@ -20,7 +20,7 @@ use super::{
 use crate::{
     backoff::Backoff,
     monitor::Monitor,
-    nats::{Connection, Faults, Notice, inbox_refused},
+    nats::{Connection, ConnectionEvent, ConnectionEvents, inbox_refused},
 };
 
 /// How long a pull request stays with the server.
@@ -54,7 +54,7 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 /// A durable consumer.
 pub struct Durable {
     connection: Connection,
-    faults: Faults,
+    events: ConnectionEvents,
     monitor: Arc<Monitor>,
     consumer: Arc<Consumer>,
     handed_out: HandedOut,
@@ -95,7 +95,7 @@ enum Pull {
 impl Durable {
     pub(super) fn new(
         connection: Connection,
-        faults: Faults,
+        events: ConnectionEvents,
         monitor: Arc<Monitor>,
         consumer: Consumer,
     ) -> Self {
@@ -104,7 +104,7 @@ impl Durable {
             consumer: Arc::new(consumer),
             handed_out: HandedOut::default(),
             connection,
-            faults,
+            events,
             monitor,
             subscriber: None,
             is_stopped: false,
@@ -127,7 +127,7 @@ impl Durable {
             self.subscribe().await;
             let reason = tokio::select! {
                 biased;
-                reason = self.faults.fatal(true) => return Err(reason),
+                reason = self.events.fatal(true) => return Err(reason),
                 ready = self.consumer.ensure() => match ready {
                     Ok(()) => {
                         // What it means that there is no answer was said where it became known.
@@ -157,7 +157,7 @@ impl Durable {
             }
             tokio::select! {
                 biased;
-                reason = self.faults.fatal(true) => return Err(reason),
+                reason = self.events.fatal(true) => return Err(reason),
                 () = sleep(wait) => {}
             }
         }
@@ -282,16 +282,16 @@ impl Durable {
     async fn step(&mut self) -> anyhow::Result<()> {
         tokio::select! {
             biased;
-            notice = self.faults.notice() => match notice {
-                Notice::Fatal(reason) => return Err(reason),
-                Notice::InboxRefused => return Err(inbox_refused()),
-                Notice::LookRefused | Notice::ProbeRefused => {}
-                Notice::Replaced => {
+            event = self.events.next() => match event {
+                ConnectionEvent::Fatal(reason) => return Err(reason),
+                ConnectionEvent::InboxRefused => return Err(inbox_refused()),
+                ConnectionEvent::LookRefused | ConnectionEvent::ProbeRefused => {}
+                ConnectionEvent::Replaced => {
                     if !self.is_stopped {
                         self.subscribe().await;
                     }
                 }
-                Notice::Connected => {
+                ConnectionEvent::Connected => {
                     if self.current.is_none() {
                         self.find_unreadable().await;
                     }
