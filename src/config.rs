@@ -30,8 +30,8 @@ pub use self::{
 };
 use crate::{
     environment::{Environment, FILE_SUFFIX, read_file, read_text, shown},
-    signing::SigningSecret,
     subject::Prefix,
+    webhook::signing::SigningSecret,
 };
 
 /// One environment variable that the program knows.

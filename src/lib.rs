@@ -41,7 +41,6 @@ mod nats;
 mod publish;
 mod relay;
 mod republish;
-mod signing;
 mod source;
 mod subject;
 mod text;

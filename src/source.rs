@@ -47,6 +47,10 @@ pub struct Delivery {
 }
 
 /// Where messages come from.
+///
+/// An enum rather than a trait: there are two sources, the choice is made once, and this is the only place
+/// where they are told apart. A trait would make all that holds a source generic for the sake of one
+/// `match` less.
 pub enum Source {
     /// A core NATS subscription: at most once.
     Core(Box<Core>),

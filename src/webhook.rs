@@ -3,6 +3,10 @@
 //! Headers follow Standard Webhooks
 //! (<https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md>).
 
+mod answer;
+mod id;
+pub mod signing;
+
 use std::{
     error::Error,
     io,
@@ -11,18 +15,22 @@ use std::{
 };
 
 use anyhow::Context;
-use async_nats::{HeaderMap, header::NATS_MESSAGE_ID};
 use reqwest::{
     Client, Proxy, Request, Response, StatusCode,
-    header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue, LOCATION, RETRY_AFTER},
+    header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue, LOCATION},
     redirect, retry,
 };
 use rustls::ClientConfig;
 use tokio::time::{Instant, timeout_at};
 
+pub use self::id::message_id;
+use self::{
+    answer::{printable, read, retry_after},
+    id::header,
+    signing::SigningSecret,
+};
 use crate::{
     config::{self, Destination, Secrets},
-    signing::SigningSecret,
     source::Delivery,
     text, tls,
 };
@@ -50,9 +58,6 @@ const DRAIN_BYTES: usize = 64 * 1024;
 
 /// How much of a refusing answer is read for the log.
 const EXCERPT_BYTES: usize = 200;
-
-/// A longer `Retry-After` is not waited for.
-const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(60);
 
 /// So many headers an answer may have; the HTTP client's own bound is 100.
 const MAX_HEADERS: usize = 1000;
@@ -325,35 +330,6 @@ impl Target {
     }
 }
 
-/// The `webhook-id` of a message, the same over retries: its `Nats-Msg-Id`, else its place in its
-/// stream, else a random one.
-#[must_use]
-pub fn message_id(delivery: &Delivery) -> HeaderValue {
-    let own = header(&delivery.headers, NATS_MESSAGE_ID.as_ref());
-    let place = delivery.ack.as_ref().map(|ack| ack.id.as_str());
-    let usable = own.into_iter().chain(place).find(|id| is_webhook_id(id));
-    let random = || format!("msg_{:032x}", fastrand::u128(..));
-    let id = usable.map_or_else(random, str::to_owned);
-    // Never an error: all of these are visible ASCII.
-    HeaderValue::from_str(&id).unwrap_or(HeaderValue::from_static("msg"))
-}
-
-/// Whether `id` can be signed: the signed text is `id.timestamp.payload`, so that a dot in the id
-/// would make it ambiguous (Standard Webhooks, "Signature scheme").
-fn is_webhook_id(id: &str) -> bool {
-    (1..=256).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic() && b != b'.')
-}
-
-/// The value of a message header, whatever the case of its name.
-fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
-    let name = name.as_bytes();
-    headers
-        .iter()
-        .find(|(candidate, _)| AsRef::<[u8]>::as_ref(*candidate).eq_ignore_ascii_case(name))
-        .and_then(|(_, values)| values.first())
-        .map(async_nats::HeaderValue::as_str)
-}
-
 /// Whether a request failed because its connection had been closed by then.
 fn met_dead_connection(error: &reqwest::Error) -> bool {
     let mut cause: Option<&dyn Error> = Some(error);
@@ -380,93 +356,5 @@ fn temporary(reason: String) -> Failure {
         reason,
         status: None,
         retry_after: None,
-    }
-}
-
-/// The body of an answer, up to a bound and a deadline. What does not come is not missed.
-async fn read(mut response: Response, bound: usize, deadline: Instant) -> Vec<u8> {
-    let mut body = Vec::new();
-    while let Ok(Ok(Some(chunk))) = timeout_at(deadline, response.chunk()).await {
-        let fits = chunk.len().min(bound - body.len());
-        body.extend_from_slice(&chunk[..fits]);
-        if body.len() == bound {
-            break;
-        }
-    }
-    body
-}
-
-/// The beginning of an answer, fit for one line.
-fn printable(bytes: &[u8]) -> String {
-    let body = String::from_utf8_lossy(bytes);
-    match text::one_line(&body, text::LONGEST_PIECE).trim() {
-        "" => "(no body)".to_owned(),
-        line => line.to_owned(),
-    }
-}
-
-/// The wait that a `Retry-After` header asks for, in seconds or as a date (RFC 9110, 10.2.3).
-fn retry_after(response: &Response) -> Option<Duration> {
-    let value = response.headers().get(RETRY_AFTER)?.to_str().ok()?;
-    parse_retry_after(value, SystemTime::now())
-}
-
-fn parse_retry_after(value: &str, now: SystemTime) -> Option<Duration> {
-    let value = value.trim();
-    let wait = if !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit()) {
-        // A number that is too large to be read is a long wait as well.
-        value.parse().map_or(Duration::MAX, Duration::from_secs)
-    } else {
-        httpdate::parse_http_date(value)
-            .ok()?
-            .duration_since(now)
-            .unwrap_or_default()
-    };
-    Some(wait.min(LONGEST_RETRY_AFTER))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn retry_after_is_seconds_or_a_date_and_bounded() {
-        let now = UNIX_EPOCH + Duration::from_secs(784_111_777); // Sun, 06 Nov 1994 08:49:37 GMT
-        for (value, seconds) in [
-            ("0", Some(0)),
-            (" 7 ", Some(7)),
-            ("3600", Some(60)),
-            ("99999999999999999999999", Some(60)),
-            ("Sun, 06 Nov 1994 08:49:47 GMT", Some(10)),
-            ("Sun, 06 Nov 1994 08:49:27 GMT", Some(0)),
-            ("Sun, 06 Nov 1994 09:49:37 GMT", Some(60)),
-            ("-1", None),
-            ("1.5", None),
-            ("soon", None),
-            ("", None),
-        ] {
-            let expected = seconds.map(Duration::from_secs);
-            assert_eq!(parse_retry_after(value, now), expected, "{value:?}");
-        }
-    }
-
-    #[test]
-    fn an_excerpt_is_one_printable_line() {
-        assert_eq!(printable(b"no\r\n\x1b[31mway\xff"), "no   [31mway\u{fffd}");
-        assert_eq!(printable(b" \n"), "(no body)");
-    }
-
-    #[test]
-    fn an_id_that_cannot_be_signed_is_not_used() {
-        for (id, good) in [
-            ("msg_1-a", true),
-            ("", false),
-            ("a.b", false),
-            ("a b", false),
-            ("ä", false),
-            (&"x".repeat(257), false),
-        ] {
-            assert_eq!(is_webhook_id(id), good, "{id:?}");
-        }
     }
 }
