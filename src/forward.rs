@@ -8,7 +8,6 @@ use std::{
 };
 
 use anyhow::{anyhow, bail};
-use async_nats::HeaderMap;
 use futures::future::join_all;
 use log::{error, info, warn};
 use reqwest::{StatusCode, header::HeaderValue};
@@ -19,7 +18,7 @@ use crate::{
     config::Config,
     monitor::{DestinationMetrics, Monitor},
     nats::{ClientEnded, Connection},
-    publish::{Publisher, Publishers},
+    publish::{Publication, Publishers},
     republish::{Cause, GivenUp, failed_headers, relayed_headers, relayed_subject},
     source::{Delivery, Outcome},
     webhook::{Failure, Target, Webhook, message_id},
@@ -42,13 +41,6 @@ pub struct Forward {
     destinations: Vec<DestinationMetrics>,
 }
 
-/// What is published.
-struct Publication<'a> {
-    publisher: &'a Publisher,
-    subject: &'a str,
-    headers: HeaderMap,
-}
-
 /// A destination has succeeded.
 struct Posted {
     status: StatusCode,
@@ -57,7 +49,7 @@ struct Posted {
 
 /// All destinations have succeeded, and the message was republished.
 struct Relayed {
-    target: String,
+    subject: String,
     posted: Vec<Posted>,
     is_acknowledged: bool,
 }
@@ -65,7 +57,7 @@ struct Relayed {
 impl fmt::Display for Relayed {
     /// The part of the log line that tells where to and how, up to how long it took.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} (", self.target)?;
+        write!(f, "{} (", self.subject)?;
         for (index, Posted { status, attempts }) in self.posted.iter().enumerate() {
             let comma = if index > 0 { ", " } else { "" };
             write!(f, "{comma}{}", status.as_u16())?;
@@ -115,8 +107,8 @@ impl Forward {
         names.join(" and ")
     }
 
-    /// Brings one message to its end: relayed, or given up. Whether that is settled with the server;
-    /// if not, the message may come again, and counts then.
+    /// Brings one message to its end: relayed, or given up. Whether the server has acknowledged that; if
+    /// not, the message may come again, and counts then.
     pub async fn forward(&self, delivery: &Delivery) -> bool {
         let start = Instant::now();
         self.monitor.add_received();
@@ -134,10 +126,10 @@ impl Forward {
         }
     }
 
-    /// POSTs a message until that succeeded, and only then republishes it.
+    /// POSTs a message until that succeeded, and only then republishes it (promise 1).
     async fn try_relay(&self, delivery: &Delivery, id: &HeaderValue) -> Result<Relayed, GivenUp> {
         let publisher = &self.publishers.relayed;
-        let target = relayed_subject(delivery, &self.config.prefix, &publisher.prefix)
+        let subject = relayed_subject(delivery, &self.config.prefix, &publisher.prefix)
             .map_err(GivenUp::unpublishable)?;
         if let Some(fault) = delivery.fault {
             return Err(GivenUp::unpublishable(fault.to_owned()));
@@ -146,7 +138,7 @@ impl Forward {
         let max_payload = self.connection.client().max_payload();
         let publication = Publication {
             publisher,
-            subject: &target,
+            subject: &subject,
             headers: relayed_headers(delivery, stream_headers, max_payload)
                 .map_err(GivenUp::unpublishable)?,
         };
@@ -156,13 +148,13 @@ impl Forward {
             sleep(delay).await;
         }
         let is_acknowledged = self
-            .conclude(delivery, Some(publication), Outcome::Relayed)
+            .publish_and_ack(delivery, Some(publication), Outcome::Relayed)
             .await
             .map_err(|error| {
-                GivenUp::unpublishable(format!("it cannot be published on {target}: {error:#}"))
+                GivenUp::unpublishable(format!("it cannot be published on {subject}: {error:#}"))
             })?;
         Ok(Relayed {
-            target,
+            subject,
             posted,
             is_acknowledged,
         })
@@ -238,8 +230,8 @@ impl Forward {
         }
     }
 
-    /// Says that a message is not relayed, and why; publishes it on the failed prefix. Whether that is
-    /// settled with the server.
+    /// Says that a message is not relayed, and why; publishes it on the failed prefix (promise 4). Whether
+    /// the server has acknowledged that.
     async fn give_up(&self, delivery: &Delivery, id: &HeaderValue, given_up: GivenUp) -> bool {
         let line = format!("{} is not relayed: {}", delivery.subject, given_up.reason);
         error!("{line}");
@@ -248,15 +240,16 @@ impl Forward {
         if let Some(publisher) = &self.publishers.failed {
             let published = match relayed_subject(delivery, &self.config.prefix, &publisher.prefix)
             {
-                Ok(target) => {
+                Ok(subject) => {
                     let stream_headers = publisher.stream_headers(delivery, id);
                     let max_payload = self.connection.client().max_payload();
                     let publication = Publication {
                         publisher,
-                        subject: &target,
+                        subject: &subject,
                         headers: failed_headers(delivery, &given_up, &stream_headers, max_payload),
                     };
-                    self.conclude(delivery, Some(publication), outcome).await
+                    self.publish_and_ack(delivery, Some(publication), outcome)
+                        .await
                 }
                 Err(reason) => Err(anyhow!(reason)),
             };
@@ -269,7 +262,7 @@ impl Forward {
             }
         }
         // It only fails where the client has ended, and with it all that could be told.
-        self.conclude(delivery, None, outcome)
+        self.publish_and_ack(delivery, None, outcome)
             .await
             .unwrap_or(false)
     }
@@ -292,28 +285,21 @@ impl Forward {
         }
     }
 
-    /// Publishes a message, if there is one to publish, and tells the source's server what has
-    /// become of the delivery; whether it has confirmed that. Both on one connection and in this order,
-    /// so that a server that has seen the verdict has seen the message too; where a stream is to keep the
-    /// message, only once it has.
-    async fn conclude(
+    /// Publishes a message, if there is one to publish, and tells the server what has become of the
+    /// delivery; whether it has acknowledged that. Both on one connection and in this order, so that a
+    /// server that has seen the ack has seen the message too; where a stream has to confirm the message,
+    /// only once it has.
+    async fn publish_and_ack(
         &self,
         delivery: &Delivery,
-        mut message: Option<Publication<'_>>,
+        mut publication: Option<Publication<'_>>,
         outcome: Outcome<'_>,
     ) -> anyhow::Result<bool> {
         if !is_current(delivery).await {
             return Ok(false);
         }
-        if let Some(Publication {
-            publisher,
-            subject,
-            headers,
-        }) = &message
-            && let Some(stream) = &publisher.stream
-        {
-            stream.publish(delivery, subject, headers).await?;
-            message = None;
+        if let Some(unconfirmed) = publication.take() {
+            publication = unconfirmed.confirmed(delivery).await?;
         }
         loop {
             if !self.connection.is_up() {
@@ -324,7 +310,8 @@ impl Forward {
                 return Ok(false);
             }
             let epoch = self.connection.epoch();
-            let is_acknowledged = match self.try_to_conclude(delivery, &message, outcome).await {
+            let acknowledged = self.try_to_publish_and_ack(delivery, publication.as_ref(), outcome);
+            let is_acknowledged = match acknowledged.await {
                 Err(error) if error.is::<ClientEnded>() => {
                     self.connection.replaced(epoch).await;
                     continue;
@@ -338,35 +325,27 @@ impl Forward {
         }
     }
 
-    async fn try_to_conclude(
+    async fn try_to_publish_and_ack(
         &self,
         delivery: &Delivery,
-        message: &Option<Publication<'_>>,
+        publication: Option<&Publication<'_>>,
         outcome: Outcome<'_>,
     ) -> anyhow::Result<bool> {
         let refusals = self.connection.refusals();
-        if let Some(message) = message {
-            let (subject, headers) = (message.subject.to_owned(), message.headers.clone());
-            let payload = delivery.payload.clone();
-            self.connection
-                .publish(subject, None, headers, payload)
-                .await?;
+        if let Some(publication) = publication {
+            publication.send(&self.connection, delivery).await?;
         }
-        match &delivery.ack {
-            None => {
-                let flushed = self.connection.client().flush().await;
-                flushed.map_err(|_| ClientEnded)?;
-                Ok(true)
-            }
-            Some(ack) => {
-                let is_acknowledged = ack.confirm(outcome).await;
-                // A refusal comes before the confirmation of the ack.
-                if message.is_some() && self.connection.refusals() > refusals {
-                    bail!("NATS refuses it");
-                }
-                Ok(is_acknowledged)
-            }
+        let Some(ack) = &delivery.ack else {
+            let flushed = self.connection.client().flush().await;
+            flushed.map_err(|_| ClientEnded)?;
+            return Ok(true);
+        };
+        let is_acknowledged = ack.confirm(outcome).await;
+        // A refusal comes before the confirmation of the ack.
+        if publication.is_some() && self.connection.refusals() > refusals {
+            bail!("NATS refuses it");
         }
+        Ok(is_acknowledged)
     }
 }
 

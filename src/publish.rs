@@ -5,7 +5,7 @@ mod stream;
 use std::sync::Arc;
 
 use anyhow::bail;
-use async_nats::{header::NATS_MESSAGE_ID, jetstream::response::Response};
+use async_nats::{HeaderMap, header::NATS_MESSAGE_ID, jetstream::response::Response};
 use log::warn;
 use reqwest::header::HeaderValue;
 use tokio::{time::sleep, try_join};
@@ -45,6 +45,45 @@ pub struct Publisher {
     /// Appended to each id where one stream keeps several of the relay's prefixes: it would take the
     /// message for a duplicate of itself under another one.
     suffix: &'static str,
+}
+
+/// A message to be published.
+pub struct Publication<'a> {
+    /// Where.
+    pub publisher: &'a Publisher,
+    /// The subject, below the publisher's prefix.
+    pub subject: &'a str,
+    /// With these headers; the payload is the delivery's.
+    pub headers: HeaderMap,
+}
+
+impl Publication<'_> {
+    /// Publishes it until the stream that has to confirm it has done so; gives it back where none has to.
+    ///
+    /// # Errors
+    /// If the stream, or the server, refuses it for good.
+    pub async fn confirmed(self, delivery: &Delivery) -> anyhow::Result<Option<Self>> {
+        match &self.publisher.stream {
+            Some(stream) => {
+                stream
+                    .publish(delivery, self.subject, &self.headers)
+                    .await?;
+                Ok(None)
+            }
+            None => Ok(Some(self)),
+        }
+    }
+
+    /// Publishes it once, fire and forget.
+    ///
+    /// # Errors
+    /// If the client refuses it; [`ClientEnded`](crate::nats::ClientEnded) if there is none just now.
+    pub async fn send(&self, connection: &Connection, delivery: &Delivery) -> anyhow::Result<()> {
+        let (subject, headers) = (self.subject.to_owned(), self.headers.clone());
+        connection
+            .publish(subject, None, headers, delivery.payload.clone())
+            .await
+    }
 }
 
 impl Publishers {
