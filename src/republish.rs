@@ -92,6 +92,10 @@ pub struct StreamHeaders<'a> {
 }
 
 impl StreamHeaders<'_> {
+    fn is_empty(&self) -> bool {
+        self.id.is_none() && self.stream.is_none()
+    }
+
     fn added_to(&self, headers: &HeaderMap) -> HeaderMap {
         let mut headers = headers.clone();
         if let Some(id) = &self.id {
@@ -116,21 +120,25 @@ pub fn relayed_headers(
     max_payload: usize,
 ) -> Result<HeaderMap, String> {
     let own = carried_over(delivery);
-    let all = stream_headers.added_to(&own);
-    if fits(&all, delivery, max_payload) {
-        return Ok(all);
-    }
-    let id = StreamHeaders {
+    let id_only = StreamHeaders {
+        id: stream_headers.id.clone(),
         stream: None,
-        ..stream_headers
     };
-    let with_id = id.added_to(&own);
-    [with_id, own]
-        .into_iter()
-        .find(|headers| fits(headers, delivery, max_payload))
-        .ok_or_else(|| {
-            format!("with its headers it has more than the {max_payload} bytes that NATS takes")
-        })
+    for added in [&stream_headers, &id_only] {
+        if added.is_empty() {
+            break;
+        }
+        let headers = added.added_to(&own);
+        if fits(&headers, delivery, max_payload) {
+            return Ok(headers);
+        }
+    }
+    if fits(&own, delivery, max_payload) {
+        return Ok(own);
+    }
+    Err(format!(
+        "with its headers it has more than the {max_payload} bytes that NATS takes"
+    ))
 }
 
 /// The headers of a message given up: its own, the stream_headers, and why. Where the message would become larger

@@ -60,7 +60,7 @@ const DRAIN_BYTES: usize = 64 * 1024;
 const EXCERPT_BYTES: usize = 200;
 
 /// So many headers an answer may have; the HTTP client's own bound is 100.
-const MAX_HEADERS: usize = 1000;
+const MAX_HEADERS: usize = 256;
 
 /// Where and how to POST.
 pub struct Webhook {

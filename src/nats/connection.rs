@@ -33,7 +33,8 @@ pub struct Connection {
 /// The client that there is now.
 #[derive(Clone)]
 pub(super) struct Current {
-    client: Client,
+    /// Shared, because a copy of it costs an allocation.
+    client: Arc<Client>,
     /// Its JetStream. Only one, for each starts a task.
     jetstream: Context,
     /// How many clients there were before it.
@@ -99,8 +100,8 @@ impl Connection {
 
     /// The client that there is now.
     #[must_use]
-    pub fn client(&self) -> Client {
-        self.current.borrow().client.clone()
+    pub fn client(&self) -> Arc<Client> {
+        Arc::clone(&self.current.borrow().client)
     }
 
     /// The JetStream API, with a bound on how long a request takes.
@@ -175,7 +176,7 @@ impl Current {
         let mut jetstream = jetstream::new(client.clone());
         jetstream.set_timeout(API_TIMEOUT);
         Self {
-            client,
+            client: Arc::new(client),
             jetstream,
             number,
         }
