@@ -8,6 +8,7 @@ mod buffer;
 mod consumer;
 mod core;
 mod durable;
+mod pull;
 mod unreadable;
 
 use std::sync::Arc;

@@ -6,7 +6,7 @@
 use std::{collections::VecDeque, future::pending, pin::Pin, sync::Arc, time::Duration};
 
 use anyhow::{anyhow, bail};
-use async_nats::{Message, StatusCode, Subject, Subscriber};
+use async_nats::{Message, Subscriber};
 use futures::{FutureExt, StreamExt};
 use log::{debug, info, warn};
 use tokio::time::{Instant, Sleep, sleep, timeout};
@@ -15,6 +15,7 @@ use super::{
     Ack, Delivery,
     ack::{HandedOut, Position},
     consumer::{Consumer, Trouble},
+    pull::Meaning,
     unreadable,
 };
 use crate::{
@@ -29,11 +30,11 @@ const PULL_EXPIRES: Duration = Duration::from_secs(30);
 /// How often the server says that a pull request is still with it.
 const PULL_HEARTBEAT: Duration = Duration::from_secs(1);
 
-/// After this long without a word about a pull request it is taken for lost, along with the server
-/// that had it.
+/// When the server has said nothing about a pull request for this long, the request is taken for lost,
+/// along with the server that had it.
 const SILENCE: Duration = Duration::from_millis(3500);
 
-/// Signs of life about the messages that were handed out, and a look at whether the server is silent.
+/// How often the server is told that a message is worked on, and its silence is noticed.
 const TICK: Duration = Duration::from_secs(1);
 
 /// How often the consumer is verified: its operator may edit it at any time.
@@ -64,8 +65,8 @@ pub struct Durable {
     /// Whether the subscription has been ended by ourselves.
     is_stopped: bool,
     pull: Pull,
-    /// When the server last said anything.
-    heard: Instant,
+    /// When the server last answered anything.
+    last_answer: Instant,
     /// When the consumer was last verified.
     verified: Instant,
     /// How many pull requests in a row have failed.
@@ -81,7 +82,7 @@ pub struct Durable {
     acknowledged: Option<Position>,
 }
 
-/// The one pull request at a time.
+/// What has become of the pull request; there is one at a time.
 #[derive(Clone, Copy, PartialEq)]
 enum Pull {
     /// Request `n` is with the server.
@@ -109,7 +110,7 @@ impl Durable {
             subscriber: None,
             is_stopped: false,
             pull: Pull::Ended(0),
-            heard: Instant::now(),
+            last_answer: Instant::now(),
             verified: Instant::now(),
             failed_pulls: 0,
             failure_reported: None,
@@ -231,7 +232,7 @@ impl Durable {
             // It only fails where the client has ended, and the subscription with it.
             let _ = subscriber.unsubscribe().await;
             while let Some(Some(message)) = subscriber.next().now_or_never() {
-                let _ = self.hear(message);
+                let _ = self.take_answer(message);
             }
         }
     }
@@ -275,7 +276,7 @@ impl Durable {
             .publish_with_reply(subject, answers, request.into())
             .await;
         self.pull = Pull::UnderWay(pull);
-        self.heard = Instant::now();
+        self.last_answer = Instant::now();
     }
 
     /// Does the one thing that is due first.
@@ -300,73 +301,58 @@ impl Durable {
                 }
             },
             message = next_of(&mut self.subscriber) => match message {
-                Some(message) => self.hear(message)?,
+                Some(message) => self.take_answer(message)?,
                 // The client has broken down, which is noticed in a moment.
                 None => self.subscriber = None,
             },
             () = &mut self.tick => {
                 self.tick.as_mut().reset(Instant::now() + TICK);
-                self.look_around().await?;
+                self.on_tick().await?;
             }
         }
         Ok(())
     }
 
     fn end_pull(&mut self) {
-        if let Pull::UnderWay(n) | Pull::Failed(n) = self.pull {
-            self.pull = Pull::Ended(n);
-        }
+        let (Pull::UnderWay(n) | Pull::Ended(n) | Pull::Failed(n)) = self.pull;
+        self.pull = Pull::Ended(n);
     }
 
-    /// Takes a message, or what the server says about a pull request.
-    fn hear(&mut self, message: Message) -> anyhow::Result<()> {
-        self.heard = Instant::now();
-        // A publisher can put a status into headers, but not an ack subject into a reply.
-        let is_delivery = |reply: &Subject| {
-            reply.starts_with("$JS.ACK.") && !message.subject.starts_with(&self.inbox)
+    /// Takes a message of the stream, or what the server says about a pull request.
+    fn take_answer(&mut self, message: Message) -> anyhow::Result<()> {
+        let current = match self.pull {
+            Pull::UnderWay(n) => Some(n),
+            Pull::Ended(_) | Pull::Failed(_) => None,
         };
-        if message.reply.as_ref().is_some_and(is_delivery) {
-            // It comes on its own subject, and so without a word about which request it answers.
-            self.end_pull();
-            return self.take(message);
+        let meaning = Meaning::of(&message, &self.inbox, current);
+        if meaning != Meaning::Other {
+            self.last_answer = Instant::now();
         }
-        let Some(status) = message.status else {
-            return Ok(());
-        };
-        let description = message.description.as_deref().unwrap_or_default();
-        let number = message
-            .subject
-            .rsplit('.')
-            .next()
-            .and_then(|token| token.parse().ok());
-        let is_current = matches!(self.pull, Pull::UnderWay(n) if Some(n) == number);
-        match status {
-            StatusCode::IDLE_HEARTBEAT => {}
-            _ if description == "Consumer Deleted" => {
-                return Err(deleted(&self.consumer.name));
+        match meaning {
+            Meaning::Delivery => {
+                // It comes on its own subject, which does not tell what request it answers.
+                self.end_pull();
+                self.take(message)?;
             }
-            _ if description == "Consumer is push based"
-                || description.starts_with("Exceeded MaxRequest") =>
-            {
-                bail!(
-                    "the consumer {} cannot be used: {description}; delete it, or set \
-                     NATS_CONSUMER to another name",
-                    self.consumer.name
-                );
-            }
-            _ if !is_current => {}
-            // "Request Timeout" and "No Messages" are regular ends.
-            StatusCode::TIMEOUT | StatusCode::NOT_FOUND => {
+            Meaning::Ended => {
                 self.failed_pulls = 0;
                 self.end_pull();
             }
-            // Such as no responders, a new leader, a server that shuts down.
-            status => {
-                self.pull = Pull::Failed(number.unwrap_or_default());
+            Meaning::Failed(reason) => {
+                let (Pull::UnderWay(n) | Pull::Ended(n) | Pull::Failed(n)) = self.pull;
+                self.pull = Pull::Failed(n);
                 self.report_failed_pull(&format!(
-                    "the NATS server refuses to hand out the next one: {status} {description}"
+                    "the NATS server refuses to hand out the next one: {reason}"
                 ));
             }
+            Meaning::Unusable(reason) => {
+                bail!(
+                    "the consumer {} cannot be used: {reason}; delete it, or set NATS_CONSUMER to \
+                     another name",
+                    self.consumer.name
+                );
+            }
+            Meaning::Heartbeat | Meaning::Stale | Meaning::Other => {}
         }
         Ok(())
     }
@@ -409,7 +395,7 @@ impl Durable {
     }
 
     /// What is due at every tick.
-    async fn look_around(&mut self) -> anyhow::Result<()> {
+    async fn on_tick(&mut self) -> anyhow::Result<()> {
         let connected = self.connection.is_up();
         if connected {
             let arrived = self
@@ -421,19 +407,19 @@ impl Durable {
             }
         }
         if connected && self.subscriber.is_some() && self.arrived.is_empty() {
-            // Also while a message is in hand: a server that was killed may have forgotten that it
-            // had handed the message out, and confirms no ack before it has done so again. Not when
-            // another one waits already, as when the one in hand has left the stream: there would be
+            // Also while there is a current message: a server that was killed may have forgotten that
+            // it had handed the message out, and confirms no ack before it has done so again. Not when
+            // another one waits already, as when the current one has left the stream: there would be
             // no end to those that wait.
             self.request_next().await;
         }
         let suspicious = match self.pull {
-            Pull::UnderWay(_) => self.heard.elapsed() > SILENCE,
+            Pull::UnderWay(_) => self.last_answer.elapsed() > SILENCE,
             Pull::Ended(_) => false,
             Pull::Failed(_) => true,
         };
-        // Somebody may have edited the consumer; and while a message is in hand, nothing else tells how
-        // many wait behind it.
+        // Somebody may have edited the consumer; and while there is a current message, nothing else
+        // tells how many wait behind it.
         let due = self.verified.elapsed() > VERIFY_EVERY;
         if connected && (suspicious || due) {
             let is_verified = self.verify().await?;
@@ -445,7 +431,7 @@ impl Durable {
                          consumer may be used up",
                     );
                 }
-                self.heard = Instant::now();
+                self.last_answer = Instant::now();
                 self.end_pull();
             }
         }
