@@ -2,6 +2,21 @@
 //! hands out one message at a time, over all replicas, and the next one only after the ack.
 //!
 //! The requests and answers are those of NATS ADR-13 (pull) and ADR-15 (ack subjects).
+//!
+//! The pull requests are our own, and not those of async-nats's `Consumer::stream`, because of what that
+//! one does as of 0.51:
+//!
+//! - It takes any message with a status in its headers for the server's answer. A publisher can put one
+//!   there, and then a stored `NATS/1.0 408` would be swallowed, never be acked, and block all that follow.
+//! - After a reconnect it renews its request only if no message waits to be taken, so that with several
+//!   relays nobody may get a message for half a minute.
+//! - Dropping it loses what it has fetched in advance. Another relay gets that only when the ack wait is
+//!   over, whereas we hand it back.
+//!
+//! Its `double_ack` takes any answer for a confirmation, that of a server without the consumer (503) too;
+//! hence [`Ack::confirm`]. On headers that it cannot parse async-nats drops the connection, and on a lone
+//! carriage return in a header value it panics (<https://github.com/nats-io/nats.rs/pull/1612>), as it did
+//! on a subject that is not UTF-8 (<https://github.com/nats-io/nats.rs/pull/1573>); hence [`unreadable`].
 
 use std::{collections::VecDeque, future::pending, pin::Pin, sync::Arc, time::Duration};
 
