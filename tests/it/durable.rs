@@ -533,9 +533,10 @@ async fn a_message_that_comes_early_is_kept_once_until_it_is_its_turn() {
         let info = stream.consumer_info("relay").await.unwrap();
         info.delivered.consumer_sequence
     };
-    while delivered().await < 2 {
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    until("the next one is handed out", async || {
+        delivered().await >= 2
+    })
+    .await;
     // Each time that a message is handed out again counts as well.
     expect(&mut relayed, 0..1).await;
     assert_eq!(delivered().await, 2);
@@ -757,7 +758,7 @@ async fn a_message_that_left_the_stream_is_not_republished_after_the_next_one() 
     webhook.received(1).await;
     client.publish("cms.cache.x", "v2".into()).await.unwrap();
     assert_eq!(next(&mut relayed).await.payload, "v2");
-    until("the first version is abandoned", || {
+    until("the first version is abandoned", async || {
         relays
             .iter()
             .any(|relay| !relay.lines("cms.cache.x is abandoned").is_empty())

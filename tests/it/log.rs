@@ -17,7 +17,7 @@ use tokio::{
 
 use crate::{
     operating::metrics,
-    support::{Answer, NatsServer, PATIENCE, Relay, Webhook, next, until},
+    support::{Answer, NatsServer, PATIENCE, Relay, Webhook, next, until, until_ok},
 };
 
 /// Where a log goes, and where it can be read: a pipe, a socket, and a terminal.
@@ -81,11 +81,7 @@ async fn start(nats: &NatsServer, webhook: &Webhook, stderr: OwnedFd) -> (Child,
         .kill_on_drop(true)
         .spawn()
         .unwrap();
-    let deadline = tokio::time::Instant::now() + PATIENCE;
-    while TcpStream::connect(&address).await.is_err() {
-        assert!(tokio::time::Instant::now() < deadline, "it does not start");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    until_ok("it starts", async || TcpStream::connect(&address).await).await;
     crate::operating::until_answer(&address, "/readyz", 200, "ok").await;
     (relay, address)
 }
@@ -128,9 +124,12 @@ async fn what_nobody_reads_is_dropped_and_counted_and_stops_nothing() {
                 text.lock().unwrap().push_str(&new);
             }
         });
-        until("all has been read", || log.lock().unwrap().len() > 4096).await;
+        until("all has been read", async || {
+            log.lock().unwrap().len() > 4096
+        })
+        .await;
         client.publish("cms.cache.y", "y".into()).await.unwrap();
-        until("there is room again", || {
+        until("there is room again", async || {
             log.lock().unwrap().contains("cms.cache.y -> ")
         })
         .await;

@@ -2,14 +2,15 @@
 
 use std::time::{Duration, Instant};
 
-use async_nats::ConnectOptions;
+use async_nats::{Client, ConnectOptions, Subscriber};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
+    time::{error::Elapsed, timeout},
 };
 
 use crate::operating::{STATUS, address, metrics};
-use crate::support::{Answer, NatsServer, Relay, Webhook, next, until};
+use crate::support::{Answer, NatsServer, Relay, Webhook, next, until, until_ok};
 
 const USERS: &str = r#"authorization { users = [
     { user: relay, password: good }
@@ -75,7 +76,7 @@ async fn a_server_that_goes_away_and_comes_back_costs_the_message_in_hand_nothin
     webhook.received(1).await;
     nats.kill();
     relay.logged("lost the connection to NATS").await;
-    until("the webhook has answered", || {
+    until("the webhook has answered", async || {
         webhook.requests()[0].answered.is_some()
     })
     .await;
@@ -301,6 +302,17 @@ async fn a_prefix_with_quotation_marks_is_recognised_in_the_server_s_refusal() {
     assert!(log.last().unwrap().contains(refusal), "{log:#?}");
 }
 
+/// Once it is subscribed again, all is as before.
+async fn relays_again(client: &Client, relayed: &mut Subscriber) {
+    until_ok("a message is relayed again", async || {
+        client.publish("cms.cache.x", "after".into()).await.unwrap();
+        let message = timeout(Duration::from_millis(200), next(relayed)).await?;
+        assert_eq!(message.payload, "after");
+        Ok::<_, Elapsed>(())
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn a_message_that_no_client_can_read_costs_nothing_that_came_before_and_is_said() {
     const COUNT: usize = 50;
@@ -335,15 +347,7 @@ async fn a_message_that_no_client_can_read_costs_nothing_that_came_before_and_is
             assert_eq!(next(&mut relayed).await.payload, n.to_string());
         }
         assert_eq!(metrics(&address).await["interruptions_total"], 1.0);
-        // Once it is subscribed again, all is as before.
-        let moment = Duration::from_millis(200);
-        loop {
-            client.publish("cms.cache.x", "after".into()).await.unwrap();
-            if let Ok(message) = tokio::time::timeout(moment, next(&mut relayed)).await {
-                assert_eq!(message.payload, "after");
-                break;
-            }
-        }
+        relays_again(&client, &mut relayed).await;
     }
 }
 
@@ -420,14 +424,7 @@ async fn a_client_that_breaks_down_is_replaced_and_what_waits_is_kept() {
             assert_eq!(next(&mut relayed).await.payload, n.to_string(), "{killer}");
         }
         assert_eq!(webhook.count(), COUNT, "each was POSTed once");
-        let moment = Duration::from_millis(200);
-        loop {
-            client.publish("cms.cache.x", "after".into()).await.unwrap();
-            if let Ok(message) = tokio::time::timeout(moment, next(&mut relayed)).await {
-                assert_eq!(message.payload, "after");
-                break;
-            }
-        }
+        relays_again(&client, &mut relayed).await;
         relay.signal("TERM");
         assert_eq!(relay.ended().await.0, Some(0));
     }

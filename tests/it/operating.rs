@@ -14,7 +14,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::support::{Answer, NatsServer, PATIENCE, Relay, Webhook, next};
+use crate::support::{Answer, NatsServer, PATIENCE, Relay, Webhook, next, until, until_ok};
 
 pub const STATUS: (&str, &str) = ("STATUS_LISTEN", "127.0.0.1:0");
 
@@ -63,15 +63,15 @@ pub async fn metrics(address: &str) -> HashMap<String, f64> {
 
 /// Waits until an endpoint answers with this status and text.
 pub async fn until_answer(address: &str, path: &str, status: u16, text: &str) {
-    let deadline = tokio::time::Instant::now() + PATIENCE;
-    loop {
+    until_ok(&format!("{path} answers {status} {text}"), async || {
         let answer = get(address, path).await;
         if answer.0 == status && answer.1.contains(text) {
-            return;
+            Ok(())
+        } else {
+            Err(answer)
         }
-        assert!(tokio::time::Instant::now() < deadline, "{path}: {answer:?}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -137,10 +137,10 @@ async fn metrics_count_exactly_what_happened() {
     }
     // one, two twice, refused, used up twice, three, hangs
     webhook.received(8).await;
-    let deadline = tokio::time::Instant::now() + PATIENCE;
-    while metrics(&address).await["waiting_messages"] < 2.0 {
-        assert!(tokio::time::Instant::now() < deadline);
-    }
+    until("two messages wait", async || {
+        metrics(&address).await["waiting_messages"] >= 2.0
+    })
+    .await;
     let found = metrics(&address).await;
     for (name, expected) in [
         ("messages_received_total", 6.0),
@@ -188,11 +188,10 @@ async fn durable_mode_shows_what_waits_in_the_stream() {
     for _ in 0..3 {
         nats.publish("cms.cache.x", "waits").await;
     }
-    let deadline = tokio::time::Instant::now() + PATIENCE;
-    while metrics(&address).await["waiting_messages"] != 3.0 {
-        assert!(tokio::time::Instant::now() < deadline);
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    until("three messages wait", async || {
+        metrics(&address).await["waiting_messages"] == 3.0
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -1,13 +1,10 @@
 //! What a service manager gets to hear, over a real datagram socket.
 
-use std::{
-    os::unix::net::UnixDatagram,
-    time::{Duration, Instant},
-};
+use std::{os::unix::net::UnixDatagram, time::Duration};
 
 use tempfile::TempDir;
 
-use crate::support::{Answer, NatsServer, PATIENCE, Relay, Webhook};
+use crate::support::{Answer, NatsServer, Relay, Webhook, until_ok};
 
 /// A socket as systemd has it for `Type=notify`.
 struct Manager {
@@ -43,18 +40,16 @@ impl Manager {
 
     /// Waits for a notification that contains `text`; all up to it.
     async fn heard(&self, text: &str) -> Vec<String> {
-        let start = Instant::now();
         let mut all = Vec::new();
-        loop {
-            match self.poll() {
-                Some(notification) => all.push(notification),
-                None => tokio::time::sleep(Duration::from_millis(2)).await,
+        until_ok(&format!("{text} is heard"), async || {
+            all.extend(self.poll());
+            match all.last() {
+                Some(last) if last.contains(text) => Ok(()),
+                _ => Err(all.clone()),
             }
-            if all.last().is_some_and(|last| last.contains(text)) {
-                return all;
-            }
-            assert!(start.elapsed() < PATIENCE, "{text} was not heard: {all:?}");
-        }
+        })
+        .await;
+        all
     }
 }
 

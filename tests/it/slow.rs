@@ -3,24 +3,21 @@
 
 use std::time::{Duration, Instant};
 
-use async_nats::{ConnectOptions, Subscriber, jetstream};
+use async_nats::{ConnectOptions, HeaderMap, Subscriber, jetstream};
 use futures::StreamExt;
 
-use crate::support::{Answer, NatsServer, Received, Relay, Webhook, next, until};
+use crate::support::{Answer, NatsServer, Received, Relay, Webhook, next, until, until_ok};
 
 /// Publishes numbered messages, each once the stream has it.
 async fn publish(jetstream: &jetstream::Context, numbers: std::ops::Range<usize>) {
     for n in numbers {
-        let deadline = Instant::now() + Duration::from_secs(30);
-        loop {
-            let mut headers = async_nats::HeaderMap::new();
+        until_ok(&format!("the stream has {n}"), async || {
+            let mut headers = HeaderMap::new();
             headers.insert("Nats-Msg-Id", n.to_string());
             let sent = jetstream.publish_with_headers("cms.cache.x", headers, n.to_string().into());
-            match sent.await.unwrap().await {
-                Ok(_) => break,
-                Err(error) => assert!(Instant::now() < deadline, "{error}"),
-            }
-        }
+            sent.await.unwrap().await
+        })
+        .await;
     }
 }
 
@@ -75,7 +72,7 @@ async fn kills_at_random_moments_lose_nothing_and_keep_the_order() {
         for kill in 1..=KILLS {
             let mut relay = Relay::durable(&nats, &webhook, &[]).await;
             let enough = kill * COUNT / (KILLS + 1);
-            until("some more were POSTed", || webhook.count() >= enough).await;
+            until("some more were POSTed", async || webhook.count() >= enough).await;
             tokio::time::sleep(Duration::from_micros(fastrand::u64(0..5000))).await;
             relay.kill().await;
         }
@@ -126,14 +123,14 @@ async fn a_server_that_is_killed_and_restarted_loses_nothing() {
     let relay = Relay::durable(&nats, &webhook, &[]).await;
     publish(&nats.jetstream().await, 0..COUNT).await;
     for enough in [50, 150] {
-        until("some more were POSTed", || webhook.count() >= enough).await;
+        until("some more were POSTed", async || webhook.count() >= enough).await;
         nats.kill();
         relay.logged("lost the connection").await;
         nats.restart();
     }
     // What is published while the listener reconnects is lost to it, but not to the webhook. A
     // killed server may have forgotten the latest acks, and then hands out those messages again.
-    until("all were POSTed", || {
+    until("all were POSTed", async || {
         numbers(&webhook).last() == Some(&(COUNT - 1))
     })
     .await;
@@ -172,11 +169,11 @@ async fn a_cluster_that_loses_the_consumer_s_leader_goes_on_within_fifteen_secon
     let survivor = (leader + 1) % 3;
     let mut relayed = listen(&servers[survivor].url()).await;
     publish(&servers[survivor].jetstream().await, 0..COUNT).await;
-    until("some were POSTed", || webhook.count() >= 20).await;
+    until("some were POSTed", async || webhook.count() >= 20).await;
     let before = webhook.count();
     servers[leader].kill();
     let killed = Instant::now();
-    until("it goes on", || webhook.count() > before + 5).await;
+    until("it goes on", async || webhook.count() > before + 5).await;
     assert!(
         killed.elapsed() < Duration::from_secs(15),
         "{:?}: {:#?}",
@@ -215,17 +212,21 @@ async fn a_message_republished_on_a_dead_connection_is_republished_again() {
     nats.restart();
     // The stream has a message of the same id only once.
     let jetstream = nats.jetstream().await;
-    let mut consumer = loop {
-        let stream = jetstream.get_stream("RELAYED").await;
+    let consumer = until_ok("the stream is back", async || {
         let config = jetstream::consumer::pull::OrderedConfig::default();
-        if let Ok(stream) = stream
-            && let Ok(consumer) = stream.create_consumer(config).await
-        {
-            break consumer.messages().await.unwrap();
-        }
-    };
+        let stream = jetstream
+            .get_stream("RELAYED")
+            .await
+            .map_err(|e| e.to_string())?;
+        stream
+            .create_consumer(config)
+            .await
+            .map_err(|e| e.to_string())
+    })
+    .await;
+    let mut messages = consumer.messages().await.unwrap();
     for n in 0..2 {
-        let message = consumer.next().await.unwrap().unwrap();
+        let message = messages.next().await.unwrap().unwrap();
         assert_eq!(message.payload, n.to_string());
     }
     relay.logged_times(" -> relayed.cache.x", 2).await;
@@ -260,7 +261,7 @@ async fn a_new_message_with_the_sequence_of_a_lost_one_is_relayed() {
     copy(&backup, &store);
     nats.restart();
     publish(&nats.jetstream().await, 2..3).await;
-    until("the new message is POSTed", || {
+    until("the new message is POSTed", async || {
         numbers(&webhook).contains(&2)
     })
     .await;
@@ -281,7 +282,7 @@ async fn an_outage_of_a_minute_holds_the_messages_and_their_order() {
     let _first = Relay::durable(&nats, &webhook, &[]).await;
     let _second = Relay::durable(&nats, &webhook, &[]).await;
     publish(&nats.jetstream().await, 0..20).await;
-    until("the outage is being retried", || webhook.count() >= 5).await;
+    until("the outage is being retried", async || webhook.count() >= 5).await;
     tokio::time::sleep(OUTAGE.saturating_sub(start.elapsed())).await;
     assert_eq!(read(&mut relayed, 20).await, ((0..20).collect(), 0));
     let requests = webhook.requests();

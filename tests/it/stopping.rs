@@ -172,7 +172,7 @@ async fn it_outlives_its_terminal_where_it_was_told_to() {
 async fn a_resolver_that_does_not_answer_delays_no_end() {
     use std::{fs::OpenOptions, os::unix::fs::OpenOptionsExt, path::Path, process::Command};
 
-    use crate::support::until;
+    use crate::support::until_ok;
     use rustix::fs::OFlags;
 
     let nats = NatsServer::start().await;
@@ -194,13 +194,7 @@ async fn a_resolver_that_does_not_answer_delays_no_end() {
         options
             .write(true)
             .custom_flags(OFlags::NONBLOCK.bits() as i32);
-        let mut writer = None;
-        until("the resolver reads its pipe", || {
-            writer = options.open(pipe).ok();
-            writer.is_some()
-        })
-        .await;
-        writer
+        until_ok("the resolver reads its pipe", async || options.open(pipe)).await
     };
 
     let resolver = pipe("a");

@@ -1,6 +1,6 @@
 //! Streams behind the relay: what is republished, or given up, is kept there.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_nats::{
     HeaderMap,
@@ -13,7 +13,7 @@ use async_nats::{
 use futures::StreamExt;
 use tokio::time::sleep;
 
-use crate::support::{Answer, NatsServer, PATIENCE, Relay, Webhook, next, until};
+use crate::support::{Answer, NatsServer, Relay, Webhook, next, until, until_ok};
 
 /// The relayed stream, or both, named.
 const RELAYED: (&str, &str) = ("NATS_RELAYED_STREAM", "RELAYED");
@@ -123,16 +123,14 @@ async fn what_a_stream_or_an_earlier_failure_left_in_the_headers_is_not_carried_
 async fn kept(nats: &NatsServer, stream: &str, count: u64) {
     let jetstream = nats.jetstream().await;
     let stream = jetstream.get_stream_no_info(stream).await.unwrap();
-    let deadline = Instant::now() + PATIENCE;
-    loop {
+    until_ok(&format!("the stream has {count} messages"), async || {
         // In a cluster it may be without a leader.
-        let messages = stream.get_info().await.map(|info| info.state.messages);
-        if matches!(messages, Ok(messages) if messages == count) {
-            return;
+        match stream.get_info().await.map(|info| info.state.messages) {
+            Ok(messages) if messages == count => Ok(()),
+            other => Err(other),
         }
-        assert!(Instant::now() < deadline, "{messages:?}, not {count}");
-        sleep(Duration::from_millis(10)).await;
-    }
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -178,16 +176,13 @@ fn small(max_messages: i64, max_message_size: i32) -> Config {
 /// Publishes numbered messages, each once the stream has it, through whatever happens to servers.
 async fn publish_all(jetstream: &Context, numbers: std::ops::Range<usize>) {
     for n in numbers {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
+        until_ok(&format!("the stream has {n}"), async || {
             let mut headers = HeaderMap::new();
             headers.insert("Nats-Msg-Id", n.to_string());
             let sent = jetstream.publish_with_headers("cms.cache.x", headers, n.to_string().into());
-            match sent.await.unwrap().await {
-                Ok(_) => break,
-                Err(error) => assert!(Instant::now() < deadline, "{error}"),
-            }
-        }
+            sent.await.unwrap().await
+        })
+        .await;
     }
 }
 
@@ -332,13 +327,10 @@ async fn nothing_is_missing_in_the_streams_of_a_cluster_that_loses_their_leaders
     let changes = [&[RELAYED, ("NATS_HOST", &urls)][..], &FAILED].concat();
     let relay = Relay::durable(&servers[0], &webhook, &changes).await;
     let jetstream = servers[0].jetstream().await;
-    let info = |name: &'static str| {
-        let jetstream = jetstream.clone();
-        async move {
-            let stream = jetstream.get_stream_no_info(name).await.unwrap();
-            let cluster = stream.get_info().await.ok()?.cluster?;
-            cluster.leader?.trim_start_matches('n').parse().ok()
-        }
+    let leader = async |name: &str| -> Option<usize> {
+        let stream = jetstream.get_stream_no_info(name).await.unwrap();
+        let cluster = stream.get_info().await.ok()?.cluster?;
+        cluster.leader?.trim_start_matches('n').parse().ok()
     };
     publish_all(&jetstream, 0..COUNT).await;
     for (enough, stream) in [
@@ -347,20 +339,18 @@ async fn nothing_is_missing_in_the_streams_of_a_cluster_that_loses_their_leaders
         (120, "RELAYED"),
         (160, "FAILED"),
     ] {
-        until("some more were POSTed", || webhook.count() >= enough).await;
+        until("some more were POSTed", async || webhook.count() >= enough).await;
         let client = servers[0].client().await;
         let subject = format!("$JS.API.STREAM.LEADER.STEPDOWN.{stream}");
         client.request(subject, "".into()).await.unwrap();
     }
     // The relay keeps its own server.
     for (enough, stream) in [(250, "RELAYED"), (400, "FAILED")] {
-        until("some more were POSTed", || webhook.count() >= enough).await;
-        let leader: usize = loop {
-            match info(stream).await {
-                Some(leader) => break leader,
-                None => sleep(Duration::from_millis(50)).await,
-            }
-        };
+        until("some more were POSTed", async || webhook.count() >= enough).await;
+        let leader = until_ok("the stream has a leader", async || {
+            leader(stream).await.ok_or(stream)
+        })
+        .await;
         servers[leader].kill();
         sleep(Duration::from_secs(1)).await;
         servers[leader].restart();

@@ -15,7 +15,7 @@ mod relay;
 mod tls;
 mod webhook;
 
-use std::time::Duration;
+use std::{fmt::Debug, time::Duration};
 
 pub use nats::{NatsServer, next};
 pub use relay::Relay;
@@ -26,13 +26,28 @@ pub use webhook::{Answer, Received, Webhook};
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Waits until `condition` holds, looking again whenever a little time has passed.
-pub async fn until(what: &str, mut condition: impl FnMut() -> bool) {
+pub async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+    until_ok(what, async || match condition().await {
+        true => Ok(()),
+        false => Err("not yet"),
+    })
+    .await;
+}
+
+/// Waits until `attempt` succeeds, and returns what it yields; in vain, the last error is shown.
+pub async fn until_ok<T, E: Debug>(
+    what: &str,
+    mut attempt: impl AsyncFnMut() -> Result<T, E>,
+) -> T {
     let deadline = tokio::time::Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(
-            tokio::time::Instant::now() < deadline,
-            "waited in vain until {what}"
-        );
+    loop {
+        match attempt().await {
+            Ok(value) => return value,
+            Err(error) => assert!(
+                tokio::time::Instant::now() < deadline,
+                "waited in vain until {what}: {error:#?}"
+            ),
+        }
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
 }

@@ -11,7 +11,7 @@ use tokio::{
     net::TcpStream,
 };
 
-use super::{PATIENCE, until};
+use super::{PATIENCE, until_ok};
 
 /// A nats-server on a free loopback port; killed when dropped.
 pub struct NatsServer {
@@ -33,17 +33,16 @@ impl NatsServer {
         let ports_file = directory
             .path()
             .join(format!("nats-server_{}.ports", process.id()));
-        let mut port = None;
-        until("nats-server has written its ports", || {
+        let port = until_ok("nats-server has written its ports", async || {
             let ports = fs::read_to_string(&ports_file).unwrap_or_default();
             let digits = ports.split_once("127.0.0.1:").map(|(_, rest)| rest);
-            port = digits.and_then(|rest| rest.split('"').next()?.parse().ok());
-            port.is_some()
+            let port = digits.and_then(|rest| rest.split('"').next()?.parse().ok());
+            port.ok_or(ports)
         })
         .await;
         Self {
             process,
-            port: port.unwrap(),
+            port,
             directory,
         }
     }
@@ -91,12 +90,11 @@ impl NatsServer {
             ..Default::default()
         };
         let jetstream = self.jetstream().await;
-        let deadline = tokio::time::Instant::now() + PATIENCE;
         // A cluster needs a moment to elect a leader.
-        while let Err(error) = jetstream.create_stream(config.clone()).await {
-            assert!(tokio::time::Instant::now() < deadline, "{error}");
-            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-        }
+        until_ok("the stream is created", async || {
+            jetstream.create_stream(config.clone()).await
+        })
+        .await;
     }
 
     pub fn url(&self) -> String {

@@ -10,7 +10,7 @@ use tokio::{
     process::{Child, Command},
 };
 
-use super::{NatsServer, PATIENCE, Webhook, until};
+use super::{NatsServer, PATIENCE, Webhook, until, until_ok};
 
 /// The relay as its users run it: a process with an environment; killed when dropped.
 pub struct Relay {
@@ -129,19 +129,15 @@ impl Relay {
 
     /// The lines that contain `text`, once there are at least `count`.
     pub async fn logged_times(&self, text: &str, count: usize) -> Vec<String> {
-        let deadline = tokio::time::Instant::now() + PATIENCE;
-        loop {
+        until_ok(&format!("{text:?} is logged {count} times"), async || {
             let lines = self.lines(text);
             if lines.len() >= count {
-                return lines;
+                Ok(lines)
+            } else {
+                Err(self.log())
             }
-            assert!(
-                tokio::time::Instant::now() < deadline,
-                "{text:?} was not logged {count} times: {:#?}",
-                self.log()
-            );
-            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
-        }
+        })
+        .await
     }
 
     /// Sends a signal, such as `TERM`.
@@ -166,7 +162,7 @@ impl Relay {
             .unwrap_or_else(|_| panic!("it did not end: {:#?}", self.log()))
             .unwrap();
         // The collectors hold the log as long as there is something to read.
-        until("all of its log was read", || {
+        until("all of its log was read", async || {
             Arc::strong_count(&self.log) == 1
         })
         .await;

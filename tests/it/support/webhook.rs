@@ -168,7 +168,7 @@ impl Webhook {
 
     /// All requests, once there are at least `count`.
     pub async fn received(&self, count: usize) -> Vec<Received> {
-        until(&format!("the webhook has {count} requests"), || {
+        until(&format!("the webhook has {count} requests"), async || {
             self.count() >= count
         })
         .await;
