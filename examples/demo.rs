@@ -16,7 +16,7 @@ use std::{
 };
 
 use async_nats::{Client, ConnectOptions};
-use support::{Answer, NatsServer, Received, Relay, Webhook, next};
+use support::{Answer, NatsServer, Relay, Webhook, next};
 use tokio::signal::unix::{SignalKind, signal};
 
 const SUBJECTS: [&str; 5] = [
@@ -118,7 +118,7 @@ async fn core() -> bool {
         let what = format!("#{payload}     relayed          {}", message.subject);
         timeline.push((Instant::now(), what));
     }
-    in_order &= webhook.requests().iter().map(Received::text).eq(ORDER);
+    in_order &= webhook.bodies() == ORDER;
     print(timeline, &webhook, start);
 
     relay.signal("TERM");

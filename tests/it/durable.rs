@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use async_nats::{HeaderMap, jetstream::consumer};
 use futures::StreamExt;
 
-use crate::support::{Answer, NatsServer, PATIENCE, Received, Relay, Webhook, next, until};
+use crate::support::{Answer, NatsServer, PATIENCE, Relay, Webhook, next, until};
 
 /// Publishes numbered messages, each once the stream has it.
 async fn publish(nats: &NatsServer, numbers: std::ops::Range<usize>) {
@@ -21,10 +21,6 @@ async fn expect(relayed: &mut async_nats::Subscriber, numbers: std::ops::Range<u
     for n in numbers {
         assert_eq!(next(relayed).await.payload, n.to_string());
     }
-}
-
-fn bodies(webhook: &Webhook) -> Vec<String> {
-    webhook.requests().iter().map(Received::text).collect()
 }
 
 #[tokio::test]
@@ -182,7 +178,7 @@ async fn a_poison_message_goes_to_the_failed_prefix_and_the_rest_goes_on() {
     publish(&nats, 3..4).await;
     expect(&mut relayed, 3..4).await;
     assert_eq!(
-        bodies(&webhook),
+        webhook.bodies(),
         ["0", "1", "2", "3"],
         "a message given up does not come again"
     );
@@ -239,31 +235,6 @@ async fn a_failed_message_is_never_larger_than_the_server_accepts() {
 }
 
 #[tokio::test]
-async fn core_mode_publishes_what_is_given_up_as_well() {
-    let nats = NatsServer::start().await;
-    let client = nats.client().await;
-    let mut failed = client.subscribe("failed.>").await.unwrap();
-    let webhook = Webhook::script([Answer::Close, Answer::Close]).await;
-    let changes = [
-        ("NATS_FAILED_SUBJECT_PREFIX", "failed"),
-        ("WEBHOOK_MAX_ATTEMPTS", "2"),
-    ];
-    let _relay = Relay::listening(&nats, &webhook, &changes).await;
-    let mut own = HeaderMap::new();
-    own.insert("X-Own", "kept");
-    client
-        .publish_with_headers("cms.cache.x", own, "x".into())
-        .await
-        .unwrap();
-    let message = next(&mut failed).await;
-    assert_eq!(message.subject.as_str(), "failed.x");
-    let headers = message.headers.unwrap();
-    assert_eq!(headers.get("X-Own").unwrap().as_str(), "kept");
-    assert_eq!(headers.get("Relay-Attempts").unwrap().as_str(), "2");
-    assert_eq!(headers.get("Relay-Status"), None);
-}
-
-#[tokio::test]
 async fn a_stop_hands_the_unfinished_message_back_at_once() {
     let nats = NatsServer::with_stream().await;
     let mut relayed = nats.client().await.subscribe("relayed.>").await.unwrap();
@@ -288,7 +259,7 @@ async fn a_stop_hands_the_unfinished_message_back_at_once() {
         "{:?}",
         start.elapsed()
     );
-    assert_eq!(bodies(&webhook), ["0", "0", "1", "2"]);
+    assert_eq!(webhook.bodies(), ["0", "0", "1", "2"]);
 }
 
 #[tokio::test]
@@ -304,7 +275,7 @@ async fn a_stop_finishes_the_message_in_hand_and_leaves_the_rest_to_the_next_sta
     assert_eq!((code, webhook.count()), (Some(0), 1), "{log:#?}");
     let _relay = Relay::durable(&nats, &webhook, &[]).await;
     expect(&mut relayed, 0..3).await;
-    assert_eq!(bodies(&webhook), ["0", "1", "2"]);
+    assert_eq!(webhook.bodies(), ["0", "1", "2"]);
 }
 
 #[tokio::test]
@@ -541,7 +512,7 @@ async fn a_message_that_comes_early_is_kept_once_until_it_is_its_turn() {
     expect(&mut relayed, 0..1).await;
     assert_eq!(delivered().await, 2);
     expect(&mut relayed, 1..2).await;
-    assert_eq!(bodies(&webhook), ["0", "1"]);
+    assert_eq!(webhook.bodies(), ["0", "1"]);
 }
 
 #[tokio::test]
@@ -595,35 +566,6 @@ async fn next_message(consumer: &consumer::PullConsumer) -> async_nats::jetstrea
     let mut messages = consumer.messages().await.unwrap();
     let message = tokio::time::timeout(PATIENCE, messages.next()).await;
     message.expect("a message comes in time").unwrap().unwrap()
-}
-
-#[tokio::test]
-async fn a_queue_group_shares_the_messages() {
-    const COUNT: usize = 100;
-    let nats = NatsServer::start().await;
-    let client = nats.client().await;
-    let webhook = Webhook::ok().await;
-    let group = [("NATS_QUEUE_GROUP", "relays")];
-    let relays = [
-        Relay::listening(&nats, &webhook, &group).await,
-        Relay::listening(&nats, &webhook, &group).await,
-    ];
-    for n in 0..COUNT {
-        client
-            .publish("cms.cache.x", n.to_string().into())
-            .await
-            .unwrap();
-    }
-    webhook.received(COUNT).await;
-    let mut numbers: Vec<usize> = bodies(&webhook)
-        .iter()
-        .map(|body| body.parse().unwrap())
-        .collect();
-    numbers.sort_unstable();
-    assert!(numbers.into_iter().eq(0..COUNT), "each message once");
-    for relay in relays {
-        relay.logged(" -> ").await;
-    }
 }
 
 #[tokio::test]
@@ -809,5 +751,5 @@ async fn headers_that_become_too_large_are_given_up_before_they_are_posted() {
     relay
         .logged("cms.cache.raw is not relayed: with its headers it has more than")
         .await;
-    assert_eq!(bodies(&webhook), ["0"]);
+    assert_eq!(webhook.bodies(), ["0"]);
 }

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use async_nats::Client;
+use async_nats::{Client, HeaderMap};
 use tokio::net::TcpListener;
 
 use crate::support::{Answer, NatsServer, Received, Relay, Webhook, next};
@@ -244,6 +244,31 @@ async fn attempts_are_used_up_and_then_the_next_message_has_its_turn() {
     let mut scene = Scene::script(answers, &variables).await;
     let reason = "given up after 3 attempts: answered 503";
     assert_eq!(scene.given_up(reason).await.len(), 3);
+}
+
+#[tokio::test]
+async fn core_mode_publishes_what_is_given_up_as_well() {
+    let nats = NatsServer::start().await;
+    let client = nats.client().await;
+    let mut failed = client.subscribe("failed.>").await.unwrap();
+    let webhook = Webhook::script([Answer::Close, Answer::Close]).await;
+    let changes = [
+        ("NATS_FAILED_SUBJECT_PREFIX", "failed"),
+        ("WEBHOOK_MAX_ATTEMPTS", "2"),
+    ];
+    let _relay = Relay::listening(&nats, &webhook, &changes).await;
+    let mut own = HeaderMap::new();
+    own.insert("X-Own", "kept");
+    client
+        .publish_with_headers("cms.cache.x", own, "x".into())
+        .await
+        .unwrap();
+    let message = next(&mut failed).await;
+    assert_eq!(message.subject.as_str(), "failed.x");
+    let headers = message.headers.unwrap();
+    assert_eq!(headers.get("X-Own").unwrap().as_str(), "kept");
+    assert_eq!(headers.get("Relay-Attempts").unwrap().as_str(), "2");
+    assert_eq!(headers.get("Relay-Status"), None);
 }
 
 #[tokio::test]

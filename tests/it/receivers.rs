@@ -82,13 +82,8 @@ async fn one_that_refuses_gives_the_message_up_after_the_others_came_to_an_end()
         format!("{}: answered 404 Not Found: (no body)", refusing.url())
     );
     assert_eq!(next(&mut relayed).await.payload, "second");
-    let order: Vec<_> = failing
-        .requests()
-        .iter()
-        .map(|request| request.text())
-        .collect();
     assert_eq!(
-        order,
+        failing.bodies(),
         ["first", "first", "second"],
         "the other came to its end first"
     );

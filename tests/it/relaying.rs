@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use async_nats::HeaderMap;
 
-use crate::support::{Answer, NatsServer, Received, Relay, Webhook, next};
+use crate::support::{Answer, NatsServer, Relay, Webhook, next};
 
 #[tokio::test]
 async fn a_message_goes_to_the_webhook_and_then_to_the_relayed_subject() {
@@ -250,7 +250,7 @@ async fn five_hundred_messages_stay_in_order_under_random_latencies_and_failures
             "two requests at a time"
         );
     }
-    let mut bodies: Vec<_> = requests.iter().map(Received::text).collect();
+    let mut bodies = webhook.bodies();
     bodies.dedup();
     assert!(
         bodies
@@ -263,4 +263,34 @@ async fn five_hundred_messages_stay_in_order_under_random_latencies_and_failures
         requests.iter().all(|request| request.connection == 0),
         "the connection is kept"
     );
+}
+
+#[tokio::test]
+async fn a_queue_group_shares_the_messages() {
+    const COUNT: usize = 100;
+    let nats = NatsServer::start().await;
+    let client = nats.client().await;
+    let webhook = Webhook::ok().await;
+    let group = [("NATS_QUEUE_GROUP", "relays")];
+    let relays = [
+        Relay::listening(&nats, &webhook, &group).await,
+        Relay::listening(&nats, &webhook, &group).await,
+    ];
+    for n in 0..COUNT {
+        client
+            .publish("cms.cache.x", n.to_string().into())
+            .await
+            .unwrap();
+    }
+    webhook.received(COUNT).await;
+    let mut numbers: Vec<usize> = webhook
+        .bodies()
+        .iter()
+        .map(|body| body.parse().unwrap())
+        .collect();
+    numbers.sort_unstable();
+    assert!(numbers.into_iter().eq(0..COUNT), "each message once");
+    for relay in relays {
+        relay.logged(" -> ").await;
+    }
 }

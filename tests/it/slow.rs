@@ -49,9 +49,9 @@ async fn read(relayed: &mut Subscriber, count: usize) -> (Vec<usize>, usize) {
 
 fn numbers(webhook: &Webhook) -> Vec<usize> {
     webhook
-        .requests()
+        .bodies()
         .iter()
-        .map(|request| request.text().parse().unwrap())
+        .map(|body| body.parse().unwrap())
         .collect()
 }
 

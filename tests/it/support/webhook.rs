@@ -162,6 +162,11 @@ impl Webhook {
         self.requests.lock().unwrap().clone()
     }
 
+    /// The bodies of all requests, as text.
+    pub fn bodies(&self) -> Vec<String> {
+        self.requests().iter().map(Received::text).collect()
+    }
+
     pub fn count(&self) -> usize {
         self.requests.lock().unwrap().len()
     }
