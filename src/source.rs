@@ -9,6 +9,7 @@ mod consumer;
 mod core;
 mod durable;
 mod pull;
+mod requests;
 mod unreadable;
 
 use std::sync::Arc;

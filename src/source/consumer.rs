@@ -10,7 +10,7 @@ use async_nats::jetstream::{
     response::Response,
     stream::{self, ConsumerErrorKind, DiscardPolicy, Stream},
 };
-use log::info;
+use log::{info, warn};
 
 use crate::nats::Connection;
 
@@ -85,6 +85,27 @@ impl Consumer {
             | ConsumerInfoErrorKind::Request
             | ConsumerInfoErrorKind::TimedOut => Trouble::Temporary(error.to_string()),
         })
+    }
+
+    /// Verifies that the consumer is still as it must be; how many messages it has yet to hand out, if
+    /// anyone can tell just now.
+    ///
+    /// # Errors
+    /// If it is gone, or was edited into one that cannot be used.
+    pub(crate) async fn verify_again(&self) -> anyhow::Result<Option<u64>> {
+        let reason = match self.verify().await {
+            Ok(pending) => return Ok(Some(pending)),
+            Err(Trouble::Fatal(reason)) => return Err(reason),
+            Err(Trouble::Missing) => bail!(
+                "the consumer {} was deleted; the next start creates it anew",
+                self.name
+            ),
+            // Such as a leaf node that has lost its hub.
+            Err(Trouble::NobodyAnswers(_)) => "nobody answers".to_owned(),
+            Err(Trouble::Temporary(reason)) => reason,
+        };
+        warn!("JetStream is not ready: {reason}");
+        Ok(None)
     }
 
     /// What makes a stream like this one dangerous to several relays, if anything does, as far as our user

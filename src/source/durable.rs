@@ -20,10 +20,10 @@
 
 use std::{collections::VecDeque, future::pending, pin::Pin, sync::Arc, time::Duration};
 
-use anyhow::{anyhow, bail};
+use anyhow::bail;
 use async_nats::{Message, Subscriber};
 use futures::{FutureExt, StreamExt};
-use log::{debug, info, warn};
+use log::{info, warn};
 use tokio::time::{Instant, Sleep, sleep, timeout};
 
 use super::{
@@ -31,6 +31,7 @@ use super::{
     ack::{HandedOut, Position},
     consumer::{Consumer, Trouble},
     pull::Meaning,
+    requests::Requests,
     unreadable,
 };
 use crate::{
@@ -39,24 +40,11 @@ use crate::{
     nats::{Connection, ConnectionEvent, ConnectionEvents, inbox_refused},
 };
 
-/// How long a pull request stays with the server.
-const PULL_EXPIRES: Duration = Duration::from_secs(30);
-
-/// How often the server says that a pull request is still with it.
-const PULL_HEARTBEAT: Duration = Duration::from_secs(1);
-
-/// When the server has said nothing about a pull request for this long, the request is taken for lost,
-/// along with the server that had it.
-const SILENCE: Duration = Duration::from_millis(3500);
-
 /// How often the server is told that a message is worked on, and its silence is noticed.
 const TICK: Duration = Duration::from_secs(1);
 
 /// How often the consumer is verified: its operator may edit it at any time.
 const VERIFY_EVERY: Duration = Duration::from_secs(5);
-
-/// Pull requests that fail one upon another are reported at most this often.
-const REPORT_EVERY: Duration = Duration::from_secs(60);
 
 /// Growing waits for a JetStream that does not answer, as without a leader.
 const BACKOFF: Backoff = Backoff {
@@ -74,20 +62,12 @@ pub struct Durable {
     monitor: Arc<Monitor>,
     consumer: Arc<Consumer>,
     handed_out: HandedOut,
-    /// Pull request `n` is answered on `<inbox>.<n>`.
-    inbox: String,
+    requests: Requests,
     subscriber: Option<Subscriber>,
     /// Whether the subscription has been ended by ourselves.
     is_stopped: bool,
-    pull: Pull,
-    /// When the server last answered anything.
-    last_answer: Instant,
     /// When the consumer was last verified.
     verified: Instant,
-    /// How many pull requests in a row have failed.
-    failed_pulls: u32,
-    /// When that was last reported.
-    failure_reported: Option<Instant>,
     tick: Pin<Box<Sleep>>,
     /// What is to be worked on next, in this order.
     arrived: VecDeque<Delivery>,
@@ -95,17 +75,6 @@ pub struct Durable {
     current: Option<Ack>,
     /// The last message of the stream that was acknowledged.
     acknowledged: Option<Position>,
-}
-
-/// What has become of the pull request; there is one at a time.
-#[derive(Clone, Copy, PartialEq)]
-enum Pull {
-    /// Request `n` is with the server.
-    UnderWay(u64),
-    /// Request `n` has ended; the next one may follow at once.
-    Ended(u64),
-    /// Request `n` has failed; before the next one, at the next tick, the consumer is verified.
-    Failed(u64),
 }
 
 impl Durable {
@@ -116,7 +85,7 @@ impl Durable {
         consumer: Consumer,
     ) -> Self {
         Self {
-            inbox: connection.client().new_inbox(),
+            requests: Requests::new(connection.client().new_inbox()),
             consumer: Arc::new(consumer),
             handed_out: HandedOut::default(),
             connection,
@@ -124,11 +93,7 @@ impl Durable {
             monitor,
             subscriber: None,
             is_stopped: false,
-            pull: Pull::Ended(0),
-            last_answer: Instant::now(),
             verified: Instant::now(),
-            failed_pulls: 0,
-            failure_reported: None,
             tick: Box::pin(sleep(TICK)),
             arrived: VecDeque::new(),
             current: None,
@@ -182,7 +147,10 @@ impl Durable {
     async fn subscribe(&mut self) {
         let client = self.connection.client();
         // It only fails where the client has broken down, and then there will be another one.
-        self.subscriber = client.subscribe(format!("{}.*", self.inbox)).await.ok();
+        self.subscriber = client
+            .subscribe(format!("{}.*", self.requests.inbox()))
+            .await
+            .ok();
     }
 
     pub(super) async fn next(&mut self) -> anyhow::Result<Option<Delivery>> {
@@ -271,27 +239,16 @@ impl Durable {
 
     /// Sends a pull request if none is under way.
     async fn request_next(&mut self) {
-        let Pull::Ended(last) = self.pull else {
+        let Some((answers, request)) = self.requests.next() else {
             return;
         };
-        let pull = last + 1;
-        let request = format!(
-            r#"{{"batch":1,"expires":{},"idle_heartbeat":{}}}"#,
-            PULL_EXPIRES.as_nanos(),
-            PULL_HEARTBEAT.as_nanos()
-        );
-        let subject = format!(
-            "$JS.API.CONSUMER.MSG.NEXT.{}.{}",
-            self.consumer.stream, self.consumer.name
-        );
-        let answers = format!("{}.{pull}", self.inbox);
+        let Consumer { stream, name, .. } = &*self.consumer;
+        let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{stream}.{name}");
         // Were there no client to send it, it would be sent anew by the next one.
         let client = self.connection.client();
         let _ = client
             .publish_with_reply(subject, answers, request.into())
             .await;
-        self.pull = Pull::UnderWay(pull);
-        self.last_answer = Instant::now();
     }
 
     /// Does the one thing that is due first.
@@ -312,7 +269,7 @@ impl Durable {
                         self.find_unreadable().await;
                     }
                     // The server has forgotten the request along with the old connection.
-                    self.end_pull();
+                    self.requests.end();
                 }
             },
             message = next_of(&mut self.subscriber) => match message {
@@ -328,38 +285,20 @@ impl Durable {
         Ok(())
     }
 
-    fn end_pull(&mut self) {
-        let (Pull::UnderWay(n) | Pull::Ended(n) | Pull::Failed(n)) = self.pull;
-        self.pull = Pull::Ended(n);
-    }
-
     /// Takes a message of the stream, or what the server says about a pull request.
     fn take_answer(&mut self, message: Message) -> anyhow::Result<()> {
-        let current = match self.pull {
-            Pull::UnderWay(n) => Some(n),
-            Pull::Ended(_) | Pull::Failed(_) => None,
-        };
-        let meaning = Meaning::of(&message, &self.inbox, current);
+        let meaning = Meaning::of(&message, self.requests.inbox(), self.requests.under_way());
         if meaning != Meaning::Other {
-            self.last_answer = Instant::now();
+            self.requests.answered();
         }
         match meaning {
             Meaning::Delivery => {
                 // It comes on its own subject, which does not tell what request it answers.
-                self.end_pull();
+                self.requests.succeeded();
                 self.take(message)?;
             }
-            Meaning::Ended => {
-                self.failed_pulls = 0;
-                self.end_pull();
-            }
-            Meaning::Failed(reason) => {
-                let (Pull::UnderWay(n) | Pull::Ended(n) | Pull::Failed(n)) = self.pull;
-                self.pull = Pull::Failed(n);
-                self.report_failed_pull(&format!(
-                    "the NATS server refuses to hand out the next one: {reason}"
-                ));
-            }
+            Meaning::Ended => self.requests.succeeded(),
+            Meaning::Failed(reason) => self.requests.failed(&reason),
             Meaning::Unusable(reason) => {
                 bail!(
                     "the consumer {} cannot be used: {reason}; delete it, or set NATS_CONSUMER to \
@@ -372,22 +311,7 @@ impl Durable {
         Ok(())
     }
 
-    /// A failure now and then is regular, one upon another is not: then no message comes.
-    fn report_failed_pull(&mut self, reason: &str) {
-        self.failed_pulls += 1;
-        let is_due = self
-            .failure_reported
-            .is_none_or(|reported| reported.elapsed() > REPORT_EVERY);
-        if self.failed_pulls > 1 && is_due {
-            warn!("no message can come: {reason}");
-            self.failure_reported = Some(Instant::now());
-        } else {
-            debug!("a pull request failed: {reason}");
-        }
-    }
-
     fn take(&mut self, message: Message) -> anyhow::Result<()> {
-        self.failed_pulls = 0;
         let (ack, pending) = Ack::of(&message, &self.consumer, &self.handed_out)?;
         self.monitor.set_waiting(pending, 0);
         let position = ack.position;
@@ -428,26 +352,14 @@ impl Durable {
             // no end to those that wait.
             self.request_next().await;
         }
-        let suspicious = match self.pull {
-            Pull::UnderWay(_) => self.last_answer.elapsed() > SILENCE,
-            Pull::Ended(_) => false,
-            Pull::Failed(_) => true,
-        };
+        let is_suspicious = self.requests.is_suspicious();
         // Somebody may have edited the consumer; and while there is a current message, nothing else
         // tells how many wait behind it.
         let due = self.verified.elapsed() > VERIFY_EVERY;
-        if connected && (suspicious || due) {
+        if connected && (is_suspicious || due) {
             let is_verified = self.verify().await?;
-            if suspicious && is_verified {
-                if matches!(self.pull, Pull::UnderWay(_)) {
-                    // Newer servers do not even say that.
-                    self.report_failed_pull(
-                        "the NATS server does not answer requests for the next one; max_waiting of the \
-                         consumer may be used up",
-                    );
-                }
-                self.last_answer = Instant::now();
-                self.end_pull();
+            if is_suspicious && is_verified {
+                self.requests.start_over();
             }
         }
         Ok(())
@@ -457,18 +369,11 @@ impl Durable {
     /// just now.
     async fn verify(&mut self) -> anyhow::Result<bool> {
         self.verified = Instant::now();
-        match self.consumer.verify().await {
-            Ok(pending) => {
-                self.monitor.set_waiting(pending, 0);
-                return Ok(true);
-            }
-            Err(Trouble::Fatal(reason)) => return Err(reason),
-            Err(Trouble::Missing) => return Err(deleted(&self.consumer.name)),
-            // Such as a leaf node that has lost its hub.
-            Err(Trouble::NobodyAnswers(_)) => warn!("JetStream is not ready: nobody answers"),
-            Err(Trouble::Temporary(reason)) => warn!("JetStream is not ready: {reason}"),
+        let pending = self.consumer.verify_again().await?;
+        if let Some(pending) = pending {
+            self.monitor.set_waiting(pending, 0);
         }
-        Ok(false)
+        Ok(pending.is_some())
     }
 }
 
@@ -478,8 +383,4 @@ async fn next_of(subscriber: &mut Option<Subscriber>) -> Option<Message> {
         Some(subscriber) => subscriber.next().await,
         None => pending().await,
     }
-}
-
-fn deleted(consumer: &str) -> anyhow::Error {
-    anyhow!("the consumer {consumer} was deleted; the next start creates it anew")
 }

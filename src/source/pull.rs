@@ -126,7 +126,6 @@ mod tests {
             // Only with a heartbeat does 2.15 say nothing instead.
             ("409 Exceeded MaxWaiting", as_is("409 Exceeded MaxWaiting")),
             ("409 Leadership Change", as_is("409 Leadership Change")),
-            // From 2.10 on.
             ("409 Server Shutdown", as_is("409 Server Shutdown")),
             // By the client's own server, where the consumer has no leader, or is gone.
             ("503", as_is("503 No Responders")),

@@ -3,10 +3,14 @@
 
 use std::time::{Duration, Instant};
 
-use async_nats::{ConnectOptions, HeaderMap, Subscriber, jetstream};
+use async_nats::{
+    ConnectOptions, HeaderMap, Subscriber, jetstream, jetstream::stream::ClusterInfo,
+};
 use futures::StreamExt;
 
-use crate::support::{Answer, NatsServer, Received, Relay, Webhook, next, until, until_ok};
+use crate::support::{
+    Answer, NatsServer, PATIENCE, Received, Relay, Webhook, next, until, until_ok,
+};
 
 /// Publishes numbered messages, each once the stream has it.
 async fn publish(jetstream: &jetstream::Context, numbers: std::ops::Range<usize>) {
@@ -320,4 +324,58 @@ async fn a_replica_that_was_suspended_abandons_what_another_has_relayed_meanwhil
     suspended.logged("cms.cache.x is abandoned").await;
     client.publish("cms.cache.x", "v3".into()).await.unwrap();
     assert_eq!(next(&mut relayed).await.payload, "v3", "v1 came once more");
+}
+
+#[tokio::test]
+async fn a_consumer_that_moves_to_another_server_is_not_taken_for_deleted() {
+    let servers = NatsServer::cluster().await;
+    servers[0].create_stream("CMS", "cms.cache.>", 3).await;
+    let webhook = Webhook::ok().await;
+    let urls: Vec<_> = servers.iter().map(NatsServer::url).collect();
+    let relay = Relay::durable(&servers[0], &webhook, &[("NATS_HOST", &urls.join(","))]).await;
+    let client = servers[0].client().await;
+    let jetstream = servers[0].jetstream().await;
+    let mut stream = jetstream.get_stream("CMS").await.unwrap();
+    let leader_of = |cluster: Option<ClusterInfo>| cluster.and_then(|cluster| cluster.leader);
+    let deadline = Instant::now() + PATIENCE;
+    // The leader of a stream keeps it when it is scaled down, so the consumer must have another one,
+    // and that one our request.
+    let first = loop {
+        assert!(Instant::now() < deadline, "{:#?}", relay.log());
+        let keeper = leader_of(stream.info().await.unwrap().cluster.clone());
+        let info = stream.consumer_info("relay").await.ok();
+        let (leader, waiting) = info.map_or((None, 0), |info| {
+            (leader_of(info.cluster), info.num_waiting)
+        });
+        match leader {
+            Some(leader)
+                if waiting > 0 && keeper.as_ref().is_some_and(|keeper| *keeper != leader) =>
+            {
+                break leader;
+            }
+            leader if leader.is_some() && leader == keeper => {
+                let subject = "$JS.API.CONSUMER.LEADER.STEPDOWN.CMS.relay";
+                client.request(subject, "".into()).await.unwrap();
+            }
+            _ => {}
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    };
+    let mut config = stream.info().await.unwrap().config.clone();
+    config.num_replicas = 1;
+    jetstream.update_stream(config).await.unwrap();
+    loop {
+        assert!(Instant::now() < deadline, "{:#?}", relay.log());
+        let info = stream.consumer_info("relay").await.ok();
+        if info
+            .and_then(|info| leader_of(info.cluster))
+            .is_some_and(|now| now != first)
+        {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    servers[0].publish("cms.cache.1", "1").await;
+    relay.logged(" -> relayed.cache.1").await;
+    assert_eq!(relay.lines("was deleted").len(), 0);
 }

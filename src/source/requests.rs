@@ -1,0 +1,150 @@
+//! The pull requests of durable mode: one at a time, and what has become of it. Sending them and the
+//! messages that answer them is the consumer's affair.
+
+use std::time::Duration;
+
+use log::{debug, warn};
+use tokio::time::Instant;
+
+/// How long a pull request stays with the server.
+const EXPIRES: Duration = Duration::from_secs(30);
+
+/// How often the server says that a pull request is still with it.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+
+/// When the server has said nothing about a pull request for this long, the request is taken for lost,
+/// along with the server that had it.
+const SILENCE: Duration = Duration::from_millis(3500);
+
+/// Requests that fail one upon another are reported at most this often.
+const REPORT_EVERY: Duration = Duration::from_secs(60);
+
+/// All pull requests of a relay.
+pub(super) struct Requests {
+    /// Request `n` is answered on `<inbox>.<n>`.
+    inbox: String,
+    current: Request,
+    /// When the server last answered anything.
+    last_answer: Instant,
+    /// How many requests in a row have failed.
+    failures: u32,
+    /// When that was last reported.
+    reported: Option<Instant>,
+}
+
+/// What has become of the current request.
+#[derive(Clone, Copy, PartialEq)]
+enum Request {
+    /// Request `n` is with the server.
+    UnderWay(u64),
+    /// Request `n` has ended; the next one may follow at once.
+    Ended(u64),
+    /// Request `n` has failed; before the next one, at the next tick, the consumer is verified.
+    Failed(u64),
+}
+
+impl Requests {
+    pub(super) fn new(inbox: String) -> Self {
+        Self {
+            inbox,
+            current: Request::Ended(0),
+            last_answer: Instant::now(),
+            failures: 0,
+            reported: None,
+        }
+    }
+
+    /// What all answers begin with.
+    pub(super) fn inbox(&self) -> &str {
+        &self.inbox
+    }
+
+    /// The number of the request that is with the server, if one is.
+    pub(super) fn under_way(&self) -> Option<u64> {
+        match self.current {
+            Request::UnderWay(n) => Some(n),
+            Request::Ended(_) | Request::Failed(_) => None,
+        }
+    }
+
+    /// The next request, if the last one has ended: where it is answered, and its text (NATS ADR-13).
+    pub(super) fn next(&mut self) -> Option<(String, String)> {
+        let Request::Ended(last) = self.current else {
+            return None;
+        };
+        let n = last + 1;
+        self.current = Request::UnderWay(n);
+        self.last_answer = Instant::now();
+        let request = format!(
+            r#"{{"batch":1,"expires":{},"idle_heartbeat":{}}}"#,
+            EXPIRES.as_nanos(),
+            HEARTBEAT.as_nanos()
+        );
+        Some((format!("{}.{n}", self.inbox), request))
+    }
+
+    /// The server has said something.
+    pub(super) fn answered(&mut self) {
+        self.last_answer = Instant::now();
+    }
+
+    /// The current request has ended as requests do.
+    pub(super) fn succeeded(&mut self) {
+        self.failures = 0;
+        self.end();
+    }
+
+    /// There is no request any more, whatever has become of it.
+    pub(super) fn end(&mut self) {
+        self.current = Request::Ended(self.number());
+    }
+
+    /// The current request was refused.
+    pub(super) fn failed(&mut self, reason: &str) {
+        self.current = Request::Failed(self.number());
+        self.report(&format!(
+            "the NATS server refuses to hand out the next one: {reason}"
+        ));
+    }
+
+    /// Whether the consumer should be verified before another request.
+    pub(super) fn is_suspicious(&self) -> bool {
+        match self.current {
+            Request::UnderWay(_) => self.last_answer.elapsed() > SILENCE,
+            Request::Ended(_) => false,
+            Request::Failed(_) => true,
+        }
+    }
+
+    /// The consumer is as it must be, so the suspicious request can be followed by another.
+    pub(super) fn start_over(&mut self) {
+        if self.under_way().is_some() {
+            // Newer servers do not even say that.
+            self.report(
+                "the NATS server does not answer requests for the next one; max_waiting of the consumer \
+                 may be used up",
+            );
+        }
+        self.answered();
+        self.end();
+    }
+
+    /// A failure now and then is regular, one upon another is not: then no message comes.
+    fn report(&mut self, reason: &str) {
+        self.failures += 1;
+        let is_due = self
+            .reported
+            .is_none_or(|reported| reported.elapsed() > REPORT_EVERY);
+        if self.failures > 1 && is_due {
+            warn!("no message can come: {reason}");
+            self.reported = Some(Instant::now());
+        } else {
+            debug!("a pull request failed: {reason}");
+        }
+    }
+
+    fn number(&self) -> u64 {
+        let (Request::UnderWay(n) | Request::Ended(n) | Request::Failed(n)) = self.current;
+        n
+    }
+}
