@@ -5,11 +5,9 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
-use futures::StreamExt;
-
 use crate::{
     operating::{STATUS, address, metrics},
-    support::{Answer, NatsServer, Relay, Webhook, until, until_ok},
+    support::{Answer, NatsServer, Relay, Scene, Webhook, until, until_ok},
 };
 
 const PAYLOAD: usize = 256 * 1024;
@@ -41,9 +39,6 @@ fn dropped(relay: &Relay) -> usize {
 async fn a_hung_webhook_bounds_memory_and_every_drop_is_counted() {
     // 300 MB, which is more than four times what may wait.
     const COUNT: usize = 1200;
-    let nats = NatsServer::start().await;
-    let client = nats.client().await;
-    let mut relayed = client.subscribe("relayed.>").await.unwrap();
     let open = Arc::new(AtomicBool::new(false));
     let gate = Arc::clone(&open);
     let webhook = Webhook::start(move |_, _| match gate.load(Ordering::Relaxed) {
@@ -51,37 +46,37 @@ async fn a_hung_webhook_bounds_memory_and_every_drop_is_counted() {
         false => Answer::status(503),
     })
     .await;
-    let relay = Relay::listening(&nats, &webhook, &[("WEBHOOK_MAX_ATTEMPTS", "0")]).await;
+    let mut scene = Scene::core(webhook, &[("WEBHOOK_MAX_ATTEMPTS", "0")]).await;
     for n in 0..COUNT {
         let mut payload = n.to_string().into_bytes();
         payload.resize(PAYLOAD, b' ');
-        client.publish("cms.cache.x", payload.into()).await.unwrap();
+        scene.publish(payload).await;
     }
-    client.flush().await.unwrap();
+    scene.client.flush().await.unwrap();
     // One is in hand, 64 MiB are waiting, the rest is dropped: the newest.
     let fit = 1 + 64 * 1024 * 1024 / (PAYLOAD + 1024);
     until("all drops are reported", async || {
-        dropped(&relay) >= COUNT - fit - 1
+        dropped(&scene.relay) >= COUNT - fit - 1
     })
     .await;
-    let lines = relay.lines("dropped ");
+    let lines = scene.relay.lines("dropped ");
     assert!(lines.len() <= 60, "reported too often: {lines:#?}");
     assert!(lines[0].contains("NATS_STREAM"), "{lines:#?}");
     if cfg!(target_os = "linux") {
-        let peak = memory(relay.id()) / (1024 * 1024);
+        let peak = memory(scene.relay.id()) / (1024 * 1024);
         assert!((64..120).contains(&peak), "{peak} MiB");
     }
     open.store(true, Ordering::Relaxed);
-    let kept = COUNT - dropped(&relay);
+    let kept = COUNT - dropped(&scene.relay);
     for n in 0..kept {
-        let message = relayed.next().await.unwrap();
+        let message = scene.next().await;
         let number = String::from_utf8_lossy(&message.payload[..8])
             .trim()
             .to_owned();
         assert_eq!(number, n.to_string(), "the oldest are kept, in order");
     }
-    relay.signal("TERM");
-    let (_, log) = relay.ended().await;
+    scene.relay.signal("TERM");
+    let (_, log) = scene.relay.ended().await;
     let relayed = log.iter().filter(|line| line.contains(" -> ")).count();
     assert_eq!(relayed, kept, "relayed and dropped make up all");
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use async_nats::{HeaderMap, jetstream::consumer};
 use futures::StreamExt;
 
-use crate::support::{Answer, NatsServer, PATIENCE, Relay, Webhook, next, until};
+use crate::support::{Answer, Mode, NatsServer, PATIENCE, Relay, Scene, Webhook, next, until};
 
 /// Publishes numbered messages, each once the stream has it.
 async fn publish(nats: &NatsServer, numbers: std::ops::Range<usize>) {
@@ -48,15 +48,13 @@ async fn what_was_published_before_the_start_and_during_a_downtime_is_relayed_in
 #[tokio::test]
 async fn two_replicas_keep_the_global_order_one_message_at_a_time() {
     const COUNT: usize = 200;
-    let nats = NatsServer::with_stream().await;
-    let mut relayed = nats.client().await.subscribe("relayed.>").await.unwrap();
     let webhook =
         Webhook::start(|_, _| Answer::ok_after(Duration::from_millis(fastrand::u64(0..5)))).await;
-    let first = Relay::durable(&nats, &webhook, &[]).await;
-    let second = Relay::durable(&nats, &webhook, &[]).await;
-    publish(&nats, 0..COUNT).await;
-    expect(&mut relayed, 0..COUNT).await;
-    let requests = webhook.requests();
+    let mut scene = Scene::durable(webhook, &[]).await;
+    let second = Relay::durable(&scene.nats, &scene.webhook, &[]).await;
+    publish(&scene.nats, 0..COUNT).await;
+    expect(&mut scene.relayed, 0..COUNT).await;
+    let requests = scene.webhook.requests();
     assert_eq!(requests.len(), COUNT);
     for pair in requests.windows(2) {
         assert!(
@@ -64,7 +62,7 @@ async fn two_replicas_keep_the_global_order_one_message_at_a_time() {
             "two requests at a time"
         );
     }
-    for relay in [first, second] {
+    for relay in [scene.relay, second] {
         assert!(!relay.lines(" -> ").is_empty(), "both have their share");
     }
 }
@@ -117,27 +115,14 @@ async fn messages_are_known_by_their_place_in_the_stream() {
 
 #[tokio::test]
 async fn a_message_of_the_largest_size_is_relayed_without_the_header_that_does_not_fit() {
-    let nats = NatsServer::with_stream().await;
-    let client = nats.client().await;
-    let mut relayed = client.subscribe("relayed.>").await.unwrap();
-    let webhook = Webhook::ok().await;
-    let _relay = Relay::durable(&nats, &webhook, &[]).await;
-    let largest = vec![b'x'; client.max_payload()];
-    client
-        .publish("cms.cache.x", largest.clone().into())
-        .await
-        .unwrap();
-    let message = next(&mut relayed).await;
+    let mut scene = Scene::durable(Webhook::ok().await, &[]).await;
+    let largest = vec![b'x'; scene.client.max_payload()];
+    scene.publish(largest.clone()).await;
+    let message = scene.next().await;
     assert!(message.payload == largest);
     assert_eq!(message.headers, None);
-    client
-        .publish(
-            "cms.cache.x",
-            largest[..largest.len() - 100].to_vec().into(),
-        )
-        .await
-        .unwrap();
-    assert!(next(&mut relayed).await.headers.is_some());
+    scene.publish(largest[..largest.len() - 100].to_vec()).await;
+    assert!(scene.next().await.headers.is_some());
 }
 
 #[tokio::test]
@@ -189,39 +174,31 @@ async fn a_subject_that_becomes_too_long_for_the_server_holds_up_nothing() {
     let config = "max_control_line: 1024\njetstream { store_dir: \"$DIR/jetstream\" }";
     let nats = NatsServer::with_config(config).await;
     nats.create_stream("CMS", "cms.cache.>", 1).await;
-    let client = nats.client().await;
-    let mut relayed = client.subscribe("relayed.>").await.unwrap();
-    let webhook = Webhook::ok().await;
-    let relay = Relay::durable(&nats, &webhook, &[]).await;
+    let mut scene = Scene::on(nats, Mode::Durable, Webhook::ok().await, &[]).await;
     // Four bytes more, as the relayed prefix has them, are too many.
     let subject = format!("cms.cache.{}", "x".repeat(1010));
-    client.publish(subject, "long".into()).await.unwrap();
-    client.flush().await.unwrap();
-    publish(&nats, 0..1).await;
-    expect(&mut relayed, 0..1).await;
-    assert_eq!(relay.lines("is not relayed: ").len(), 1);
-    relay.logged("raise max_control_line").await;
+    scene.client.publish(subject, "long".into()).await.unwrap();
+    scene.client.flush().await.unwrap();
+    publish(&scene.nats, 0..1).await;
+    expect(&mut scene.relayed, 0..1).await;
+    assert_eq!(scene.relay.lines("is not relayed: ").len(), 1);
+    scene.relay.logged("raise max_control_line").await;
 }
 
 #[tokio::test]
 async fn a_failed_message_is_never_larger_than_the_server_accepts() {
-    let nats = NatsServer::with_stream().await;
-    let client = nats.client().await;
-    let mut failed = client.subscribe("failed.>").await.unwrap();
     let webhook = Webhook::start(|_, _| Answer::full("400 Bad", &"long ".repeat(100))).await;
     let changes = [("NATS_FAILED_SUBJECT_PREFIX", "failed.cache")];
-    let _relay = Relay::durable(&nats, &webhook, &changes).await;
+    let scene = Scene::durable(webhook, &changes).await;
+    let mut failed = scene.client.subscribe("failed.>").await.unwrap();
     for (room, error) in [
         (1000, Some(200..300)),
         (200, Some(100..101)),
         (90, Some(20..21)),
         (0, None),
     ] {
-        let payload = vec![b'x'; client.max_payload() - room];
-        client
-            .publish("cms.cache.x", payload.clone().into())
-            .await
-            .unwrap();
+        let payload = vec![b'x'; scene.client.max_payload() - room];
+        scene.publish(payload.clone()).await;
         let message = next(&mut failed).await;
         assert!(message.payload == payload);
         let length = message
@@ -236,46 +213,42 @@ async fn a_failed_message_is_never_larger_than_the_server_accepts() {
 
 #[tokio::test]
 async fn a_stop_hands_the_unfinished_message_back_at_once() {
-    let nats = NatsServer::with_stream().await;
-    let mut relayed = nats.client().await.subscribe("relayed.>").await.unwrap();
     let webhook = Webhook::script([Answer::Hang]).await;
-    let relay = Relay::durable(&nats, &webhook, &[("SHUTDOWN_TIMEOUT", "100ms")]).await;
-    publish(&nats, 0..3).await;
-    webhook.received(1).await;
-    let _other = Relay::durable(&nats, &webhook, &[]).await;
-    relay.signal("TERM");
+    let mut scene = Scene::durable(webhook, &[("SHUTDOWN_TIMEOUT", "100ms")]).await;
+    publish(&scene.nats, 0..3).await;
+    scene.webhook.received(1).await;
+    let _other = Relay::durable(&scene.nats, &scene.webhook, &[]).await;
+    scene.relay.signal("TERM");
     let start = Instant::now();
-    let (code, log) = relay.ended().await;
+    let (code, log) = scene.relay.ended().await;
     assert_eq!(code, Some(0), "{log:#?}");
     assert!(
         log.iter()
             .any(|line| line.contains("CMS-1-") && line.contains(" stays in the stream")),
         "{log:#?}"
     );
-    expect(&mut relayed, 0..3).await;
+    expect(&mut scene.relayed, 0..3).await;
     // Without being handed back it would take the ack wait of 5 s.
     assert!(
         start.elapsed() < Duration::from_secs(4),
         "{:?}",
         start.elapsed()
     );
-    assert_eq!(webhook.bodies(), ["0", "0", "1", "2"]);
+    assert_eq!(scene.webhook.bodies(), ["0", "0", "1", "2"]);
 }
 
 #[tokio::test]
 async fn a_stop_finishes_the_message_in_hand_and_leaves_the_rest_to_the_next_start() {
-    let nats = NatsServer::with_stream().await;
-    let mut relayed = nats.client().await.subscribe("relayed.>").await.unwrap();
     let webhook = Webhook::script([Answer::ok_after(Duration::from_millis(300))]).await;
-    let relay = Relay::durable(&nats, &webhook, &[]).await;
-    publish(&nats, 0..3).await;
-    webhook.received(1).await;
-    relay.signal("TERM");
-    let (code, log) = relay.ended().await;
-    assert_eq!((code, webhook.count()), (Some(0), 1), "{log:#?}");
-    let _relay = Relay::durable(&nats, &webhook, &[]).await;
-    expect(&mut relayed, 0..3).await;
-    assert_eq!(webhook.bodies(), ["0", "1", "2"]);
+    let mut scene = Scene::durable(webhook, &[]).await;
+    publish(&scene.nats, 0..3).await;
+    scene.webhook.received(1).await;
+    scene.relay.signal("TERM");
+    let (code, log) = scene.relay.ended().await;
+    assert_eq!((code, scene.webhook.count()), (Some(0), 1), "{log:#?}");
+    let _relay = Relay::durable(&scene.nats, &scene.webhook, &[]).await;
+    expect(&mut scene.relayed, 0..3).await;
+    assert_eq!(scene.webhook.bodies(), ["0", "1", "2"]);
 }
 
 #[tokio::test]
@@ -474,31 +447,27 @@ async fn subjects_that_cannot_be_read_hold_nothing_up() {
         ),
         (b"cms.cache.\xff", b"", "its subject is not UTF-8"),
     ] {
-        let nats = NatsServer::with_stream().await;
-        let client = nats.client().await;
-        let mut relayed = client.subscribe("relayed.>").await.unwrap();
-        let webhook = Webhook::ok().await;
-        let relay = Relay::durable(&nats, &webhook, &[]).await;
-        publish(&nats, 0..1).await;
-        nats.publish_raw(subject, headers, b"raw").await;
-        publish(&nats, 1..3).await;
-        expect(&mut relayed, 0..3).await;
-        relay.logged(&format!("is not relayed: {fault}")).await;
+        let mut scene = Scene::durable(Webhook::ok().await, &[]).await;
+        publish(&scene.nats, 0..1).await;
+        scene.nats.publish_raw(subject, headers, b"raw").await;
+        publish(&scene.nats, 1..3).await;
+        expect(&mut scene.relayed, 0..3).await;
+        let reason = format!("is not relayed: {fault}");
+        scene.relay.logged(&reason).await;
     }
 }
 
 #[tokio::test]
 async fn a_message_that_comes_early_is_kept_once_until_it_is_its_turn() {
-    let nats = NatsServer::with_stream().await;
-    let mut relayed = nats.client().await.subscribe("relayed.>").await.unwrap();
     // More than twice the ack wait.
     let webhook = Webhook::script([Answer::ok_after(Duration::from_secs(12))]).await;
-    let _relay = Relay::durable(&nats, &webhook, &[]).await;
-    publish(&nats, 0..1).await;
-    webhook.received(1).await;
-    publish(&nats, 1..2).await;
+    let mut scene = Scene::durable(webhook, &[]).await;
+    publish(&scene.nats, 0..1).await;
+    scene.webhook.received(1).await;
+    publish(&scene.nats, 1..2).await;
     // What leaves the stream while it is worked on makes room for the next one.
-    let stream = nats.jetstream().await.get_stream("CMS").await.unwrap();
+    let jetstream = scene.nats.jetstream().await;
+    let stream = jetstream.get_stream("CMS").await.unwrap();
     stream.delete_message(1).await.unwrap();
     let delivered = async || {
         let info = stream.consumer_info("relay").await.unwrap();
@@ -509,10 +478,10 @@ async fn a_message_that_comes_early_is_kept_once_until_it_is_its_turn() {
     })
     .await;
     // Each time that a message is handed out again counts as well.
-    expect(&mut relayed, 0..1).await;
+    expect(&mut scene.relayed, 0..1).await;
     assert_eq!(delivered().await, 2);
-    expect(&mut relayed, 1..2).await;
-    assert_eq!(webhook.bodies(), ["0", "1"]);
+    expect(&mut scene.relayed, 1..2).await;
+    assert_eq!(scene.webhook.bodies(), ["0", "1"]);
 }
 
 #[tokio::test]
@@ -737,19 +706,19 @@ async fn what_nobody_may_know_about_the_stream_is_said() {
 
 #[tokio::test]
 async fn headers_that_become_too_large_are_given_up_before_they_are_posted() {
-    let nats = NatsServer::with_stream().await;
-    let client = nats.client().await;
-    let mut relayed = client.subscribe("relayed.>").await.unwrap();
-    let webhook = Webhook::ok().await;
-    let relay = Relay::durable(&nats, &webhook, &[]).await;
+    let mut scene = Scene::durable(Webhook::ok().await, &[]).await;
     // Without a space after the colon, as a client would write it.
     let headers = b"NATS/1.0\r\nA:b\r\n\r\n";
-    let payload = vec![b'x'; client.max_payload() - headers.len()];
-    nats.publish_raw(b"cms.cache.raw", headers, &payload).await;
-    publish(&nats, 0..1).await;
-    expect(&mut relayed, 0..1).await;
-    relay
+    let payload = vec![b'x'; scene.client.max_payload() - headers.len()];
+    scene
+        .nats
+        .publish_raw(b"cms.cache.raw", headers, &payload)
+        .await;
+    publish(&scene.nats, 0..1).await;
+    expect(&mut scene.relayed, 0..1).await;
+    scene
+        .relay
         .logged("cms.cache.raw is not relayed: with its headers it has more than")
         .await;
-    assert_eq!(webhook.bodies(), ["0"]);
+    assert_eq!(scene.webhook.bodies(), ["0"]);
 }

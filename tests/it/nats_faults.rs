@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use async_nats::{Client, ConnectOptions, Subscriber};
+use async_nats::ConnectOptions;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -10,7 +10,7 @@ use tokio::{
 };
 
 use crate::operating::{STATUS, address, metrics};
-use crate::support::{Answer, NatsServer, Relay, Webhook, next, until, until_ok};
+use crate::support::{Answer, Mode, NatsServer, Relay, Scene, Webhook, next, until, until_ok};
 
 const USERS: &str = r#"authorization { users = [
     { user: relay, password: good }
@@ -267,18 +267,14 @@ async fn a_server_that_closes_every_connection_is_not_overrun() {
 
 #[tokio::test]
 async fn a_message_that_became_too_large_for_the_server_counts_as_refused() {
-    let nats = NatsServer::start().await;
-    let client = nats.client().await;
     let webhook = Webhook::script([Answer::ok_after(Duration::from_secs(1))]).await;
-    let relay = Relay::listening(&nats, &webhook, &[STATUS]).await;
-    let address = address(&relay).await;
-    client
-        .publish("cms.cache.x", vec![b'x'; 5000].into())
-        .await
-        .unwrap();
-    webhook.received(1).await;
-    nats.reload("max_payload: 1024");
-    relay
+    let scene = Scene::core(webhook, &[STATUS]).await;
+    let address = address(&scene.relay).await;
+    scene.publish(vec![b'x'; 5000]).await;
+    scene.webhook.received(1).await;
+    scene.nats.reload("max_payload: 1024");
+    scene
+        .relay
         .logged("a message is larger than the NATS server takes")
         .await;
     let metrics = metrics(&address).await;
@@ -303,10 +299,10 @@ async fn a_prefix_with_quotation_marks_is_recognised_in_the_server_s_refusal() {
 }
 
 /// Once it is subscribed again, all is as before.
-async fn relays_again(client: &Client, relayed: &mut Subscriber) {
+async fn relays_again(scene: &mut Scene) {
     until_ok("a message is relayed again", async || {
-        client.publish("cms.cache.x", "after".into()).await.unwrap();
-        let message = timeout(Duration::from_millis(200), next(relayed)).await?;
+        scene.publish("after").await;
+        let message = timeout(Duration::from_millis(200), scene.next()).await?;
         assert_eq!(message.payload, "after");
         Ok::<_, Elapsed>(())
     })
@@ -320,34 +316,32 @@ async fn a_message_that_no_client_can_read_costs_nothing_that_came_before_and_is
         &b"NATS/1.0\r\nno colon\r\n\r\n"[..],
         b"NATS/1.0\r\nA: \xff\r\n\r\n",
     ] {
-        let nats = NatsServer::start().await;
-        let client = nats.client().await;
-        let mut relayed = client.subscribe("relayed.>").await.unwrap();
         let webhook = Webhook::script([Answer::ok_after(Duration::from_millis(300))]).await;
-        let relay = Relay::listening(&nats, &webhook, &[STATUS]).await;
-        let address = address(&relay).await;
+        let mut scene = Scene::core(webhook, &[STATUS]).await;
+        let address = address(&scene.relay).await;
         for n in 0..COUNT {
-            client
-                .publish("cms.cache.x", n.to_string().into())
-                .await
-                .unwrap();
+            scene.publish(n.to_string()).await;
         }
-        client.flush().await.unwrap();
-        webhook.received(1).await;
-        nats.publish_raw(b"cms.cache.raw", headers, b"raw").await;
-        let line = relay
+        scene.client.flush().await.unwrap();
+        scene.webhook.received(1).await;
+        scene
+            .nats
+            .publish_raw(b"cms.cache.raw", headers, b"raw")
+            .await;
+        let line = scene
+            .relay
             .logged("lost the connection to NATS; messages that were on their way")
             .await;
         assert!(
             line.contains("ERROR") && line.contains("malformed headers"),
             "{line}"
         );
-        relay.logged_times("connected to NATS", 2).await;
+        scene.relay.logged_times("connected to NATS", 2).await;
         for n in 0..COUNT {
-            assert_eq!(next(&mut relayed).await.payload, n.to_string());
+            assert_eq!(scene.next().await.payload, n.to_string());
         }
         assert_eq!(metrics(&address).await["interruptions_total"], 1.0);
-        relays_again(&client, &mut relayed).await;
+        relays_again(&mut scene).await;
     }
 }
 
@@ -393,27 +387,25 @@ async fn through(nats: &NatsServer) -> (String, tokio::sync::broadcast::Sender<&
 async fn a_client_that_breaks_down_is_replaced_and_what_waits_is_kept() {
     const COUNT: usize = 50;
     for killer in ["a carriage return", "an error without a text"] {
-        let nats = NatsServer::start().await;
-        let client = nats.client().await;
-        let mut relayed = client.subscribe("relayed.>").await.unwrap();
         let webhook = Webhook::script([Answer::ok_after(Duration::from_millis(500))]).await;
+        let nats = NatsServer::start().await;
         let (url, say) = through(&nats).await;
-        let relay = Relay::listening(&nats, &webhook, &[("NATS_HOST", &url)]).await;
+        let mut scene = Scene::on(nats, Mode::Core, webhook, &[("NATS_HOST", &url)]).await;
         for n in 0..COUNT {
-            client
-                .publish("cms.cache.x", n.to_string().into())
-                .await
-                .unwrap();
+            scene.publish(n.to_string()).await;
         }
-        client.flush().await.unwrap();
-        webhook.received(1).await;
+        scene.client.flush().await.unwrap();
+        scene.webhook.received(1).await;
         if killer.starts_with("a carriage") {
-            nats.publish_raw(b"cms.cache.raw", b"NATS/1.0\r\nA: b\rc\r\n\r\n", b"raw")
+            scene
+                .nats
+                .publish_raw(b"cms.cache.raw", b"NATS/1.0\r\nA: b\rc\r\n\r\n", b"raw")
                 .await;
         } else {
             say.send(b"-ERR\r\n").unwrap();
         }
-        let line = relay
+        let line = scene
+            .relay
             .logged("the NATS client has broken down and is replaced")
             .await;
         assert!(
@@ -421,12 +413,12 @@ async fn a_client_that_breaks_down_is_replaced_and_what_waits_is_kept() {
             "{line}"
         );
         for n in 0..COUNT {
-            assert_eq!(next(&mut relayed).await.payload, n.to_string(), "{killer}");
+            assert_eq!(scene.next().await.payload, n.to_string(), "{killer}");
         }
-        assert_eq!(webhook.count(), COUNT, "each was POSTed once");
-        relays_again(&client, &mut relayed).await;
-        relay.signal("TERM");
-        assert_eq!(relay.ended().await.0, Some(0));
+        assert_eq!(scene.webhook.count(), COUNT, "each was POSTed once");
+        relays_again(&mut scene).await;
+        scene.relay.signal("TERM");
+        assert_eq!(scene.relay.ended().await.0, Some(0));
     }
 }
 

@@ -14,7 +14,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::support::{Answer, NatsServer, PATIENCE, Relay, Webhook, next, until, until_ok};
+use crate::support::{Answer, NatsServer, PATIENCE, Relay, Scene, Webhook, next, until, until_ok};
 
 pub const STATUS: (&str, &str) = ("STATUS_LISTEN", "127.0.0.1:0");
 
@@ -178,15 +178,13 @@ async fn metrics_count_exactly_what_happened() {
 
 #[tokio::test]
 async fn durable_mode_shows_what_waits_in_the_stream() {
-    let nats = NatsServer::with_stream().await;
-    let webhook = Webhook::script([Answer::Hang]).await;
-    let relay = Relay::durable(&nats, &webhook, &[STATUS]).await;
-    let address = address(&relay).await;
-    nats.publish("cms.cache.x", "in hand").await;
-    webhook.received(1).await;
+    let scene = Scene::durable(Webhook::script([Answer::Hang]).await, &[STATUS]).await;
+    let address = address(&scene.relay).await;
+    scene.nats.publish("cms.cache.x", "in hand").await;
+    scene.webhook.received(1).await;
     assert_eq!(metrics(&address).await["waiting_messages"], 0.0);
     for _ in 0..3 {
-        nats.publish("cms.cache.x", "waits").await;
+        scene.nats.publish("cms.cache.x", "waits").await;
     }
     until("three messages wait", async || {
         metrics(&address).await["waiting_messages"] == 3.0

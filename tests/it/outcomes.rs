@@ -6,51 +6,22 @@ use std::{
     time::{Duration, Instant},
 };
 
-use async_nats::{Client, HeaderMap};
+use async_nats::HeaderMap;
 use tokio::net::TcpListener;
 
-use crate::support::{Answer, NatsServer, Received, Relay, Webhook, next};
+use crate::support::{Answer, NatsServer, Received, Relay, Scene, Webhook, next};
 
-/// A relay between a server and a webhook, and one message that meets the webhook.
-struct Scene {
-    _nats: NatsServer,
-    client: Client,
-    relayed: async_nats::Subscriber,
-    webhook: Webhook,
-    relay: Relay,
-}
-
+/// One message that meets the webhook.
 impl Scene {
-    async fn of(webhook: Webhook, variables: &[(&str, &str)]) -> Self {
-        let nats = NatsServer::start().await;
-        let client = nats.client().await;
-        let relayed = client.subscribe("relayed.>").await.unwrap();
-        let relay = Relay::listening(&nats, &webhook, variables).await;
-        let scene = Self {
-            _nats: nats,
-            client,
-            relayed,
-            webhook,
-            relay,
-        };
+    async fn script(answers: impl Into<Vec<Answer>>, changes: &[(&str, &str)]) -> Self {
+        let scene = Self::core(Webhook::script(answers).await, changes).await;
         scene.publish("first").await;
         scene
     }
 
-    async fn script(answers: impl Into<Vec<Answer>>, variables: &[(&str, &str)]) -> Self {
-        Self::of(Webhook::script(answers).await, variables).await
-    }
-
-    async fn publish(&self, payload: &str) {
-        self.client
-            .publish("cms.cache.x", payload.to_owned().into())
-            .await
-            .unwrap();
-    }
-
     /// The first message is relayed; all requests that it took.
     async fn relayed(&mut self) -> Vec<Received> {
-        assert_eq!(next(&mut self.relayed).await.payload, "first");
+        assert_eq!(self.next().await.payload, "first");
         self.webhook.requests()
     }
 
@@ -60,7 +31,7 @@ impl Scene {
         let line = self.relay.logged("cms.cache.x is not relayed: ").await;
         assert!(line.contains(reason) && line.contains("ERROR"), "{line}");
         self.publish("second").await;
-        assert_eq!(next(&mut self.relayed).await.payload, "second");
+        assert_eq!(self.next().await.payload, "second");
         let mut requests = self.webhook.requests();
         assert_eq!(requests.pop().unwrap().text(), "second");
         requests
@@ -248,18 +219,17 @@ async fn attempts_are_used_up_and_then_the_next_message_has_its_turn() {
 
 #[tokio::test]
 async fn core_mode_publishes_what_is_given_up_as_well() {
-    let nats = NatsServer::start().await;
-    let client = nats.client().await;
-    let mut failed = client.subscribe("failed.>").await.unwrap();
     let webhook = Webhook::script([Answer::Close, Answer::Close]).await;
     let changes = [
         ("NATS_FAILED_SUBJECT_PREFIX", "failed"),
         ("WEBHOOK_MAX_ATTEMPTS", "2"),
     ];
-    let _relay = Relay::listening(&nats, &webhook, &changes).await;
+    let scene = Scene::core(webhook, &changes).await;
+    let mut failed = scene.client.subscribe("failed.>").await.unwrap();
     let mut own = HeaderMap::new();
     own.insert("X-Own", "kept");
-    client
+    scene
+        .client
         .publish_with_headers("cms.cache.x", own, "x".into())
         .await
         .unwrap();
@@ -300,7 +270,7 @@ async fn a_connection_that_the_front_end_closed_meanwhile_costs_no_message() {
     let mut scene = Scene::script([Answer::Raw(closing), Answer::OK], &[]).await;
     scene.relayed().await;
     scene.publish("second").await;
-    assert_eq!(next(&mut scene.relayed).await.payload, "second");
+    assert_eq!(scene.next().await.payload, "second");
     assert_eq!(scene.webhook.requests()[1].connection, 1);
     assert_eq!(scene.relay.lines("WARN"), [""; 0]);
 }
@@ -308,9 +278,6 @@ async fn a_connection_that_the_front_end_closed_meanwhile_costs_no_message() {
 #[tokio::test]
 async fn a_connection_that_died_while_it_was_idle_uses_up_no_attempt() {
     const COUNT: usize = 10;
-    let nats = NatsServer::start().await;
-    let client = nats.client().await;
-    let mut relayed = client.subscribe("relayed.>").await.unwrap();
     // Each connection is closed when the second request comes on it.
     let used = Mutex::new(HashSet::new());
     let webhook =
@@ -321,18 +288,15 @@ async fn a_connection_that_died_while_it_was_idle_uses_up_no_attempt() {
             },
         )
         .await;
-    let relay = Relay::listening(&nats, &webhook, &[("WEBHOOK_MAX_ATTEMPTS", "1")]).await;
+    let mut scene = Scene::core(webhook, &[("WEBHOOK_MAX_ATTEMPTS", "1")]).await;
     for n in 0..COUNT {
-        client
-            .publish("cms.cache.x", n.to_string().into())
-            .await
-            .unwrap();
+        scene.publish(n.to_string()).await;
     }
     for n in 0..COUNT {
-        assert_eq!(next(&mut relayed).await.payload, n.to_string());
+        assert_eq!(scene.next().await.payload, n.to_string());
     }
-    assert_eq!(relay.lines("is not relayed"), [""; 0]);
-    assert_eq!(relay.lines("attempts"), [""; 0], "it counts as none");
+    assert_eq!(scene.relay.lines("is not relayed"), [""; 0]);
+    assert_eq!(scene.relay.lines("attempts"), [""; 0], "it counts as none");
 }
 
 #[tokio::test]

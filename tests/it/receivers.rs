@@ -12,7 +12,7 @@ use tokio::{
 
 use crate::{
     operating::check,
-    support::{Answer, Authority, NatsServer, Relay, Webhook, next},
+    support::{Answer, Authority, NatsServer, Relay, Scene, Webhook, next},
 };
 
 const SECRETS: [&str; 2] = [
@@ -91,14 +91,11 @@ async fn one_that_refuses_gives_the_message_up_after_the_others_came_to_an_end()
 
 #[tokio::test]
 async fn a_slow_cache_handler_gets_its_delay() {
-    let nats = NatsServer::start().await;
-    let client = nats.client().await;
-    let mut relayed = client.subscribe("relayed.>").await.unwrap();
-    let webhook = Webhook::ok().await;
-    let _relay = relay_to(&nats, &[&webhook], &[("REPUBLISH_DELAY", "300ms")]).await;
-    client.publish("cms.cache.x", "x".into()).await.unwrap();
-    next(&mut relayed).await;
-    let waited = webhook.requests()[0].answered.unwrap().elapsed();
+    let delay = [("REPUBLISH_DELAY", "300ms")];
+    let mut scene = Scene::core(Webhook::ok().await, &delay).await;
+    scene.publish("x").await;
+    scene.next().await;
+    let waited = scene.webhook.requests()[0].answered.unwrap().elapsed();
     assert!(waited >= Duration::from_millis(300), "{waited:?}");
 }
 

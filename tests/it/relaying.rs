@@ -4,15 +4,12 @@ use std::time::Duration;
 
 use async_nats::HeaderMap;
 
-use crate::support::{Answer, NatsServer, Relay, Webhook, next};
+use crate::support::{Answer, NatsServer, Relay, Scene, Webhook, next};
 
 #[tokio::test]
 async fn a_message_goes_to_the_webhook_and_then_to_the_relayed_subject() {
-    let nats = NatsServer::start().await;
-    let client = nats.client().await;
-    let mut relayed = client.subscribe("relayed.>").await.unwrap();
     let webhook = Webhook::start(|_, _| Answer::ok_after(Duration::from_millis(30))).await;
-    let relay = Relay::listening(&nats, &webhook, &[]).await;
+    let mut scene = Scene::core(webhook, &[]).await;
 
     let mut headers = HeaderMap::new();
     headers.append("Nats-Msg-Id", "edit-17");
@@ -24,7 +21,8 @@ async fn a_message_goes_to_the_webhook_and_then_to_the_relayed_subject() {
     headers.append("Authorization", "Bearer stolen");
     headers.append("X-Twice", "one");
     headers.append("X-Twice", "two");
-    client
+    scene
+        .client
         .publish_with_reply_and_headers(
             "cms.cache.pages.home",
             "reply.here",
@@ -34,14 +32,14 @@ async fn a_message_goes_to_the_webhook_and_then_to_the_relayed_subject() {
         .await
         .unwrap();
 
-    let message = next(&mut relayed).await;
+    let message = scene.next().await;
     let relayed_at = std::time::Instant::now();
     assert_eq!(message.subject.as_str(), "relayed.cache.pages.home");
     assert_eq!(&message.payload[..], br#"{"tags":["home"]}"#);
     assert_eq!(message.headers, Some(headers));
     assert_eq!(message.reply, None);
 
-    let requests = webhook.received(1).await;
+    let requests = scene.webhook.received(1).await;
     let request = &requests[0];
     assert!(
         request.answered.unwrap() <= relayed_at,
@@ -79,34 +77,28 @@ async fn a_message_goes_to_the_webhook_and_then_to_the_relayed_subject() {
         .unwrap()
         .as_secs();
     assert!(now - timestamp < 60, "{timestamp}");
-    relay
+    scene
+        .relay
         .logged("cms.cache.pages.home -> relayed.cache.pages.home (200, ")
         .await;
 }
 
 #[tokio::test]
 async fn any_payload_is_relayed_byte_for_byte() {
-    let nats = NatsServer::start().await;
-    let client = nats.client().await;
-    let mut relayed = client.subscribe("relayed.>").await.unwrap();
-    let webhook = Webhook::ok().await;
-    let _relay = Relay::listening(&nats, &webhook, &[]).await;
+    let mut scene = Scene::core(Webhook::ok().await, &[]).await;
     let every_byte: Vec<u8> = (0..=255).cycle().take(100_000).collect();
-    let largest = vec![b'x'; client.max_payload()];
+    let largest = vec![b'x'; scene.client.max_payload()];
     for payload in [
         Vec::new(),
         b"\r\n\0\r\nPUB x 0\r\n".to_vec(),
         every_byte,
         largest,
     ] {
-        client
-            .publish("cms.cache.x", payload.clone().into())
-            .await
-            .unwrap();
-        let message = next(&mut relayed).await;
+        scene.publish(payload.clone()).await;
+        let message = scene.next().await;
         assert!(message.payload == payload, "{} bytes differ", payload.len());
         assert_eq!(message.headers, None);
-        let request = webhook.requests().pop().unwrap();
+        let request = scene.webhook.requests().pop().unwrap();
         assert!(request.body == payload, "{} bytes differ", payload.len());
         assert_eq!(
             request.header("content-length").unwrap(),
@@ -117,82 +109,64 @@ async fn any_payload_is_relayed_byte_for_byte() {
 
 #[tokio::test]
 async fn control_characters_in_a_subject_are_relayed_and_reach_no_log() {
-    let nats = NatsServer::start().await;
-    let client = nats.client().await;
-    let mut relayed = client.subscribe("relayed.>").await.unwrap();
-    let webhook = Webhook::ok().await;
-    let relay = Relay::listening(&nats, &webhook, &[]).await;
+    let mut scene = Scene::core(Webhook::ok().await, &[]).await;
     let subject = "cms.cache.a\u{7}b\u{1b}[31mc";
-    client.publish(subject, "x".into()).await.unwrap();
-    let message = next(&mut relayed).await;
+    scene.client.publish(subject, "x".into()).await.unwrap();
+    let message = scene.next().await;
     assert_eq!(message.subject.as_str(), "relayed.cache.a\u{7}b\u{1b}[31mc");
-    let line = relay.logged("relayed.cache.a b [31mc (200").await;
+    let line = scene.relay.logged("relayed.cache.a b [31mc (200").await;
     assert!(!line.contains(char::is_control), "{line:?}");
 }
 
 #[tokio::test]
 async fn a_subject_that_becomes_too_long_for_the_server_costs_no_other_message() {
-    let nats = NatsServer::start().await;
-    let client = nats.client().await;
-    let mut relayed = client.subscribe("relayed.>").await.unwrap();
-    let mut failed = client.subscribe("failed.>").await.unwrap();
-    let webhook = Webhook::ok().await;
     let failed_prefix = [("NATS_FAILED_SUBJECT_PREFIX", "failed")];
-    let relay = Relay::listening(&nats, &webhook, &failed_prefix).await;
+    let mut scene = Scene::core(Webhook::ok().await, &failed_prefix).await;
+    let mut failed = scene.client.subscribe("failed.>").await.unwrap();
     let long = "x".repeat(4062);
     for subject in [format!("cms.cache.{long}"), "cms.cache.next".to_owned()] {
-        client.publish(subject, "x".into()).await.unwrap();
+        scene.client.publish(subject, "x".into()).await.unwrap();
     }
-    assert_eq!(
-        next(&mut relayed).await.subject.as_str(),
-        "relayed.cache.next"
-    );
+    assert_eq!(scene.next().await.subject.as_str(), "relayed.cache.next");
     let reason = "below relayed.cache its subject has ";
-    relay.logged(reason).await;
+    scene.relay.logged(reason).await;
     assert_eq!(next(&mut failed).await.subject.len(), long.len() + 7);
-    assert_eq!(relay.lines("lost the connection"), [""; 0]);
+    assert_eq!(scene.relay.lines("lost the connection"), [""; 0]);
 }
 
 #[tokio::test]
 async fn the_content_type_is_the_message_s_own_if_it_has_one() {
-    let nats = NatsServer::start().await;
-    let client = nats.client().await;
-    let mut relayed = client.subscribe("relayed.>").await.unwrap();
-    let webhook = Webhook::ok().await;
-    let _relay = Relay::listening(&nats, &webhook, &[]).await;
+    let mut scene = Scene::core(Webhook::ok().await, &[]).await;
     for (own, sent) in [
         ("text/plain", "text/plain"),
         ("a\u{1}b", "application/json"),
     ] {
         let mut headers = HeaderMap::new();
         headers.insert("Content-Type", own);
-        client
+        scene
+            .client
             .publish_with_headers("cms.cache.x", headers, "x".into())
             .await
             .unwrap();
-        next(&mut relayed).await;
-        assert_eq!(
-            webhook.requests().pop().unwrap().header("content-type"),
-            Some(sent)
-        );
+        scene.next().await;
+        let request = scene.webhook.requests().pop().unwrap();
+        assert_eq!(request.header("content-type"), Some(sent));
     }
 }
 
 #[tokio::test]
 async fn a_message_without_a_usable_id_gets_one_of_its_own() {
-    let nats = NatsServer::start().await;
-    let client = nats.client().await;
-    let webhook = Webhook::ok().await;
-    let _relay = Relay::listening(&nats, &webhook, &[]).await;
+    let scene = Scene::core(Webhook::ok().await, &[]).await;
     for id in [None, None, Some("has.dots")] {
         let headers = id.map(|id| [("Nats-Msg-Id", id)].into_iter().collect_headers());
         let headers = headers.unwrap_or_default();
-        client
+        scene
+            .client
             .publish_with_headers("cms.cache.x", headers, "x".into())
             .await
             .unwrap();
     }
-    let requests = webhook.received(3).await;
+    let requests = scene.webhook.received(3).await;
     let mut ids: Vec<_> = requests
         .iter()
         .map(|r| r.header("webhook-id").unwrap())
@@ -222,27 +196,25 @@ impl<'a, I: Iterator<Item = (&'a str, &'a str)>> CollectHeaders for I {
 #[tokio::test]
 async fn five_hundred_messages_stay_in_order_under_random_latencies_and_failures() {
     const COUNT: usize = 500;
-    let nats = NatsServer::start().await;
-    let client = nats.client().await;
-    let mut relayed = client.subscribe("relayed.>").await.unwrap();
     let webhook = Webhook::start(|n, _| match n {
         100 | 250 => Answer::status(503),
         _ => Answer::ok_after(Duration::from_millis(fastrand::u64(0..5))),
     })
     .await;
-    let _relay = Relay::listening(&nats, &webhook, &[]).await;
+    let mut scene = Scene::core(webhook, &[]).await;
     for n in 0..COUNT {
-        client
+        scene
+            .client
             .publish(format!("cms.cache.{}", n % 7), n.to_string().into())
             .await
             .unwrap();
     }
     for n in 0..COUNT {
-        let message = next(&mut relayed).await;
+        let message = scene.next().await;
         assert_eq!(message.payload, n.to_string());
         assert_eq!(message.subject.as_str(), format!("relayed.cache.{}", n % 7));
     }
-    let requests = webhook.requests();
+    let requests = scene.webhook.requests();
     assert_eq!(requests.len(), COUNT + 2);
     for pair in requests.windows(2) {
         assert!(
@@ -250,7 +222,7 @@ async fn five_hundred_messages_stay_in_order_under_random_latencies_and_failures
             "two requests at a time"
         );
     }
-    let mut bodies = webhook.bodies();
+    let mut bodies = scene.webhook.bodies();
     bodies.dedup();
     assert!(
         bodies

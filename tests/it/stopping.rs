@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::support::{Answer, NatsServer, Relay, Webhook, next};
+use crate::support::{Answer, NatsServer, Relay, Scene, Webhook, next};
 
 #[tokio::test]
 async fn each_signal_stops_an_idle_relay_at_once() {
@@ -30,49 +30,45 @@ async fn it_stops_also_while_it_waits_for_a_server() {
 
 #[tokio::test]
 async fn what_has_arrived_is_relayed_retries_included_and_nothing_more_is_taken() {
-    let nats = NatsServer::start().await;
-    let client = nats.client().await;
-    let mut relayed = client.subscribe("relayed.>").await.unwrap();
     let webhook = Webhook::script([
         Answer::Status(503, Duration::from_millis(300)),
         Answer::ok_after(Duration::from_millis(100)),
     ])
     .await;
-    let relay = Relay::listening(&nats, &webhook, &[]).await;
+    let mut scene = Scene::core(webhook, &[]).await;
     for payload in ["first", "second", "third"] {
-        client.publish("cms.cache.x", payload.into()).await.unwrap();
+        scene.publish(payload).await;
     }
     // All three are with the relay, which works on the first one.
-    client.flush().await.unwrap();
-    webhook.received(1).await;
-    relay.signal("TERM");
-    let line = relay
+    scene.client.flush().await.unwrap();
+    scene.webhook.received(1).await;
+    scene.relay.signal("TERM");
+    let line = scene
+        .relay
         .logged("stopping within 20s, for cms.cache.x is being relayed")
         .await;
     assert!(line.ends_with("and 2 messages still waiting"), "{line}");
-    nats.publish("cms.cache.x", "too late").await;
+    scene.nats.publish("cms.cache.x", "too late").await;
     for payload in ["first", "second", "third"] {
-        assert_eq!(next(&mut relayed).await.payload, payload);
+        assert_eq!(scene.next().await.payload, payload);
     }
-    let (code, log) = relay.ended().await;
+    let (code, log) = scene.relay.ended().await;
     assert_eq!(code, Some(0), "{log:#?}");
-    assert_eq!(webhook.count(), 4);
+    assert_eq!(scene.webhook.count(), 4);
     assert!(log.last().unwrap().ends_with("] stopped"), "{log:#?}");
 }
 
 #[tokio::test]
 async fn what_still_waits_after_the_shutdown_timeout_is_counted() {
-    let nats = NatsServer::start().await;
-    let client = nats.client().await;
     let webhook = Webhook::script([Answer::Hang]).await;
-    let relay = Relay::listening(&nats, &webhook, &[("SHUTDOWN_TIMEOUT", "300ms")]).await;
+    let scene = Scene::core(webhook, &[("SHUTDOWN_TIMEOUT", "300ms")]).await;
     for payload in ["first", "second", "third"] {
-        client.publish("cms.cache.x", payload.into()).await.unwrap();
+        scene.publish(payload).await;
     }
-    client.flush().await.unwrap();
-    webhook.received(1).await;
-    relay.signal("TERM");
-    let (code, log) = relay.ended().await;
+    scene.client.flush().await.unwrap();
+    scene.webhook.received(1).await;
+    scene.relay.signal("TERM");
+    let (code, log) = scene.relay.ended().await;
     assert_eq!(code, Some(0), "{log:#?}");
     let left = "stopped with 2 messages still waiting";
     assert!(log.iter().any(|line| line.contains(left)), "{log:#?}");

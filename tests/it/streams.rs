@@ -13,7 +13,7 @@ use async_nats::{
 use futures::StreamExt;
 use tokio::time::sleep;
 
-use crate::support::{Answer, NatsServer, Relay, Webhook, next, until, until_ok};
+use crate::support::{Answer, Mode, NatsServer, Relay, Scene, Webhook, next, until, until_ok};
 
 /// The relayed stream, or both, named.
 const RELAYED: (&str, &str) = ("NATS_RELAYED_STREAM", "RELAYED");
@@ -58,19 +58,16 @@ fn names(headers: &HeaderMap) -> Vec<String> {
 
 #[tokio::test]
 async fn what_a_stream_or_an_earlier_failure_left_in_the_headers_is_not_carried_over() {
-    for durable in [false, true] {
+    for mode in [Mode::Core, Mode::Durable] {
         let nats = NatsServer::with_config("jetstream { store_dir: \"$DIR/jetstream\" }").await;
         nats.create_stream("RELAYED", "relayed.>", 1).await;
-        let client = nats.client().await;
-        let mut relayed = client.subscribe("relayed.>").await.unwrap();
-        let mut failed = client.subscribe("failed.>").await.unwrap();
         let webhook = Webhook::start(|_, request| match request.text().as_str() {
             "bad" => Answer::full("410 Gone", "gone"),
             _ => Answer::OK,
         })
         .await;
         let changes = [("NATS_FAILED_SUBJECT_PREFIX", "failed.cache")];
-        let (relay, headers) = if durable {
+        let headers = if mode == Mode::Durable {
             // The stream gets its messages out of another one, and the server notes that on them. The
             // first few headers would be refused there.
             nats.create_stream("OTHER", "cms.cache.>", 1).await;
@@ -83,12 +80,12 @@ async fn what_a_stream_or_an_earlier_failure_left_in_the_headers_is_not_carried_
                 ..Default::default()
             };
             nats.jetstream().await.create_stream(config).await.unwrap();
-            let relay = Relay::durable(&nats, &webhook, &changes).await;
-            (relay, &SHED[5..])
+            &SHED[5..]
         } else {
-            let relay = Relay::listening(&nats, &webhook, &changes).await;
-            (relay, &SHED[..])
+            &SHED[..]
         };
+        let mut scene = Scene::on(nats, mode, webhook, &changes).await;
+        let mut failed = scene.client.subscribe("failed.>").await.unwrap();
         for payload in ["good", "bad"] {
             let mut own = HeaderMap::new();
             for (name, value) in headers {
@@ -96,26 +93,26 @@ async fn what_a_stream_or_an_earlier_failure_left_in_the_headers_is_not_carried_
             }
             own.insert("X-Other", "kept");
             let subject = format!("cms.cache.{payload}");
-            client
+            scene
+                .client
                 .publish_with_headers(subject, own, payload.into())
                 .await
                 .unwrap();
         }
-        let good = next(&mut relayed).await;
+        let good = scene.next().await;
         assert_eq!(good.payload, "good");
-        assert_eq!(names(&good.headers.unwrap()), ["X-Other"], "{durable}");
+        assert_eq!(names(&good.headers.unwrap()), ["X-Other"], "{mode:?}");
         let bad = next(&mut failed).await;
         assert_eq!(bad.payload, "bad");
         let headers = bad.headers.unwrap();
         assert_eq!(
             names(&headers),
             ["Relay-Attempts", "Relay-Error", "Relay-Status", "X-Other"],
-            "{durable}"
+            "{mode:?}"
         );
         assert_eq!(headers.get("Relay-Status").unwrap().as_str(), "410");
         // Newer servers refuse what claims to come out of another stream.
-        kept(&nats, "RELAYED", 1).await;
-        drop(relay);
+        kept(&scene.nats, "RELAYED", 1).await;
     }
 }
 
@@ -208,34 +205,33 @@ async fn is_out(jetstream: &Context) -> bool {
 
 #[tokio::test]
 async fn a_full_stream_holds_messages_up_with_a_warning_until_it_has_room() {
-    for durable in [false, true] {
+    for mode in [Mode::Core, Mode::Durable] {
         let nats = NatsServer::with_stream().await;
         let jetstream = nats.jetstream().await;
         jetstream.create_stream(small(1, -1)).await.unwrap();
         let webhook = Webhook::ok().await;
-        let relay = if durable {
-            Relay::durable(&nats, &webhook, &[RELAYED]).await
-        } else {
-            Relay::listening(&nats, &webhook, &[RELAYED]).await
-        };
+        let scene = Scene::on(nats, mode, webhook, &[RELAYED]).await;
         publish_all(&jetstream, 0..3).await;
         // Longer than a message may be out without a sign of life.
-        let warnings = relay.logged_times("maximum messages exceeded", 6).await;
+        let warnings = scene
+            .relay
+            .logged_times("maximum messages exceeded", 6)
+            .await;
         assert!(
             warnings[0].contains("WARN") && warnings[0].contains("the stream RELAYED has not"),
             "{warnings:?}"
         );
         assert_eq!(
-            webhook.count(),
+            scene.webhook.count(),
             2,
             "nothing is POSTed twice, nothing overtakes"
         );
-        assert_eq!(relay.lines(" -> ").len(), 1);
-        if durable {
+        assert_eq!(scene.relay.lines(" -> ").len(), 1);
+        if mode == Mode::Durable {
             assert!(is_out(&jetstream).await);
         }
         jetstream.update_stream(small(2, -1)).await.unwrap();
-        relay.logged_times(" -> ", 2).await;
+        scene.relay.logged_times(" -> ", 2).await;
         jetstream
             .get_stream("RELAYED")
             .await
@@ -243,43 +239,42 @@ async fn a_full_stream_holds_messages_up_with_a_warning_until_it_has_room() {
             .purge()
             .await
             .unwrap();
-        relay.logged_times(" -> ", 3).await;
-        assert_eq!(payloads(&nats, "RELAYED", 1).await, ["2"]);
-        assert_eq!(webhook.count(), 3);
+        scene.relay.logged_times(" -> ", 3).await;
+        assert_eq!(payloads(&scene.nats, "RELAYED", 1).await, ["2"]);
+        assert_eq!(scene.webhook.count(), 3);
     }
 }
 
 #[tokio::test]
 async fn what_a_stream_refuses_for_good_is_given_up_with_the_reason() {
-    for durable in [false, true] {
+    for mode in [Mode::Core, Mode::Durable] {
         let nats = NatsServer::with_stream().await;
         nats.create_stream("FAILED", "failed.>", 1).await;
         let jetstream = nats.jetstream().await;
         jetstream.create_stream(small(-1, 300)).await.unwrap();
         let webhook = Webhook::ok().await;
         let changes = [&[RELAYED][..], &FAILED].concat();
-        let relay = if durable {
-            Relay::durable(&nats, &webhook, &changes).await
-        } else {
-            Relay::listening(&nats, &webhook, &changes).await
-        };
-        let client = nats.client().await;
+        let scene = Scene::on(nats, mode, webhook, &changes).await;
         for payload in ["large ".repeat(100), "small".to_owned()] {
-            client.publish("cms.cache.x", payload.into()).await.unwrap();
+            scene.publish(payload).await;
         }
-        assert_eq!(payloads(&nats, "RELAYED", 1).await, ["small"]);
-        assert_eq!(payloads(&nats, "FAILED", 1).await, ["large ".repeat(100)]);
-        relay
+        assert_eq!(payloads(&scene.nats, "RELAYED", 1).await, ["small"]);
+        assert_eq!(
+            payloads(&scene.nats, "FAILED", 1).await,
+            ["large ".repeat(100)]
+        );
+        scene
+            .relay
             .logged("the stream RELAYED refuses it: message size exceeds maximum allowed")
             .await;
 
         // Another stream has the subjects now.
         jetstream.delete_stream("RELAYED").await.unwrap();
-        nats.create_stream("OTHER", "relayed.>", 1).await;
-        client.publish("cms.cache.x", "x".into()).await.unwrap();
-        relay.logged("expected stream does not match").await;
-        kept(&nats, "FAILED", 2).await;
-        kept(&nats, "OTHER", 0).await;
+        scene.nats.create_stream("OTHER", "relayed.>", 1).await;
+        scene.publish("x").await;
+        scene.relay.logged("expected stream does not match").await;
+        kept(&scene.nats, "FAILED", 2).await;
+        kept(&scene.nats, "OTHER", 0).await;
     }
 }
 
@@ -610,7 +605,11 @@ async fn one_stream_may_keep_all_prefixes() {
         FAILED[0],
         ("NATS_FAILED_STREAM", "CMS"),
     ];
-    for (durable, changes) in [(false, &named[..]), (true, &named), (true, &[FAILED[0]])] {
+    for (mode, changes) in [
+        (Mode::Core, &named[..]),
+        (Mode::Durable, &named),
+        (Mode::Durable, &[FAILED[0]]),
+    ] {
         let nats = NatsServer::with_config("jetstream { store_dir: \"$DIR/jetstream\" }").await;
         let jetstream = nats.jetstream().await;
         jetstream.create_stream(config.clone()).await.unwrap();
@@ -619,16 +618,13 @@ async fn one_stream_may_keep_all_prefixes() {
             _ => Answer::OK,
         })
         .await;
-        let _relay = if durable {
-            Relay::durable(&nats, &webhook, changes).await
-        } else {
-            Relay::listening(&nats, &webhook, changes).await
-        };
+        let scene = Scene::on(nats, mode, webhook, changes).await;
         publish_all(&jetstream, 0..2).await;
-        let mut found = payloads(&nats, "CMS", 4).await;
+        let mut found = payloads(&scene.nats, "CMS", 4).await;
         found.sort();
         assert_eq!(found, ["0", "0", "1", "1"]);
-        let ids: Vec<_> = webhook
+        let ids: Vec<_> = scene
+            .webhook
             .requests()
             .iter()
             .map(|request| request.headers["webhook-id"].clone())
@@ -641,13 +637,11 @@ async fn one_stream_may_keep_all_prefixes() {
 async fn core_mode_gives_a_message_the_id_that_the_webhook_was_told() {
     let nats = NatsServer::with_config("jetstream { store_dir: \"$DIR/jetstream\" }").await;
     nats.create_stream("RELAYED", "relayed.>", 1).await;
-    let mut relayed = nats.client().await.subscribe("relayed.>").await.unwrap();
-    let webhook = Webhook::ok().await;
-    let _relay = Relay::listening(&nats, &webhook, &[RELAYED]).await;
-    nats.publish("cms.cache.x", "x").await;
-    let headers = next(&mut relayed).await.headers.unwrap();
+    let mut scene = Scene::on(nats, Mode::Core, Webhook::ok().await, &[RELAYED]).await;
+    scene.nats.publish("cms.cache.x", "x").await;
+    let headers = scene.next().await.headers.unwrap();
     let id = headers.get("Nats-Msg-Id").unwrap().as_str();
-    assert_eq!(webhook.requests()[0].header("webhook-id"), Some(id));
+    assert_eq!(scene.webhook.requests()[0].header("webhook-id"), Some(id));
     let expected = headers.get("Nats-Expected-Stream").unwrap();
     assert_eq!(expected.as_str(), "RELAYED");
 }

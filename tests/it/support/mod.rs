@@ -12,6 +12,7 @@
 
 mod nats;
 mod relay;
+mod scene;
 mod tls;
 mod webhook;
 
@@ -19,6 +20,7 @@ use std::{fmt::Debug, time::Duration};
 
 pub use nats::{NatsServer, next};
 pub use relay::Relay;
+pub use scene::{Mode, Scene};
 pub use tls::Authority;
 pub use webhook::{Answer, Received, Webhook};
 
