@@ -1,38 +1,33 @@
 //! The environment → a validated [`Config`], with every problem in one report.
 
-use std::{
-    collections::BTreeSet,
-    fmt, io,
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{collections::BTreeSet, fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
-use async_nats::{ConnectOptions, ServerAddr};
+use async_nats::ServerAddr;
 use percent_encoding::percent_decode_str;
 use reqwest::{
     Url,
     header::{HeaderMap, HeaderName, HeaderValue},
 };
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 
+pub mod environment;
+mod files;
 mod log_filter;
-mod names;
+mod misnamed;
 mod proxies;
 mod secrets;
 
-use self::proxies::Proxies;
+use self::{
+    environment::{Environment, FILE_SUFFIX},
+    files::{check_certificates, check_key, read_credentials, read_nkey},
+    proxies::Proxies,
+};
 pub use self::{
-    names::{Misnamed, misnamed, nearest},
+    misnamed::{Misnamed, misnamed, nearest},
     proxies::Proxy,
     secrets::Secrets,
 };
-use crate::{
-    environment::{Environment, FILE_SUFFIX, read_file, read_text, shown},
-    subject::Prefix,
-    webhook::signing::SigningSecret,
-};
+use crate::{subject::Prefix, webhook::signing::SigningSecret};
 
 /// One environment variable that the program knows.
 #[derive(Debug)]
@@ -509,7 +504,7 @@ impl Config {
         let mut reader = Reader::new(environment);
         let destinations = reader.parsed(DESTINATION, parse_destinations);
         let proxies = Proxies::read(&mut reader);
-        let trust = reader.optional(TRUST, read_certificates);
+        let trust = reader.optional(TRUST, check_certificates);
         let servers = servers(&mut reader);
         let prefix = reader.parsed(PREFIX, parse_prefix);
         let relayed_prefix = reader.parsed(RELAYED_PREFIX, parse_own_prefix);
@@ -793,9 +788,9 @@ type Certificate = (PathBuf, PathBuf);
 
 /// The CA file, and the files of the client certificate.
 fn tls_files(reader: &mut Reader<'_>) -> (Option<Option<PathBuf>>, Option<Option<Certificate>>) {
-    let ca = reader.optional(CA, read_certificates);
-    let certificate = reader.optional(CERT, read_certificates);
-    let key = reader.optional(KEY, read_key);
+    let ca = reader.optional(CA, check_certificates);
+    let certificate = reader.optional(CERT, check_certificates);
+    let key = reader.optional(KEY, check_key);
     (ca, both_or_neither(reader, (CERT, certificate), (KEY, key)))
 }
 
@@ -890,57 +885,6 @@ fn parse_list<T>(text: &str, parse: fn(&str) -> Result<T, String>) -> Result<Vec
         return Err("holds nothing but white space; set it to a value, or unset it".into());
     }
     Ok(entries)
-}
-
-/// What a file holds, as `read` finds it.
-fn read<T>(path: &str, read: fn(&Path) -> io::Result<T>) -> Result<T, String> {
-    let path = Path::new(path);
-    read(path).map_err(|error| format!("names {}, which cannot be read: {error}", shown(path)))
-}
-
-fn read_nkey(path: &str) -> Result<SecretString, String> {
-    let text = SecretString::from(read(path, read_text)?);
-    let seed = text.expose_secret().trim();
-    match nkeys::KeyPair::from_seed(seed) {
-        Ok(_) => Ok(seed.into()),
-        Err(_) => Err(format!(
-            "names {}, which holds no seed of an nkey (SU...)",
-            shown(Path::new(path))
-        )),
-    }
-}
-
-fn read_credentials(path: &str) -> Result<SecretString, String> {
-    let text = SecretString::from(read(path, read_text)?);
-    match ConnectOptions::with_credentials(text.expose_secret()) {
-        Ok(_) => Ok(text),
-        Err(_) => Err(format!(
-            "names {}, which holds no credentials (a JWT and a seed)",
-            shown(Path::new(path))
-        )),
-    }
-}
-
-fn read_certificates(path: &str) -> Result<PathBuf, String> {
-    let pem = read(path, read_file)?;
-    let found: Vec<_> = CertificateDer::pem_slice_iter(&pem).collect();
-    if found.is_empty() || found.iter().any(Result::is_err) {
-        return Err(format!(
-            "names {}, which holds no certificate in PEM form",
-            shown(Path::new(path))
-        ));
-    }
-    Ok(path.into())
-}
-
-fn read_key(path: &str) -> Result<PathBuf, String> {
-    let pem = read(path, read_file)?;
-    PrivateKeyDer::from_pem_slice(&pem)
-        .map(|_| path.into())
-        .map_err(|error| {
-            let shown = shown(Path::new(path));
-            format!("names {shown}, which holds no private key in PEM form: {error}")
-        })
 }
 
 fn parse_destinations(text: &str) -> Result<Vec<Url>, String> {
@@ -1123,6 +1067,8 @@ pub fn help() -> String {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use secrecy::ExposeSecret;
+
     use super::*;
 
     const GOOD: [(&str, &str); 4] = [

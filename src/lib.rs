@@ -34,7 +34,6 @@
 mod backoff;
 mod check;
 mod config;
-mod environment;
 mod forward;
 mod monitor;
 mod nats;
@@ -53,8 +52,8 @@ use futures::Stream;
 
 pub use self::{
     check::check,
+    config::environment::Environment,
     config::{Config, Default, Kind, Misnamed, VARIABLES, Variable, help, misnamed, nearest},
-    environment::Environment,
     monitor::logging::start as start_logging,
     text::reasons,
 };

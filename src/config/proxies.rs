@@ -126,7 +126,7 @@ fn is_loopback(url: &Url) -> bool {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::environment::Environment;
+    use crate::config::Environment;
 
     /// The proxy for each of `destinations` with these variables set.
     fn chosen(variables: &[(&str, &str)], destinations: &[&str]) -> Vec<Option<String>> {

@@ -3,10 +3,11 @@
 use std::{
     collections::BTreeMap,
     ffi::{OsStr, OsString},
-    fs,
-    io::{self, Read},
+    io,
     path::{Path, PathBuf},
 };
+
+use super::files::{read_text, shown};
 
 /// The dotenv files, the one that wins first.
 const DOTENV_FILES: [&str; 2] = [".env.local", ".env"];
@@ -139,48 +140,6 @@ impl<N: Into<String>, V: Into<OsString>> FromIterator<(N, V)> for Environment {
     }
 }
 
-/// No file with settings is larger; certificates of all the world's CAs take a quarter of it.
-const MAX_FILE_BYTES: u64 = 1 << 20;
-
-/// The content of a file that a setting names. A pipe could wait for ever, and a device never end.
-///
-/// # Errors
-/// If it can't be read, is no regular file, or is too large.
-pub fn read_file(path: &Path) -> io::Result<Vec<u8>> {
-    if !fs::metadata(path)?.is_file() {
-        return Err(io::Error::other(
-            "it is not a regular file; copy what it holds into one",
-        ));
-    }
-    let mut content = Vec::new();
-    fs::File::open(path)?
-        .take(MAX_FILE_BYTES + 1)
-        .read_to_end(&mut content)?;
-    if content.len() as u64 > MAX_FILE_BYTES {
-        return Err(io::Error::other(
-            "it is larger than 1 MiB, so it can't be what is meant",
-        ));
-    }
-    Ok(content)
-}
-
-/// The text of a file that a setting names.
-///
-/// # Errors
-/// As [`read_file`], and if it is not valid UTF-8.
-pub fn read_text(path: &Path) -> io::Result<String> {
-    String::from_utf8(read_file(path)?).map_err(|_| io::Error::other("it is not valid UTF-8"))
-}
-
-/// A path as it may be shown. What is no absolute path may be a secret in the place of one.
-pub fn shown(path: &Path) -> String {
-    if path.is_absolute() {
-        format!("{path:?}")
-    } else {
-        "a relative path".to_owned()
-    }
-}
-
 /// A file's content as a value, one trailing newline removed.
 fn read_value(path: &Path) -> Result<String, String> {
     let mut value = read_text(path).map_err(|error| error.to_string())?;
@@ -262,7 +221,7 @@ fn line_number(text: &str, faulty: &str) -> usize {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use std::os::unix::ffi::OsStringExt;
+    use std::{fs, os::unix::ffi::OsStringExt};
 
     fn dotenv(text: &[u8]) -> Result<BTreeMap<String, OsString>, String> {
         let directory = tempfile::tempdir().unwrap();
