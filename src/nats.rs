@@ -106,7 +106,7 @@ pub async fn connect_once(
         .await
         .map_err(|error| match error.kind() {
             kind if REFUSALS.contains(&kind) => {
-                anyhow!("{}", refusal(kind, config.nats.login.remedy()))
+                anyhow!("{}", refusal(kind, config.nats.login.hint()))
             }
             _ => anyhow!("{}", explain(&error.to_string())),
         })?;

@@ -3,7 +3,7 @@
 
 use log::LevelFilter;
 
-use super::nearest;
+use super::misnamed::nearest;
 
 /// The crate whose lines tell what becomes of each message.
 const OWN: &str = "nats_webhook_relay";

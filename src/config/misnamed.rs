@@ -3,8 +3,11 @@
 use std::fmt;
 
 use super::{
-    ADDRESS, CREDS, DESTINATION, Environment, FAILED_PREFIX, FILE_SUFFIX, HEADER_PREFIX, HOST,
-    Kind, LOG, PASS, PREFIX, RELAYED_PREFIX, SECRET, USER, VARIABLES,
+    environment::{Environment, FILE_SUFFIX},
+    variables::{
+        ADDRESS, CREDS, DESTINATION, FAILED_PREFIX, HEADER_PREFIX, HOST, Kind, LOG, PASS, PREFIX,
+        RELAYED_PREFIX, SECRET, USER, VARIABLES, Variable,
+    },
 };
 
 /// What other programs call the same thing.
@@ -67,7 +70,7 @@ fn meant(environment: &Environment, name: &str) -> Option<String> {
         Some(stem) => (stem, FILE_SUFFIX),
         None => (name, ""),
     };
-    let with_suffix = |known: &str| match VARIABLES.iter().find(|variable| variable.name == known) {
+    let with_suffix = |known: &str| match Variable::find(known) {
         Some(variable) if variable.kind != Kind::File => format!("{known}{suffix}"),
         _ => known.to_owned(),
     };

@@ -5,7 +5,11 @@ use std::{fmt, net::IpAddr};
 use hyper_util::client::proxy::matcher::Matcher;
 use reqwest::{Url, header::HeaderValue};
 
-use super::{HTTP_PROXY, HTTPS_PROXY, NO_PROXY, Reader, without_secrets};
+use super::{
+    reader::{Noted, Reader, any_text},
+    variables::{HTTP_PROXY, HTTPS_PROXY, NO_PROXY},
+    without_secrets,
+};
 
 /// A proxy for requests. `Display` and `Debug` show neither its userinfo nor its query.
 #[derive(Clone)]
@@ -48,15 +52,15 @@ pub(super) struct Proxies {
 }
 
 impl Proxies {
-    pub(super) fn read(reader: &mut Reader<'_>) -> Option<Self> {
+    pub(super) fn read(reader: &mut Reader<'_>) -> Result<Self, Noted> {
         let mut proxy = |name| {
             let name = as_set(reader, name);
             reader.optional(&name, parse)
         };
         let (http, https) = (proxy(HTTP_PROXY), proxy(HTTPS_PROXY));
         let name = as_set(reader, NO_PROXY);
-        let exempt = reader.optional(&name, |text| Ok(text.to_owned()));
-        Some(Self {
+        let exempt = reader.optional(&name, any_text);
+        Ok(Self {
             http: http?,
             https: https?,
             exempt: exempt?.unwrap_or_default(),
@@ -88,8 +92,7 @@ impl Proxies {
 /// The name by which a variable is set: these are written in lower case as well.
 fn as_set(reader: &Reader<'_>, name: &str) -> String {
     let lower = name.to_lowercase();
-    let is_lower =
-        matches!(reader.look_up(name), Ok(None)) && reader.environment.raw(&lower).is_some();
+    let is_lower = !reader.is_set(name) && reader.environment.raw(&lower).is_some();
     if is_lower { lower } else { name.to_owned() }
 }
 
@@ -126,7 +129,7 @@ fn is_loopback(url: &Url) -> bool {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::config::Environment;
+    use crate::config::environment::Environment;
 
     /// The proxy for each of `destinations` with these variables set.
     fn chosen(variables: &[(&str, &str)], destinations: &[&str]) -> Vec<Option<String>> {

@@ -206,6 +206,9 @@ fn help_and_version_need_no_configuration_and_other_arguments_are_refused() {
             "{}",
             variable.name
         );
+        let words: Vec<_> = help.split_whitespace().collect();
+        let note = variable.note.unwrap_or_default();
+        assert!(words.join(" ").contains(note), "no {note}: {help}");
     }
     let version = concat!("nats-webhook-relay ", env!("CARGO_PKG_VERSION"), "\n");
     assert_eq!(output(&["--version"]), (Some(0), version.to_owned()));
@@ -251,6 +254,9 @@ fn documents_agree_with_the_table_of_variables() {
                 row.contains(&format!("`{value}`")),
                 "another default: {row}"
             );
+        }
+        if let Some(note) = variable.note {
+            assert!(row.replace('`', "").contains(note), "no {note}: {row}");
         }
         assert!(
             example.lines().any(|line| {

@@ -1,0 +1,157 @@
+//! Looks variables up, parses them, and notes every problem, so that one run reports all of them.
+//!
+//! Whoever reads several settings reads all of them before the first `?`: an early return would hide
+//! the problems of those that follow.
+
+use std::time::Duration;
+
+use super::{
+    environment::Environment,
+    variables::{Default, Kind, Variable},
+};
+
+/// There is no value, because a problem with it was noted. Only [`Reader::note`] makes one.
+#[derive(Clone, Copy, Debug)]
+#[must_use]
+pub(super) struct Noted(());
+
+/// Takes variables from the environment and collects the problems.
+pub(super) struct Reader<'a> {
+    pub(super) environment: &'a Environment,
+    problems: Vec<String>,
+}
+
+impl<'a> Reader<'a> {
+    pub(super) fn new(environment: &'a Environment) -> Self {
+        Self {
+            environment,
+            problems: Vec::new(),
+        }
+    }
+
+    /// Notes what is wrong with a variable: `problem` goes on after its name.
+    pub(super) fn note(&mut self, name: &str, problem: &str) -> Noted {
+        self.problems.push(format!("{name} {problem}"));
+        Noted(())
+    }
+
+    /// Whether a variable is set, be its value good or bad.
+    pub(super) fn is_set(&self, name: &str) -> bool {
+        !matches!(self.look_up(name), Ok(None))
+    }
+
+    /// The text of a variable, if it is set.
+    pub(super) fn text(&mut self, name: &str) -> Result<Option<String>, Noted> {
+        self.look_up(name)
+            .map_err(|problem| self.note(name, &problem))
+    }
+
+    /// The value of a variable that may be unset.
+    pub(super) fn optional<T>(
+        &mut self,
+        name: &str,
+        parse: impl FnOnce(&str) -> Result<T, String>,
+    ) -> Result<Option<T>, Noted> {
+        match self.text(name)? {
+            Some(text) => self.parse(name, &text, parse).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// The value of a variable, or its default. Without one it must be set.
+    pub(super) fn value<T>(
+        &mut self,
+        name: &str,
+        parse: impl FnOnce(&str) -> Result<T, String>,
+    ) -> Result<T, Noted> {
+        if let Some(text) = self.text(name)? {
+            return self.parse(name, &text, parse);
+        }
+        let variable = Variable::find(name);
+        if let Some(Default::Value(text)) = variable.map(|variable| variable.default) {
+            return self.parse(name, text, parse);
+        }
+        let meaning = variable.map_or("", |variable| variable.meaning);
+        Err(self.note(name, &format!("is required, but not set: {meaning}")))
+    }
+
+    /// The values of two variables of which neither makes sense without the other.
+    pub(super) fn both_or_neither<A, B>(
+        &mut self,
+        (a_name, parse_a): (&str, impl FnOnce(&str) -> Result<A, String>),
+        (b_name, parse_b): (&str, impl FnOnce(&str) -> Result<B, String>),
+    ) -> Result<Option<(A, B)>, Noted> {
+        let a = self.optional(a_name, parse_a);
+        let b = self.optional(b_name, parse_b);
+        let (missing, set) = match (a?, b?) {
+            (Some(a), Some(b)) => return Ok(Some((a, b))),
+            (None, None) => return Ok(None),
+            (Some(_), None) => (b_name, a_name),
+            (None, Some(_)) => (a_name, b_name),
+        };
+        let problem = format!("is not set, but {set} is; set both or neither");
+        Err(self.note(missing, &problem))
+    }
+
+    /// The whole, or all problems on the way to it.
+    pub(super) fn finish<T>(self, whole: Result<T, Noted>) -> Result<T, Vec<String>> {
+        match whole {
+            Ok(whole) if self.problems.is_empty() => Ok(whole),
+            _ => Err(self.problems),
+        }
+    }
+
+    /// What the environment has for a variable.
+    fn look_up(&self, name: &str) -> Result<Option<String>, String> {
+        match Variable::find(name).map(|variable| variable.kind) {
+            Some(Kind::File) => self.environment.text(name),
+            Some(Kind::Plain | Kind::Secret) | None => self.environment.text_or_file(name),
+        }
+    }
+
+    fn parse<T>(
+        &mut self,
+        name: &str,
+        text: &str,
+        parse: impl FnOnce(&str) -> Result<T, String>,
+    ) -> Result<T, Noted> {
+        parse(text).map_err(|problem| self.note(name, &problem))
+    }
+}
+
+/// The text as it is.
+pub(super) fn any_text(text: &str) -> Result<String, String> {
+    Ok(text.to_owned())
+}
+
+pub(super) fn parse_bool(text: &str) -> Result<bool, String> {
+    text.parse()
+        .map_err(|_| format!("is {text:?}; write true or false"))
+}
+
+/// No setting makes sense beyond a day.
+const LONGEST_DURATION: Duration = Duration::from_secs(24 * 60 * 60);
+
+pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text)
+        .ok()
+        .filter(|duration| *duration <= LONGEST_DURATION)
+        .ok_or_else(|| {
+            format!("{text:?} is no duration of at most a day; write it like 500ms, 15s or 2m")
+        })
+}
+
+/// Entries separated by white space; at least one.
+pub(super) fn parse_list<T>(
+    text: &str,
+    parse: fn(&str) -> Result<T, String>,
+) -> Result<Vec<T>, String> {
+    let entries: Vec<_> = text
+        .split_whitespace()
+        .map(parse)
+        .collect::<Result<_, _>>()?;
+    if entries.is_empty() {
+        return Err("holds nothing but white space; set it to a value, or unset it".into());
+    }
+    Ok(entries)
+}
