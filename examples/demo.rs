@@ -177,7 +177,9 @@ async fn durable() -> bool {
     print([acted, heard].concat(), &webhook, start);
     relay.signal("TERM");
     let (code, _) = relay.ended().await;
-    println!("\nA message that was in hand at a kill comes again after the ack wait of 5 s.\n");
+    println!(
+        "\nA message that was being relayed at a kill comes again after the ack wait of 5 s.\n"
+    );
     first.into_iter().eq((1..=8).map(|n| n.to_string())) && code == Some(0)
 }
 

@@ -385,7 +385,7 @@ let
           (
             pair:
             "settings: ${pair.a} (${cfg.settings.${pair.a}}) and ${pair.b} (${cfg.settings.${pair.b}}) "
-            + "overlap, so that the relay would hear its own messages. Choose prefixes of which none "
+            + "overlap, so that the relay would take its own messages. Choose prefixes of which none "
             + "is below the other."
           )
           (
@@ -407,7 +407,7 @@ let
         wantedBy = [ "multi-user.target" ];
         wants = [ "network-online.target" ];
         # After the NATS server, where it runs on this host: then the relay is stopped before it,
-        # and can still republish the message in hand.
+        # and can still republish the current message.
         after = [
           "network-online.target"
           "nats.service"

@@ -25,13 +25,13 @@ use crate::{
         inbox_refused, show,
     },
     publish::{Failure, Publishers},
-    source::{Consumer, Trouble, try_to_look},
+    source::{Consumer, ConsumerError, try_to_look},
     text::{self, count, reasons},
     tls,
 };
 
 /// How long anything may take.
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The head of an answer is not longer.
 const MAX_HEAD_BYTES: usize = 16 * 1024;
@@ -110,16 +110,16 @@ pub async fn check(config: &Config, out: &mut dyn Write) -> anyhow::Result<bool>
         .transpose()?
         .map(Arc::new);
     for destination in &config.webhook.destinations {
-        let found = within_patience(reach(destination, tls.as_ref())).await;
+        let found = within_timeout(reach(destination, tls.as_ref())).await;
         report.add(&format!("destination {destination}"), found);
     }
     Ok(report.good)
 }
 
-async fn within_patience<T>(what: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
-    timeout(PATIENCE, what)
+async fn within_timeout<T>(what: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    timeout(TIMEOUT, what)
         .await
-        .unwrap_or_else(|_| Err(anyhow!("no answer within {PATIENCE:?}")))
+        .unwrap_or_else(|_| Err(anyhow!("no answer within {TIMEOUT:?}")))
 }
 
 /// Connects to each server; the first connection that there is.
@@ -135,7 +135,7 @@ async fn check_servers(
     let mut reached = None;
     for server in &config.nats.servers {
         let connecting = connect_once(config, server, monitor);
-        let found = within_patience(connecting).await.map(|connection| {
+        let found = within_timeout(connecting).await.map(|connection| {
             reached.get_or_insert(connection);
             welcome.to_owned()
         });
@@ -154,7 +154,7 @@ async fn check_subscription(
     // Outside of the queue group, so that it takes no message away from it.
     let client = connection.client();
     let found = match client.subscribe(subject.clone()).await {
-        Ok(_subscriber) => within_patience(events.confirm(&client, false)).await,
+        Ok(_subscriber) => within_timeout(events.confirm(&client, false)).await,
         Err(error) => Err(error.into()),
     };
     report.add(
@@ -176,9 +176,9 @@ async fn check_consumer(
             Ok(waiting) => Ok(format!(
                 "is there and as it must be; waiting in the stream: {}", count(waiting, "message")
             )),
-            Err(Trouble::Missing) => Ok("is missing, and created at the start".to_owned()),
-            Err(Trouble::Fatal(reason) | Trouble::NobodyAnswers(reason)) => Err(reason),
-            Err(Trouble::Temporary(reason)) => Err(anyhow!(reason)),
+            Err(ConsumerError::Missing) => Ok("is missing, and created at the start".to_owned()),
+            Err(ConsumerError::Fatal(reason) | ConsumerError::NobodyAnswers(reason)) => Err(reason),
+            Err(ConsumerError::Temporary(reason)) => Err(anyhow!(reason)),
         },
     };
     let is_usable = found.is_ok();

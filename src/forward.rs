@@ -21,7 +21,7 @@ use crate::{
     publish::{Publication, Publishers},
     republish::{Cause, GivenUp, failed_headers, relayed_headers, relayed_subject},
     source::{Delivery, Outcome},
-    webhook::{Failure, Target, Webhook, message_id},
+    webhook::{Destination, Failure, Webhook, message_id},
 };
 
 /// Growing waits between attempts to POST one message.
@@ -37,8 +37,8 @@ pub struct Forward {
     webhook: Webhook,
     config: Arc<Config>,
     monitor: Arc<Monitor>,
-    /// In the order of the webhook's targets.
-    destinations: Vec<DestinationMetrics>,
+    /// In the order of the webhook's destinations.
+    metrics: Vec<DestinationMetrics>,
 }
 
 /// A destination has succeeded.
@@ -78,9 +78,9 @@ impl Forward {
         config: Arc<Config>,
         monitor: Arc<Monitor>,
     ) -> Self {
-        let destinations = (0..webhook.targets().len()).map(|index| monitor.destination(index));
+        let metrics = (0..webhook.destinations().len()).map(|index| monitor.destination(index));
         Self {
-            destinations: destinations.collect(),
+            metrics: metrics.collect(),
             publishers: Publishers::new(connection.clone(), &config, &monitor),
             connection,
             webhook,
@@ -100,9 +100,9 @@ impl Forward {
     /// Where messages are POSTed to, in words.
     #[must_use]
     pub fn destinations(&self) -> String {
-        let targets = self.webhook.targets().iter();
-        let names: Vec<_> = targets
-            .map(|target| target.destination.to_string())
+        let destinations = self.webhook.destinations().iter();
+        let names: Vec<_> = destinations
+            .map(|destination| destination.url.to_string())
             .collect();
         names.join(" and ")
     }
@@ -131,8 +131,8 @@ impl Forward {
         let publisher = &self.publishers.relayed;
         let subject = relayed_subject(delivery, &self.config.prefix, &publisher.prefix)
             .map_err(GivenUp::unpublishable)?;
-        if let Some(fault) = delivery.fault {
-            return Err(GivenUp::unpublishable(fault.to_owned()));
+        if let Some(unrelayable) = delivery.unrelayable {
+            return Err(GivenUp::unpublishable(unrelayable.to_owned()));
         }
         let stream_headers = publisher.stream_headers(delivery, id);
         let max_payload = self.connection.client().max_payload();
@@ -162,8 +162,9 @@ impl Forward {
 
     /// POSTs to all destinations at the same time, until each has succeeded or is to be given up.
     async fn post(&self, delivery: &Delivery, id: &HeaderValue) -> Result<Vec<Posted>, GivenUp> {
-        let targets = self.webhook.targets().iter().zip(&self.destinations);
-        let ends = join_all(targets.map(|target| self.post_to(target, delivery, id))).await;
+        let destinations = self.webhook.destinations().iter().zip(&self.metrics);
+        let ends =
+            join_all(destinations.map(|destination| self.post_to(destination, delivery, id))).await;
         let (mut posted, mut given_up) = (Vec::new(), Vec::new());
         for end in ends {
             match end {
@@ -177,20 +178,20 @@ impl Forward {
     /// POSTs to one destination until it succeeds, or is to be given up.
     async fn post_to(
         &self,
-        (target, metrics): (&Target, &DestinationMetrics),
+        (destination, metrics): (&Destination, &DestinationMetrics),
         delivery: &Delivery,
         id: &HeaderValue,
     ) -> Result<Posted, GivenUp> {
-        let name = |reason: String| match self.webhook.targets() {
+        let name = |reason: String| match self.webhook.destinations() {
             [_] => reason,
-            _ => format!("{}: {reason}", target.destination),
+            _ => format!("{}: {reason}", destination.url),
         };
         let max_attempts = self.config.webhook.max_attempts;
         let mut attempts = 0;
         loop {
             attempts += 1;
             let start = Instant::now();
-            let answer = self.webhook.post(target, delivery, id).await;
+            let answer = self.webhook.post(destination, delivery, id).await;
             metrics.add_attempt(&answer, start.elapsed());
             let (reason, status, retry_after) = match answer {
                 Ok(status) => return Ok(Posted { status, attempts }),

@@ -160,7 +160,7 @@ impl Monitor {
             )?,
             attempts: counters(
                 "webhook_attempts_total",
-                "Attempts to POST a message, by the place of the destination in WEBHOOK_DESTINATION.",
+                "Attempts to POST a message, by the index of the destination in WEBHOOK_DESTINATION.",
                 &["destination", "outcome"],
             )?,
             waiting_messages: gauge(
@@ -227,16 +227,16 @@ impl Monitor {
         self.received.inc();
     }
 
-    /// The metrics of the destination at this place in `WEBHOOK_DESTINATION`.
+    /// The metrics of the destination at this index in `WEBHOOK_DESTINATION`.
     #[must_use]
-    pub fn destination(&self, place: usize) -> DestinationMetrics {
-        let place = place.to_string();
-        let counter = |outcome| self.attempts.with_label_values(&[&place[..], outcome]);
+    pub fn destination(&self, index: usize) -> DestinationMetrics {
+        let index = index.to_string();
+        let counter = |outcome| self.attempts.with_label_values(&[&index[..], outcome]);
         DestinationMetrics {
             success: counter("success"),
             temporary: counter("temporary_failure"),
             permanent: counter("permanent_failure"),
-            duration: self.attempt_duration.with_label_values(&[&place[..]]),
+            duration: self.attempt_duration.with_label_values(&[&index[..]]),
         }
     }
 

@@ -206,7 +206,7 @@ impl Publisher {
         }
     }
 
-    /// What streams are to know a message by: its own id, else its place in the stream that it comes
+    /// What streams are to know a message by: its own id, else its position in the stream that it comes
     /// from, else the id that the webhook was told.
     #[must_use]
     pub fn stream_headers(

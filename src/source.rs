@@ -29,7 +29,7 @@ pub use self::{
     durable::Durable,
 };
 pub(crate) use self::{
-    consumer::{Consumer, Trouble},
+    consumer::{Consumer, ConsumerError},
     unreadable::try_to_look,
 };
 
@@ -45,7 +45,7 @@ pub struct Delivery {
     /// How it is acknowledged; not at all in core mode.
     pub ack: Option<Ack>,
     /// Why it cannot be relayed at all, if it cannot.
-    pub fault: Option<&'static str>,
+    pub unrelayable: Option<&'static str>,
 }
 
 /// Where messages come from.

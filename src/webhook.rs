@@ -30,7 +30,7 @@ use self::{
     signing::SigningSecret,
 };
 use crate::{
-    config::{self, Destination, Secrets},
+    config::{self, Secrets},
     source::Delivery,
     text, tls,
 };
@@ -64,16 +64,16 @@ const MAX_HEADERS: usize = 256;
 
 /// Where and how to POST.
 pub struct Webhook {
-    targets: Vec<Target>,
+    destinations: Vec<Destination>,
     timeout: Duration,
     signing_secrets: Vec<SigningSecret>,
     sent_secrets: Secrets,
 }
 
 /// One destination.
-pub struct Target {
+pub struct Destination {
     /// Its URL, as it may be shown.
-    pub destination: Destination,
+    pub url: config::Destination,
     /// Keeps the one connection to it.
     client: Client,
     /// Whether that connection waits for the next request, as far as we know.
@@ -114,16 +114,16 @@ impl Webhook {
         let tls = config
             .destinations
             .iter()
-            .any(Destination::is_https)
+            .any(config::Destination::is_https)
             .then(|| tls::client_config(config.trust.as_deref()))
             .transpose()?;
-        let targets = config
+        let destinations = config
             .destinations
             .iter()
-            .map(|destination| Target::new(destination, config, tls.as_ref()))
+            .map(|destination| Destination::new(destination, config, tls.as_ref()))
             .collect::<anyhow::Result<_>>()?;
         Ok(Self {
-            targets,
+            destinations,
             timeout: config.timeout,
             signing_secrets: config.secrets.clone(),
             sent_secrets: config.sent_secrets(),
@@ -132,8 +132,8 @@ impl Webhook {
 
     /// Where messages are POSTed to.
     #[must_use]
-    pub fn targets(&self) -> &[Target] {
-        &self.targets
+    pub fn destinations(&self) -> &[Destination] {
+        &self.destinations
     }
 
     /// One attempt to POST a message.
@@ -142,11 +142,11 @@ impl Webhook {
     /// If the destination did not answer with success in time.
     pub async fn post(
         &self,
-        target: &Target,
+        destination: &Destination,
         delivery: &Delivery,
         id: &HeaderValue,
     ) -> Result<StatusCode, Failure> {
-        self.try_to_post(target, delivery, id)
+        self.try_to_post(destination, delivery, id)
             .await
             .map_err(|mut failure| {
                 // Some destinations quote what they were sent.
@@ -159,13 +159,17 @@ impl Webhook {
 
     async fn try_to_post(
         &self,
-        target: &Target,
+        destination: &Destination,
         delivery: &Delivery,
         id: &HeaderValue,
     ) -> Result<StatusCode, Failure> {
         let deadline = Instant::now() + self.timeout;
-        let send = || target.client.execute(self.request(target, delivery, id));
-        let was_idle = target.is_idle.swap(false, Relaxed);
+        let send = || {
+            destination
+                .client
+                .execute(self.request(destination, delivery, id))
+        };
+        let was_idle = destination.is_idle.swap(false, Relaxed);
         let mut answer = timeout_at(deadline, send()).await;
         if let Ok(Err(error)) = &answer
             && was_idle
@@ -176,7 +180,7 @@ impl Webhook {
         }
         let response = match answer {
             Ok(Ok(response)) => response,
-            Ok(Err(error)) => return Err(temporary(target.describe(error))),
+            Ok(Err(error)) => return Err(temporary(destination.describe(error))),
             Err(_) => return Err(temporary(format!("no answer within {:?}", self.timeout))),
         };
         let status = response.status();
@@ -184,11 +188,11 @@ impl Webhook {
             200..=299 => {
                 // The message has arrived, whatever becomes of the rest of the answer.
                 read(response, DRAIN_BYTES, deadline).await;
-                target.is_idle.store(true, Relaxed);
+                destination.is_idle.store(true, Relaxed);
                 Ok(status)
             }
             300..=399 => Err(Failure::Permanent {
-                reason: target.redirect_reason(&response),
+                reason: destination.redirect_reason(&response),
                 status,
             }),
             408 | 425 | 429 | 500..=599 => Err(Failure::Temporary {
@@ -209,8 +213,8 @@ impl Webhook {
         }
     }
 
-    fn request(&self, target: &Target, delivery: &Delivery, id: &HeaderValue) -> Request {
-        let Target { template, .. } = target;
+    fn request(&self, destination: &Destination, delivery: &Delivery, id: &HeaderValue) -> Request {
+        let Destination { template, .. } = destination;
         let mut request = Request::new(template.method().clone(), template.url().clone());
         let headers = request.headers_mut();
         headers.clone_from(template.headers());
@@ -249,9 +253,9 @@ impl Webhook {
     }
 }
 
-impl Target {
+impl Destination {
     fn new(
-        destination: &Destination,
+        url: &config::Destination,
         config: &config::Webhook,
         tls: Option<&ClientConfig>,
     ) -> anyhow::Result<Self> {
@@ -271,7 +275,7 @@ impl Target {
             Some(tls) => builder.tls_backend_preconfigured(tls.clone()),
             None => builder.tls_certs_only([]),
         };
-        if let Some(proxy) = destination.proxy() {
+        if let Some(proxy) = url.proxy() {
             let through =
                 Proxy::all(proxy.expose_url().clone()).map_err(reqwest::Error::without_url);
             builder =
@@ -279,13 +283,13 @@ impl Target {
         }
         let client = builder.build().context("cannot set up the HTTP client")?;
         let template = client
-            .post(destination.expose_url().clone())
+            .post(url.expose_url().clone())
             .header(CONTENT_TYPE, "application/json")
             .build()
             .map_err(reqwest::Error::without_url)
-            .with_context(|| format!("cannot POST to {destination}"))?;
+            .with_context(|| format!("cannot POST to {url}"))?;
         Ok(Self {
-            destination: destination.clone(),
+            url: url.clone(),
             client,
             is_idle: AtomicBool::new(false),
             template,
@@ -304,15 +308,15 @@ impl Target {
         if !error.is_connect() {
             return format!("no valid answer: {cause}");
         }
-        let server = self.destination.authority();
-        match self.destination.proxy() {
+        let server = self.url.authority();
+        match self.url.proxy() {
             Some(proxy) => format!("cannot connect to {server} through the proxy {proxy}: {cause}"),
             None => format!("cannot connect to {server}: {cause}"),
         }
     }
 
     fn redirect_reason(&self, response: &Response) -> String {
-        let target = response
+        let location = response
             .headers()
             .get(LOCATION)
             .and_then(|location| location.to_str().ok())
@@ -320,12 +324,14 @@ impl Target {
             // Such as mailto: or data:, of which nothing is known to be fit to be shown.
             .filter(|url| url.has_host());
         let status = response.status();
-        match target {
+        match location {
             Some(url) => format!(
                 "answered {status} to {}; redirects are not followed, set WEBHOOK_DESTINATION to it",
                 text::one_line(&config::without_secrets(&url), text::LONGEST_PIECE)
             ),
-            None => format!("answered {status} without a target; check WEBHOOK_DESTINATION"),
+            None => {
+                format!("answered {status} without a usable Location; check WEBHOOK_DESTINATION")
+            }
         }
     }
 }

@@ -237,7 +237,7 @@ pub const VARIABLES: &[Variable] = &[
     .default("0s"),
     Variable::optional(
         SHUTDOWN_TIMEOUT,
-        "how long a stop waits for the message in hand",
+        "how long a stop waits for the current message",
     )
     .default("20s"),
     Variable::optional(

@@ -15,7 +15,7 @@ use super::{
     reader::{Noted, Reader, parse_duration, parse_list},
     variables::{DESTINATION, HEADER_PREFIX, MAX_ATTEMPTS, SECRET, TIMEOUT},
 };
-use crate::signing::SigningSecret;
+use crate::webhook::signing::SigningSecret;
 
 /// Where and how to POST.
 #[derive(Debug)]

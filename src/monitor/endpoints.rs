@@ -36,7 +36,7 @@ use crate::monitor::Monitor;
 const MAX_CLIENTS: usize = 64;
 
 /// A client gets this long for its one request, and its answer.
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// So many clients may wait to be accepted.
 const BACKLOG: u32 = 4096;
@@ -124,12 +124,12 @@ async fn serve_client(stream: TcpStream, monitor: Arc<Monitor>, has_asked: Arc<A
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(PATIENCE)
+        .header_read_timeout(TIMEOUT)
         .max_buf_size(MAX_HEAD_BYTES)
         .keep_alive(false)
         .serve_connection(TokioIo::new(stream), service);
     // Whatever a client does wrong is its own matter.
-    let _ = timeout(PATIENCE, connection).await;
+    let _ = timeout(TIMEOUT, connection).await;
 }
 
 fn answer(request: &Request<Incoming>, monitor: &Monitor) -> Response<Full<Bytes>> {

@@ -21,7 +21,7 @@ use rustix::{
 use crate::text;
 
 /// How long a line waits for a reader that is behind, so that a burst is logged as a whole.
-const PATIENCE: Timespec = Timespec {
+const ROOM_TIMEOUT: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 500_000_000,
 };
@@ -111,7 +111,7 @@ impl Room {
         if is_dropping || self.in_vain.is_some_and(|since| since.elapsed() < PAUSE) {
             return false;
         }
-        if stderr_takes_a_line(&PATIENCE) {
+        if stderr_takes_a_line(&ROOM_TIMEOUT) {
             return true;
         }
         self.in_vain = Some(Instant::now());
@@ -127,10 +127,10 @@ impl Room {
     }
 }
 
-fn stderr_takes_a_line(patience: &Timespec) -> bool {
+fn stderr_takes_a_line(timeout: &Timespec) -> bool {
     let stderr = io::stderr();
     let mut polled = [PollFd::new(&stderr, PollFlags::OUT)];
-    let found = retry_on_intr(|| poll(&mut polled, Some(patience)));
+    let found = retry_on_intr(|| poll(&mut polled, Some(timeout)));
     // Beside room there would be an error where nobody can read any more.
     found.is_ok() && polled[0].revents() == PollFlags::OUT
 }

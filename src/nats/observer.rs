@@ -36,8 +36,8 @@ fn is_refusal(error: &str) -> bool {
 }
 
 /// What to say then.
-pub(super) fn refusal(kind: impl Display, remedy: &str) -> String {
-    format!("refused the login ({kind}); {remedy}")
+pub(super) fn refusal(kind: impl Display, hint: &str) -> String {
+    format!("refused the login ({kind}); {hint}")
 }
 
 /// Why there is no connection, in words where the client has none.
@@ -57,7 +57,7 @@ pub(super) struct Observer {
     /// What the relay subscribes to.
     subject: String,
     /// What to look at where the server refuses the login.
-    remedy: &'static str,
+    hint: &'static str,
     /// The stream that it takes messages from, if it does not publish into it as well.
     input: Option<String>,
     /// Whether messages are lost with a connection, as in core mode.
@@ -92,7 +92,7 @@ impl Observer {
         let (sender, receiver) = mpsc::unbounded_channel();
         let observer = Self {
             subject: config.prefix.wildcard(),
-            remedy: config.nats.login.remedy(),
+            hint: config.nats.login.hint(),
             input: match &config.mode {
                 Mode::Core { .. } => None,
                 Mode::Durable { stream, .. } => Some(stream.clone()).filter(|stream| {
@@ -183,7 +183,7 @@ impl Observer {
             Event::ServerError(error) => self.observe_server_error(&error),
             Event::ClientError(ClientError::Other(kind)) if is_refusal(&kind) => {
                 let progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
-                let refusal = refusal(kind, self.remedy);
+                let refusal = refusal(kind, self.hint);
                 self.fatal(anyhow!("NATS at {} {refusal}", self.server(&progress)));
             }
             // A failed attempt to connect: the next choice of a server logs it, with the reason.

@@ -46,7 +46,7 @@ pub struct Ack {
     handed_out: HandedOut,
 }
 
-/// The place of a message in its stream. The sequence alone does not tell: a stream that was restored
+/// The position of a message in its stream. The sequence alone does not tell: a stream that was restored
 /// gives it away again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Position {

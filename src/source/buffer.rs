@@ -95,7 +95,7 @@ impl Buffer {
             headers: decode(&String::from_utf8_lossy(&headers)),
             payload,
             ack: None,
-            fault: None,
+            unrelayable: None,
         })
     }
 }

@@ -19,7 +19,7 @@ use crate::nats::Connection;
 const ACK_WAIT: Duration = Duration::from_secs(5);
 
 /// Why a consumer cannot be used.
-pub(crate) enum Trouble {
+pub(crate) enum ConsumerError {
     /// It does not exist.
     Missing,
     /// It never can.
@@ -50,40 +50,40 @@ impl Consumer {
     }
 
     /// Verifies that the consumer is there and as it must be; creates it if it is missing.
-    pub(crate) async fn ensure(&self) -> Result<(), Trouble> {
+    pub(crate) async fn ensure(&self) -> Result<(), ConsumerError> {
         match self.verify().await {
-            Err(Trouble::Missing) => self.create().await,
+            Err(ConsumerError::Missing) => self.create().await,
             verified => verified.map(drop),
         }
     }
 
     /// Verifies that the consumer is there and as it must be; how many messages it has yet to hand
     /// out.
-    pub(crate) async fn verify(&self) -> Result<u64, Trouble> {
+    pub(crate) async fn verify(&self) -> Result<u64, ConsumerError> {
         let Self { stream, name, .. } = self;
         let error = match self.handle().await?.consumer_info(name).await {
             Ok(info) => {
-                self.compare(&info.config).map_err(Trouble::Fatal)?;
+                self.compare(&info.config).map_err(ConsumerError::Fatal)?;
                 return Ok(info.num_pending);
             }
             Err(error) => error,
         };
         Err(match error.kind() {
-            ConsumerInfoErrorKind::NotFound => Trouble::Missing,
-            ConsumerInfoErrorKind::StreamNotFound => Trouble::Fatal(anyhow!(
+            ConsumerInfoErrorKind::NotFound => ConsumerError::Missing,
+            ConsumerInfoErrorKind::StreamNotFound => ConsumerError::Fatal(anyhow!(
                 "there is no stream {stream}; create it, or set NATS_STREAM to one that exists"
             )),
-            ConsumerInfoErrorKind::NoResponders => Trouble::NobodyAnswers(anyhow!(
+            ConsumerInfoErrorKind::NoResponders => ConsumerError::NobodyAnswers(anyhow!(
                 "JetStream is not enabled on the NATS server; enable it (behind a leaf node: \
                  default_js_domain), or unset NATS_STREAM"
             )),
             ConsumerInfoErrorKind::JetStream(error) => self.judge(&error),
-            ConsumerInfoErrorKind::InvalidName => Trouble::Fatal(anyhow!(
+            ConsumerInfoErrorKind::InvalidName => ConsumerError::Fatal(anyhow!(
                 "{stream} or {name} is no name for a stream or a consumer"
             )),
             ConsumerInfoErrorKind::Offline
             | ConsumerInfoErrorKind::Request
-            | ConsumerInfoErrorKind::TimedOut => Trouble::Temporary(error.to_string()),
+            | ConsumerInfoErrorKind::TimedOut => ConsumerError::Temporary(error.to_string()),
         })
     }
 
@@ -95,14 +95,14 @@ impl Consumer {
     pub(crate) async fn verify_again(&self) -> anyhow::Result<Option<u64>> {
         let reason = match self.verify().await {
             Ok(pending) => return Ok(Some(pending)),
-            Err(Trouble::Fatal(reason)) => return Err(reason),
-            Err(Trouble::Missing) => bail!(
+            Err(ConsumerError::Fatal(reason)) => return Err(reason),
+            Err(ConsumerError::Missing) => bail!(
                 "the consumer {} was deleted; the next start creates it anew",
                 self.name
             ),
             // Such as a leaf node that has lost its hub.
-            Err(Trouble::NobodyAnswers(_)) => "nobody answers".to_owned(),
-            Err(Trouble::Temporary(reason)) => reason,
+            Err(ConsumerError::NobodyAnswers(_)) => "nobody answers".to_owned(),
+            Err(ConsumerError::Temporary(reason)) => reason,
         };
         warn!("JetStream is not ready: {reason}");
         Ok(None)
@@ -138,7 +138,7 @@ impl Consumer {
         info.ok().map(|info| info.delivered.consumer_sequence)
     }
 
-    async fn create(&self) -> Result<(), Trouble> {
+    async fn create(&self) -> Result<(), ConsumerError> {
         let Self { stream, name, .. } = self;
         match self.handle().await?.create_consumer(self.config()).await {
             Ok(_) => {
@@ -147,18 +147,18 @@ impl Consumer {
             }
             Err(error) => Err(match error.kind() {
                 ConsumerErrorKind::JetStream(error) => self.judge(&error),
-                _ => Trouble::Temporary(error.to_string()),
+                _ => ConsumerError::Temporary(error.to_string()),
             }),
         }
     }
 
-    async fn handle(&self) -> Result<Stream<()>, Trouble> {
+    async fn handle(&self) -> Result<Stream<()>, ConsumerError> {
         let handle = self
             .connection
             .jetstream()
             .get_stream_no_info(&self.stream)
             .await;
-        handle.map_err(|error| Trouble::Fatal(error.into()))
+        handle.map_err(|error| ConsumerError::Fatal(error.into()))
     }
 
     fn config(&self) -> pull::Config {
@@ -187,15 +187,15 @@ impl Consumer {
     }
 
     /// What an error of the JetStream API means.
-    fn judge(&self, error: &async_nats::jetstream::Error) -> Trouble {
+    fn judge(&self, error: &async_nats::jetstream::Error) -> ConsumerError {
         match error.error_code() {
             ErrorCode::JETSTREAM_NOT_ENABLED | ErrorCode::JETSTREAM_NOT_ENABLED_FOR_ACCOUNT => {
-                Trouble::Fatal(anyhow!(
+                ConsumerError::Fatal(anyhow!(
                     "JetStream is not enabled: {error}; enable it, or unset NATS_STREAM"
                 ))
             }
-            _ if error.code() >= 500 => Trouble::Temporary(error.to_string()),
-            _ => Trouble::Fatal(anyhow!(
+            _ if error.code() >= 500 => ConsumerError::Temporary(error.to_string()),
+            _ => ConsumerError::Fatal(anyhow!(
                 "the consumer {} of the stream {} cannot be used: {error}",
                 self.name,
                 self.stream

@@ -29,7 +29,7 @@ pub struct Core {
     events: ConnectionEvents,
     subject: String,
     queue_group: Option<String>,
-    /// Whether the relay is to hear what streams confirm.
+    /// Whether streams have to confirm what is published, for which it needs an inbox.
     needs_inbox: bool,
     subscriber: Option<Subscriber>,
     /// Whether the subscription has been ended by ourselves.

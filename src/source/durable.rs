@@ -29,7 +29,7 @@ use tokio::time::{Instant, Sleep, sleep, timeout};
 use super::{
     Ack, Delivery,
     ack::{HandedOut, Position},
-    consumer::{Consumer, Trouble},
+    consumer::{Consumer, ConsumerError},
     pull::Meaning,
     requests::Requests,
     unreadable,
@@ -122,12 +122,12 @@ impl Durable {
                         }
                         continue;
                     }
-                    Err(Trouble::Fatal(reason) | Trouble::NobodyAnswers(reason)) => {
+                    Err(ConsumerError::Fatal(reason) | ConsumerError::NobodyAnswers(reason)) => {
                         return Err(reason);
                     }
                     // Deleted as soon as it was created; once more, then.
-                    Err(Trouble::Missing) => "the consumer is missing".to_owned(),
-                    Err(Trouble::Temporary(reason)) => reason,
+                    Err(ConsumerError::Missing) => "the consumer is missing".to_owned(),
+                    Err(ConsumerError::Temporary(reason)) => reason,
                 },
             };
             failures += 1;
@@ -320,7 +320,7 @@ impl Durable {
             headers: message.headers.unwrap_or_default(),
             payload: message.payload,
             ack: Some(ack),
-            fault: None,
+            unrelayable: None,
         };
         // It may have been handed out again, as by a request that was taken for lost.
         self.arrived.retain(|waiting| {

@@ -48,7 +48,7 @@ pub(super) async fn find(consumer: &Arc<Consumer>, handed_out: &HandedOut) -> Op
     let has_headers = message.headers.is_some();
     let (subject, time) = (message.subject.clone(), message.time);
     let payload = STANDARD.decode(&message.payload).ok()?;
-    let fault = match StreamMessage::try_from(message) {
+    let unrelayable = match StreamMessage::try_from(message) {
         // What JSON makes of it.
         _ if subject.contains(char::REPLACEMENT_CHARACTER) => "its subject is not UTF-8",
         Err(_) => "its headers cannot be read",
@@ -73,7 +73,7 @@ pub(super) async fn find(consumer: &Arc<Consumer>, handed_out: &HandedOut) -> Op
             consumer,
             handed_out,
         )),
-        fault: Some(fault),
+        unrelayable: Some(unrelayable),
     })
 }
 

@@ -5,13 +5,13 @@ use reqwest::header::HeaderValue;
 
 use crate::source::Delivery;
 
-/// The `webhook-id` of a message, the same over retries: its `Nats-Msg-Id`, else its place in its
+/// The `webhook-id` of a message, the same over retries: its `Nats-Msg-Id`, else its position in its
 /// stream, else a random one.
 #[must_use]
 pub fn message_id(delivery: &Delivery) -> HeaderValue {
     let own = header(&delivery.headers, NATS_MESSAGE_ID.as_ref());
-    let place = delivery.ack.as_ref().map(|ack| ack.id.as_str());
-    let usable = own.into_iter().chain(place).find(|id| is_webhook_id(id));
+    let position = delivery.ack.as_ref().map(|ack| ack.id.as_str());
+    let usable = own.into_iter().chain(position).find(|id| is_webhook_id(id));
     let random = || format!("msg_{:032x}", fastrand::u128(..));
     let id = usable.map_or_else(random, str::to_owned);
     // Never an error: all of these are visible ASCII.

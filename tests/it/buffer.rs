@@ -53,7 +53,7 @@ async fn a_hung_webhook_bounds_memory_and_every_drop_is_counted() {
         scene.publish(payload).await;
     }
     scene.client.flush().await.unwrap();
-    // One is in hand, 64 MiB are waiting, the rest is dropped: the newest.
+    // One is being relayed, 64 MiB are waiting, the rest is dropped: the newest.
     let fit = 1 + 64 * 1024 * 1024 / (PAYLOAD + 1024);
     until("all drops are reported", async || {
         dropped(&scene.relay) >= COUNT - fit - 1
@@ -97,7 +97,7 @@ async fn a_flood_of_small_messages_bounds_memory_too_and_all_are_counted() {
     }
     client.flush().await.unwrap();
     let address = address(&relay).await;
-    let waiting = until_ok("all but the one in hand wait or are dropped", async || {
+    let waiting = until_ok("all but the current one wait or are dropped", async || {
         let metrics = metrics(&address).await;
         let waiting = metrics["waiting_messages"];
         if waiting + metrics["messages_dropped_total"] == (COUNT - 1) as f64 {

@@ -176,7 +176,7 @@ async fn a_redirect_is_not_followed_and_its_target_is_named() {
             "301 Moved\r\nlocation: https://u:hunter2@new.example/",
             "to https://new.example/;",
         ),
-        ("304 Not Modified", "without a target"),
+        ("304 Not Modified", "without a usable Location"),
     ] {
         let mut scene = Scene::script([Answer::full(head, "")], &[]).await;
         assert_eq!(scene.given_up(reason).await.len(), 1);
@@ -342,7 +342,7 @@ async fn what_a_webhook_quotes_of_the_relay_s_secrets_goes_nowhere() {
             "answered 403 Forbidden: Basic *** *** POST /hook?*** HTTP/1.1",
         ),
         ("in the path", "/***/x; redirects are not followed"),
-        ("opaque", "answered 302 Found without a target"),
+        ("opaque", "answered 302 Found without a usable Location"),
     ] {
         client.publish("cms.cache.x", payload.into()).await.unwrap();
         let headers = next(&mut failed).await.headers.unwrap();
