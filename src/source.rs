@@ -14,7 +14,7 @@ mod unreadable;
 
 use std::sync::Arc;
 
-use async_nats::{HeaderMap, Subject};
+use async_nats::{HeaderMap, Message, Subject};
 use bytes::Bytes;
 
 use crate::{
@@ -46,6 +46,19 @@ pub struct Delivery {
     pub ack: Option<Ack>,
     /// Why it cannot be relayed at all, if it cannot.
     pub unrelayable: Option<&'static str>,
+}
+
+impl From<Message> for Delivery {
+    /// A message that nobody keeps.
+    fn from(message: Message) -> Self {
+        Self {
+            subject: message.subject,
+            headers: message.headers.unwrap_or_default(),
+            payload: message.payload,
+            ack: None,
+            unrelayable: None,
+        }
+    }
 }
 
 /// Where messages come from.

@@ -164,24 +164,16 @@ impl Webhook {
         id: &HeaderValue,
     ) -> Result<StatusCode, Failure> {
         let deadline = Instant::now() + self.timeout;
-        let send = || {
-            destination
-                .client
-                .execute(self.request(destination, delivery, id))
-        };
-        let was_idle = destination.is_idle.swap(false, Relaxed);
-        let mut answer = timeout_at(deadline, send()).await;
-        if let Ok(Err(error)) = &answer
-            && was_idle
-            && met_dead_connection(error)
-        {
-            // The destination closed the connection as the request went out, and saw nothing of it.
-            answer = timeout_at(deadline, send()).await;
-        }
-        let response = match answer {
-            Ok(Ok(response)) => response,
-            Ok(Err(error)) => return Err(temporary(destination.describe(error))),
-            Err(_) => return Err(temporary(format!("no answer within {:?}", self.timeout))),
+        let response = loop {
+            let was_idle = destination.is_idle.swap(false, Relaxed);
+            let request = self.request(destination, delivery, id);
+            match timeout_at(deadline, destination.client.execute(request)).await {
+                Ok(Ok(response)) => break response,
+                // The destination closed the connection as the request went out, and saw nothing of it.
+                Ok(Err(error)) if was_idle && met_dead_connection(&error) => {}
+                Ok(Err(error)) => return Err(temporary(destination.describe(error))),
+                Err(_) => return Err(temporary(format!("no answer within {:?}", self.timeout))),
+            }
         };
         let status = response.status();
         match status.as_u16() {

@@ -100,7 +100,10 @@ impl Core {
             if self.is_stopped && self.subscriber.is_none() {
                 return Ok(None);
             }
-            self.step().await?;
+            // The buffer is for waiting: where nothing waits, a message is handed out as it is.
+            if let Some(message) = self.step().await? {
+                return Ok(Some(message.into()));
+            }
         }
     }
 
@@ -131,14 +134,16 @@ impl Core {
 
     pub(super) async fn attend(&mut self) -> anyhow::Error {
         loop {
-            if let Err(reason) = self.step().await {
-                return reason;
+            match self.step().await {
+                Ok(Some(message)) => self.take(message),
+                Ok(None) => {}
+                Err(reason) => return reason,
             }
         }
     }
 
-    /// Takes a message into the buffer, or reports drops, whichever is due first.
-    async fn step(&mut self) -> anyhow::Result<()> {
+    /// Receives a message, or does what else is due first.
+    async fn step(&mut self) -> anyhow::Result<Option<Message>> {
         tokio::select! {
             biased;
             event = self.events.next() => match event {
@@ -156,13 +161,13 @@ impl Core {
                 | ConnectionEvent::Connected => {}
             },
             message = next_of(&mut self.subscriber) => match message {
-                Some(message) => self.take(message),
+                Some(message) => return Ok(Some(message)),
                 // It was ended by us, or the client has broken down, which is noticed in a moment.
                 None => self.subscriber = None,
             },
             () = self.drops.report_due() => self.drops.report(),
         }
-        Ok(())
+        Ok(None)
     }
 
     fn show_waiting(&self) {
@@ -170,6 +175,7 @@ impl Core {
             .set_waiting(self.waiting.len() as u64, self.waiting.bytes());
     }
 
+    /// Takes a message into the buffer, if it fits.
     fn take(&mut self, message: Message) {
         if self.waiting.push(message) {
             self.show_waiting();

@@ -316,11 +316,8 @@ impl Durable {
         self.monitor.set_waiting(pending, 0);
         let position = ack.position;
         let delivery = Delivery {
-            subject: message.subject,
-            headers: message.headers.unwrap_or_default(),
-            payload: message.payload,
             ack: Some(ack),
-            unrelayable: None,
+            ..message.into()
         };
         // It may have been handed out again, as by a request that was taken for lost.
         self.arrived.retain(|waiting| {
