@@ -2,45 +2,50 @@
 //! number, by which the order and the count are checked.
 
 use std::{
-    sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
+    sync::{Arc, atomic::Ordering::SeqCst, mpsc::sync_channel},
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
+use serde_json::Value;
 
-use crate::{nats::Connection, webhook::Webhook};
+use crate::{
+    nats::{Connection, TIMEOUT},
+    webhook::Webhook,
+};
 
 pub const PREFIX: &str = "cms.cache";
 pub const RELAYED_PREFIX: &str = "relayed.cache";
+pub const STREAM: &str = "CMS";
+pub const CONSUMER: &str = "relay";
 const SUBJECT: &str = "cms.cache.pages.home";
 const INBOX: &str = "_INBOX.load";
 
-/// A relay that relays nothing for so long has failed.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How much of a burst is under way at the most: less than a relay or the server refuses to keep,
+/// and more than the publisher's connection keeps until it is flushed.
+const BYTES_UNDER_WAY: usize = 32 * 1024 * 1024;
 
-/// How much of a burst is under way at the most: less than a relay or the server refuses to keep.
-const BYTES_UNDER_WAY: u64 = 32 * 1024 * 1024;
-
-/// How many messages may wait for the word that the stream has them.
+/// How many messages the publisher is ahead of what the stream has confirmed, at the most.
 const UNCONFIRMED: u64 = 500;
 
 pub struct Load {
+    pub webhook: Arc<Webhook>,
     publisher: Connection,
     listener: Connection,
+    /// The number of the next message.
     next: u64,
     durable: bool,
 }
 
 impl Load {
-    pub fn new(url: &str, durable: bool) -> anyhow::Result<Self> {
+    pub fn new(url: &str, webhook: Arc<Webhook>, durable: bool) -> anyhow::Result<Self> {
         let mut publisher = Connection::open(url)?;
-        publisher.set_patience(PATIENCE)?;
         publisher.subscribe(INBOX)?;
         let mut listener = Connection::open(url)?;
-        listener.set_patience(PATIENCE)?;
         listener.subscribe(&format!("{RELAYED_PREFIX}.>"))?;
         Ok(Self {
+            webhook,
             publisher,
             listener,
             next: 0,
@@ -48,50 +53,49 @@ impl Load {
         })
     }
 
-    /// Starts a relay by `start` and relays the first message, so that it is warm. Returns what
-    /// `start` does, and how long it took until the relay was subscribed.
+    /// Starts a relay by `start`, and has it relay the first message, so that it is warm. Returns
+    /// what `start` does, and how long it took until the relay was subscribed.
     pub fn first<T>(
         &mut self,
-        webhook: &Webhook,
         start: impl FnOnce() -> anyhow::Result<T>,
     ) -> anyhow::Result<(T, Duration)> {
         let payload = payload(self.next, 256);
         if self.durable {
-            // A stream takes messages whether a relay listens or not. So the first one waits for the
-            // relay, and is relayed when that has subscribed.
+            // A stream takes messages whether a relay listens or not. So the first one waits for
+            // the relay, and is relayed when that has subscribed.
             self.publisher.publish(SUBJECT, INBOX, b"", &payload)?;
             self.publisher.flush()?;
             self.publisher.next()?;
             let begin = Instant::now();
             let started = start()?;
-            self.relayed(webhook)?;
+            self.relayed()?;
             return Ok((started, begin.elapsed()));
         }
         let begin = Instant::now();
         let started = start()?;
         loop {
-            // "503, no responders" comes back before the end of the round trip if nobody listens.
-            let asked = begin.elapsed();
+            // "503, no responders" comes before the end of the round trip if nobody listens.
+            let elapsed = begin.elapsed();
             self.publisher.publish(SUBJECT, INBOX, b"", &payload)?;
-            if self.publisher.round_trip()?.is_empty() {
-                self.relayed(webhook)?;
-                return Ok((started, asked));
+            if self.publisher.round_trip()? == 0 {
+                self.relayed()?;
+                return Ok((started, elapsed));
             }
-            ensure!(asked < PATIENCE, "it has not subscribed");
+            ensure!(elapsed < TIMEOUT, "it has not subscribed");
             thread::sleep(Duration::from_micros(200));
         }
     }
 
-    /// The latencies of `count` messages, each published when the one before was relayed.
-    pub fn one_by_one(&mut self, webhook: &Webhook, count: u64) -> anyhow::Result<Vec<Duration>> {
+    /// The sorted latencies of `count` messages, each published when the one before was relayed.
+    pub fn one_by_one(&mut self, count: u64) -> anyhow::Result<Vec<Duration>> {
         let mut latencies = Vec::new();
         for _ in 0..count {
             let payload = payload(self.next, 256);
-            let reply = if self.durable { INBOX } else { "" };
             let begin = Instant::now();
-            self.publisher.publish(SUBJECT, reply, b"", &payload)?;
+            self.publisher
+                .publish(SUBJECT, self.reply(), b"", &payload)?;
             self.publisher.flush()?;
-            self.relayed(webhook)?;
+            self.relayed()?;
             latencies.push(begin.elapsed());
             if self.durable {
                 self.publisher.next()?;
@@ -101,87 +105,96 @@ impl Load {
         Ok(latencies)
     }
 
-    /// The time from the first message published to the last one relayed.
-    pub fn burst(
-        &mut self,
-        webhook: &Webhook,
-        count: u64,
-        size: usize,
-    ) -> anyhow::Result<Duration> {
-        let first = self.next;
-        let relayed = AtomicU64::new(0);
-        let failed = AtomicBool::new(false);
-        let begin = Instant::now();
-        thread::scope(|scope| {
-            let Self {
-                publisher, durable, ..
-            } = self;
-            let (relayed, failed) = (&relayed, &failed);
-            let durable = *durable;
-            let published = scope.spawn(move || -> anyhow::Result<()> {
-                let window = BYTES_UNDER_WAY / size as u64;
-                let mut unconfirmed = 0;
+    /// Messages per second, from the first one published to the last one relayed.
+    pub fn burst(&mut self, count: u64, size: usize) -> anyhow::Result<f64> {
+        let (first, durable, reply) = (self.next, self.durable, self.reply());
+        let elapsed = thread::scope(|scope| {
+            // It holds as many items as there are messages under way, and lets no more begin.
+            let (under_way, relayed) = sync_channel(BYTES_UNDER_WAY / size);
+            let begin = Instant::now();
+            let publisher = &mut self.publisher;
+            let published = scope.spawn(move || {
                 for n in 0..count {
-                    while n - relayed.load(SeqCst) > window {
-                        if failed.load(SeqCst) {
-                            return Ok(());
-                        }
-                        publisher.flush()?;
-                        thread::sleep(Duration::from_micros(200));
+                    if under_way.send(()).is_err() {
+                        // The listener has failed, and says why.
+                        return Ok(());
                     }
-                    let payload = payload(first + n, size);
-                    let reply = if durable { INBOX } else { "" };
-                    publisher.publish(SUBJECT, reply, b"", &payload)?;
-                    unconfirmed += u64::from(durable);
-                    if unconfirmed > UNCONFIRMED {
+                    publisher.publish(SUBJECT, reply, b"", &payload(first + n, size))?;
+                    if durable && n >= UNCONFIRMED {
                         publisher.flush()?;
                         publisher.next()?;
-                        unconfirmed -= 1;
                     }
                 }
                 publisher.flush()?;
-                for _ in 0..unconfirmed {
-                    publisher.next()?;
+                for _ in 0..count.min(UNCONFIRMED) {
+                    if durable {
+                        publisher.next()?;
+                    }
                 }
-                Ok(())
+                anyhow::Ok(())
             });
-            let listened = (0..count).try_for_each(|n| {
-                let outcome = next_relayed(&mut self.listener, webhook, first + n)
-                    .with_context(|| format!("message {n} of {count}"));
-                relayed.store(n + 1, SeqCst);
-                failed.store(outcome.is_err(), SeqCst);
-                outcome
-            });
-            let took = begin.elapsed();
-            self.next += count;
-            listened?;
-            match published.join() {
-                Ok(published) => published?,
-                Err(_) => bail!("the publisher panicked"),
+            for n in 0..count {
+                next_relayed(&mut self.listener, &self.webhook, first + n)
+                    .with_context(|| format!("message {n} of {count}"))?;
+                relayed.recv().context("the publisher has failed")?;
             }
-            Ok(took)
-        })
+            let elapsed = begin.elapsed();
+            published.join().expect("the publisher does not panic")?;
+            anyhow::Ok(elapsed)
+        })?;
+        self.next += count;
+        Ok(count as f64 / elapsed.as_secs_f64())
     }
 
-    /// How many messages there have been.
-    pub fn next(&self) -> u64 {
-        self.next
+    /// Checks that the webhook got each message once and in order, and in durable mode also that
+    /// the relay acknowledges all of them.
+    pub fn check(&mut self) -> anyhow::Result<()> {
+        let out_of_order = self.webhook.out_of_order.load(SeqCst);
+        let (answered, sent) = (self.webhook.next.load(SeqCst), self.next);
+        ensure!(
+            out_of_order == 0 && answered == sent,
+            "the webhook got {out_of_order} messages out of order, and {answered} of {sent}"
+        );
+        if !self.durable {
+            return Ok(());
+        }
+        let subject = format!("$JS.API.CONSUMER.INFO.{STREAM}.{CONSUMER}");
+        let deadline = Instant::now() + TIMEOUT;
+        loop {
+            self.publisher.publish(&subject, INBOX, b"", b"")?;
+            self.publisher.flush()?;
+            let info: Value = serde_json::from_slice(&self.publisher.next()?.payload)?;
+            let (pending, unacknowledged) = (&info["num_pending"], &info["num_ack_pending"]);
+            if pending == 0 && unacknowledged == 0 {
+                return Ok(());
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "{unacknowledged} messages are not acknowledged, and {pending} not taken"
+            );
+            thread::sleep(Duration::from_millis(10));
+        }
     }
 
-    fn relayed(&mut self, webhook: &Webhook) -> anyhow::Result<()> {
-        next_relayed(&mut self.listener, webhook, self.next)?;
+    /// Where the stream confirms a message; core NATS confirms none.
+    fn reply(&self) -> &'static str {
+        if self.durable { INBOX } else { "" }
+    }
+
+    fn relayed(&mut self) -> anyhow::Result<()> {
+        next_relayed(&mut self.listener, &self.webhook, self.next)?;
         self.next += 1;
         Ok(())
     }
 }
 
-/// Takes the next relayed message, which has to be number `expected` and answered by the webhook.
-fn next_relayed(listener: &mut Connection, webhook: &Webhook, expected: u64) -> anyhow::Result<()> {
+/// Takes the next relayed message, which must have the number `due` and be answered by the webhook.
+fn next_relayed(listener: &mut Connection, webhook: &Webhook, due: u64) -> anyhow::Result<()> {
     let message = listener.next().context("nothing is relayed any more")?;
     let found = number(&message.payload)?;
-    ensure!(found == expected, "{expected} is due, but {found} came");
+    ensure!(found == due, "{due} is due, but {found} came");
     ensure!(
-        webhook.next() > found,
+        webhook.next.load(SeqCst) > found,
         "{found} came before the webhook's answer"
     );
     Ok(())

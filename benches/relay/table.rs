@@ -1,106 +1,62 @@
 //! Figures of many rounds → a table for the README.
 
-use std::{
-    collections::HashMap,
-    fmt::{self, Write},
-    fs,
-    process::Command,
-    time::SystemTime,
-};
+use std::process::Command;
 
-use crate::cpus::Cpus;
-
-/// What one round of one relay yields: names with units, and values.
-pub type Figures = Vec<(String, f64)>;
-
-/// The figures of all rounds. The floor is the relay number `floor`.
-pub struct Table {
-    labels: Vec<String>,
-    floor: usize,
-    /// The names, in the order of their first appearance.
-    names: Vec<String>,
-    /// By name: for each round, for each relay.
-    values: HashMap<String, Vec<Vec<Option<f64>>>>,
+/// What was measured of one relay in one round.
+pub struct Figure {
+    /// With the unit.
+    pub name: String,
+    /// The index of the relay; the floor's is 0.
+    pub relay: usize,
+    pub round: usize,
+    pub value: f64,
 }
 
-impl Table {
-    pub fn new(labels: Vec<String>, floor: usize) -> Self {
-        Self {
-            labels,
-            floor,
-            names: Vec::new(),
-            values: HashMap::new(),
+/// Prints the medians of all rounds, and the medians of each round's ratio to the floor.
+pub fn print(labels: &[&str], figures: &[Figure]) {
+    let (floor, others) = (labels[0], &labels[1..]);
+    let heads: String = others
+        .iter()
+        .map(|label| format!(" {label} | to floor |"))
+        .collect();
+    println!("| | {floor} |{heads}");
+    println!("|---|--:|{}", "--:|--:|".repeat(others.len()));
+    let mut names: Vec<&str> = Vec::new();
+    for figure in figures {
+        if !names.contains(&figure.name.as_str()) {
+            names.push(&figure.name);
         }
     }
-
-    /// Adds a round: the figures of each relay, none where it failed.
-    pub fn add(&mut self, round: &[Option<Figures>]) {
-        for (name, _) in round.iter().flatten().flatten() {
-            if self.names.contains(name) {
-                continue;
-            }
-            self.names.push(name.clone());
-        }
-        for name in &self.names {
-            let values: Vec<_> = round
-                .iter()
-                .map(|figures| {
-                    let mut figures = figures.iter().flatten();
-                    figures.find(|(known, _)| known == name).map(|pair| pair.1)
-                })
-                .collect();
-            if values.iter().any(Option::is_some) {
-                self.values.entry(name.clone()).or_default().push(values);
+    for name in names {
+        print!("| {name} |");
+        for relay in 0..labels.len() {
+            let of = |relay| {
+                let row = figures.iter().filter(move |figure| figure.name == name);
+                row.filter(move |figure| figure.relay == relay)
+            };
+            print!(" {} |", show(median(of(relay).map(|figure| figure.value))));
+            if relay > 0 {
+                let ratios = of(relay).filter_map(|figure| {
+                    let floor = of(0).find(|floor| floor.round == figure.round)?.value;
+                    (floor > 0.0).then_some(figure.value / floor)
+                });
+                let ratio = median(ratios).map(|ratio| format!("{ratio:.2}"));
+                print!(" {} |", ratio.as_deref().unwrap_or("–"));
             }
         }
+        println!();
     }
 }
 
-impl fmt::Display for Table {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (mut head, mut line) = ("| |".to_owned(), "|---|".to_owned());
-        for (relay, label) in self.labels.iter().enumerate() {
-            if relay == self.floor {
-                let _ = write!(head, " {label} |");
-                line.push_str("--:|");
-            } else {
-                let _ = write!(head, " {label} | to floor |");
-                line.push_str("--:|--:|");
-            }
-        }
-        writeln!(f, "{head}\n{line}")?;
-        for name in &self.names {
-            write!(f, "| {name} |")?;
-            let rounds = &self.values[name];
-            for relay in 0..self.labels.len() {
-                let values = rounds.iter().filter_map(|values| values[relay]);
-                write!(f, " {} |", show(median(values)))?;
-                if relay != self.floor {
-                    let ratios = rounds.iter().filter_map(|values| {
-                        Some(values[relay]? / values[self.floor].filter(|value| *value > 0.0)?)
-                    });
-                    let ratio = median(ratios).map(|ratio| format!("{ratio:.2}"));
-                    write!(f, " {} |", ratio.as_deref().unwrap_or("–"))?;
-                }
-            }
-            writeln!(f)?;
-        }
-        Ok(())
-    }
-}
-
-pub fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
+fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
     let mut values: Vec<_> = values.collect();
     values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() {
-        0 => None,
-        length if length % 2 == 1 => Some(values[middle]),
-        _ => Some(f64::midpoint(values[middle - 1], values[middle])),
-    }
+    let upper = *values.get(values.len() / 2)?;
+    let lower = values[(values.len() - 1) / 2];
+    Some(f64::midpoint(lower, upper))
 }
 
-/// Three digits or more, and thousands apart.
+/// Shows three digits or more, and sets thousands apart.
 fn show(value: Option<f64>) -> String {
     match value {
         None => "–".to_owned(),
@@ -116,30 +72,13 @@ fn show(value: Option<f64>) -> String {
 }
 
 /// What was measured on what, and when.
-pub fn circumstances(program_bytes: u64, cpus: &Cpus) -> String {
-    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
-    let cpu = read("/proc/cpuinfo");
-    let cpu = cpu
-        .lines()
-        .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
-        .map_or("unknown CPU", |(_, model)| model);
-    let kernel = read("/proc/sys/kernel/osrelease");
-    let time = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
-    let date = time.split('T').next().unwrap_or_default();
-    format!(
-        "{date}, {cpu}, {cpus}, Linux {}; nats-webhook-relay {} ({:.1} MB), {}, {}",
-        kernel.trim(),
-        env!("CARGO_PKG_VERSION"),
-        program_bytes as f64 / 1e6,
-        version("nats-server", "--version"),
-        version("rustc", "--version"),
-    )
-}
-
-fn version(program: &str, flag: &str) -> String {
-    let output = Command::new(program).arg(flag).output();
-    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
-    let text = text.unwrap_or_default();
-    let words: Vec<_> = text.split_whitespace().take(2).collect();
-    words.join(" ")
+pub fn circumstances() -> anyhow::Result<String> {
+    let script = "date +%F
+        sed -n 's/^model name.*: //p' /proc/cpuinfo | head -n 1
+        uname -sr
+        nats-server --version
+        rustc --version";
+    let output = Command::new("sh").args(["-c", script]).output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    Ok(text.trim_end().replace('\n', ", "))
 }

@@ -2,8 +2,8 @@
 //! between a request and its answer.
 
 use std::{
-    io::{BufReader, Read, Write},
-    net::{SocketAddr, TcpListener, TcpStream},
+    io::{BufRead, BufReader, Write},
+    net::{TcpListener, TcpStream},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::SeqCst},
@@ -12,77 +12,73 @@ use std::{
     time::Duration,
 };
 
-use crate::{floor::read_head, load::number};
+use crate::load::number;
 
 /// An HTTP endpoint that answers 200 after a delay, and counts.
-pub struct Webhook {
-    address: SocketAddr,
-    state: Arc<State>,
-}
-
 #[derive(Default)]
-struct State {
-    delay_micros: AtomicU64,
-    /// The next number that is due.
-    next: AtomicU64,
-    out_of_order: AtomicU64,
+pub struct Webhook {
+    pub url: String,
+    pub delay_millis: AtomicU64,
+    /// The number that is due next: all messages below it have been answered, if they came in order.
+    pub next: AtomicU64,
+    /// How many messages did not follow the one before.
+    pub out_of_order: AtomicU64,
 }
 
 impl Webhook {
-    pub fn start() -> anyhow::Result<Self> {
+    /// It lives as long as the benchmark does; there are few of them, and idle ones cost nothing.
+    pub fn start() -> anyhow::Result<Arc<Self>> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
-        let address = listener.local_addr()?;
-        let state = Arc::<State>::default();
-        let shared = Arc::clone(&state);
-        // It lives as long as the benchmark does; there are few of them, and they cost nothing idle.
+        let webhook = Arc::new(Self {
+            url: format!("http://{}/hook", listener.local_addr()?),
+            ..Self::default()
+        });
+        let shared = Arc::clone(&webhook);
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
-                let state = Arc::clone(&shared);
+                let webhook = Arc::clone(&shared);
                 // A connection that breaks shows in the count.
-                thread::spawn(move || serve(stream, &state));
+                thread::spawn(move || webhook.serve(stream));
             }
         });
-        Ok(Self { address, state })
+        Ok(webhook)
     }
 
-    pub fn url(&self) -> String {
-        format!("http://{}/hook", self.address)
-    }
-
-    pub fn set_delay(&self, delay: Duration) {
-        let micros = u64::try_from(delay.as_micros()).unwrap_or(u64::MAX);
-        self.state.delay_micros.store(micros, SeqCst);
-    }
-
-    /// All messages below this number have been answered, as far as they came in order.
-    pub fn next(&self) -> u64 {
-        self.state.next.load(SeqCst)
-    }
-
-    /// How many messages did not follow the one before.
-    pub fn out_of_order(&self) -> u64 {
-        self.state.out_of_order.load(SeqCst)
+    fn serve(&self, stream: TcpStream) -> anyhow::Result<()> {
+        stream.set_nodelay(true)?;
+        let mut reader = BufReader::with_capacity(64 * 1024, stream);
+        let mut body = Vec::new();
+        while read_http(&mut reader, &mut body)?.is_some() {
+            thread::sleep(Duration::from_millis(self.delay_millis.load(SeqCst)));
+            let number = number(&body)?;
+            if self.next.swap(number + 1, SeqCst) != number {
+                self.out_of_order.fetch_add(1, SeqCst);
+            }
+            let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+            reader.get_ref().write_all(answer)?;
+        }
+        Ok(())
     }
 }
 
-fn serve(stream: TcpStream, state: &State) -> anyhow::Result<()> {
-    stream.set_nodelay(true)?;
-    let mut reader = BufReader::with_capacity(64 * 1024, stream);
-    let mut buffer = Vec::new();
-    while let Some(head) = read_head(&mut reader, &mut buffer)? {
-        buffer.resize(head.content_length, 0);
-        reader.read_exact(&mut buffer)?;
-        let delay = state.delay_micros.load(SeqCst);
-        if delay > 0 {
-            thread::sleep(Duration::from_micros(delay));
-        }
-        let number = number(&buffer)?;
-        if state.next.swap(number + 1, SeqCst) != number {
-            state.out_of_order.fetch_add(1, SeqCst);
-        }
-        reader
-            .get_ref()
-            .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")?;
+/// Reads an HTTP request or answer. Returns its first line, or none at the end of the connection.
+pub fn read_http(reader: &mut impl BufRead, body: &mut Vec<u8>) -> anyhow::Result<Option<String>> {
+    let mut first = String::new();
+    if reader.read_line(&mut first)? == 0 {
+        return Ok(None);
     }
-    Ok(())
+    let mut length = 0;
+    let mut line = String::new();
+    // An empty line ends the headers.
+    while reader.read_line(&mut line)? > 0 && !line.trim_end().is_empty() {
+        if let Some((name, value)) = line.split_once(':')
+            && name.eq_ignore_ascii_case("content-length")
+        {
+            length = value.trim().parse()?;
+        }
+        line.clear();
+    }
+    body.resize(length, 0);
+    reader.read_exact(body)?;
+    Ok(Some(first))
 }
