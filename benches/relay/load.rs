@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use crate::{
     nats::{Connection, TIMEOUT},
+    process::Process,
     webhook::Webhook,
 };
 
@@ -53,12 +54,12 @@ impl Load {
         })
     }
 
-    /// Starts a relay by `start`, and has it relay the first message, so that it is warm. Returns
-    /// what `start` does, and how long it took until the relay was subscribed.
-    pub fn first<T>(
+    /// Starts a relay, and has it relay the first message, so that it is warm. Returns the relay,
+    /// and how long it took until it was subscribed.
+    pub fn first(
         &mut self,
-        start: impl FnOnce() -> anyhow::Result<T>,
-    ) -> anyhow::Result<(T, Duration)> {
+        start: impl FnOnce() -> anyhow::Result<Process>,
+    ) -> anyhow::Result<(Process, Duration)> {
         let payload = payload(self.next, 256);
         if self.durable {
             // A stream takes messages whether a relay listens or not. So the first one waits for
@@ -109,16 +110,14 @@ impl Load {
     pub fn burst(&mut self, count: u64, size: usize) -> anyhow::Result<f64> {
         let (first, durable, reply) = (self.next, self.durable, self.reply());
         let elapsed = thread::scope(|scope| {
-            // It holds as many items as there are messages under way, and lets no more begin.
+            // This channel holds an item for each message under way. While it is full, the publisher
+            // waits; when the listener fails, the publisher ends.
             let (under_way, relayed) = sync_channel(BYTES_UNDER_WAY / size);
             let begin = Instant::now();
             let publisher = &mut self.publisher;
             let published = scope.spawn(move || {
                 for n in 0..count {
-                    if under_way.send(()).is_err() {
-                        // The listener has failed, and says why.
-                        return Ok(());
-                    }
+                    under_way.send(())?;
                     publisher.publish(SUBJECT, reply, b"", &payload(first + n, size))?;
                     if durable && n >= UNCONFIRMED {
                         publisher.flush()?;

@@ -22,6 +22,7 @@ use std::{
     env,
     ffi::OsString,
     fs,
+    process::ExitCode,
     sync::{Arc, atomic::Ordering::SeqCst},
     thread,
     time::Duration,
@@ -57,17 +58,19 @@ impl Stage {
     fn is_durable(self) -> bool {
         matches!(self, Self::Durable | Self::Confirmed)
     }
+}
 
-    fn rounds(self, quick: bool) -> usize {
-        match (self, quick) {
-            (Self::Memory, true) => 1,
-            (Self::Memory, false) | (_, true) => 3,
-            (_, false) => 5,
+fn main() -> ExitCode {
+    match start() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error:#}");
+            ExitCode::FAILURE
         }
     }
 }
 
-fn main() -> anyhow::Result<()> {
+fn start() -> anyhow::Result<()> {
     let floor = vec![env::current_exe()?.into(), "--floor".into()];
     let relay = vec![support::Relay::program().into()];
     let mut contestants = vec![("floor".to_owned(), floor), ("relay".to_owned(), relay)];
@@ -81,7 +84,7 @@ fn main() -> anyhow::Result<()> {
             "--only" => {
                 let only = arguments.next().unwrap_or_default();
                 stages.retain(|stage| format!("{stage:?}").eq_ignore_ascii_case(&only));
-                ensure!(!stages.is_empty(), "--only takes a stage");
+                ensure!(!stages.is_empty(), "no such stage: {only}");
             }
             "--vs" => {
                 let other = arguments.next().unwrap_or_default();
@@ -105,16 +108,19 @@ fn compare(contestants: &[Contestant], stages: &[Stage], quick: bool) -> anyhow:
     let mut figures = Vec::new();
     let mut failures = Vec::new();
     for &stage in stages {
-        let mode = if stage.is_durable() {
-            "durable"
-        } else {
-            "core"
+        let mode = match stage.is_durable() {
+            true => "durable",
+            false => "core",
         };
-        let rounds = stage.rounds(quick);
+        let rounds = match (stage, quick) {
+            (Stage::Memory, true) => 1,
+            (Stage::Memory, false) | (_, true) => 3,
+            (_, false) => 5,
+        };
         for round in 1..=rounds {
             for (relay, (label, command)) in contestants.iter().enumerate() {
+                // The floor waits for no stream.
                 if stage == Stage::Confirmed && label == "floor" {
-                    // It waits for no stream.
                     continue;
                 }
                 eprintln!("{stage:?}, round {round} of {rounds}: {label}");
@@ -134,11 +140,10 @@ fn compare(contestants: &[Contestant], stages: &[Stage], quick: bool) -> anyhow:
             }
         }
     }
+    let circumstances = table::circumstances()?;
+    let version = env!("CARGO_PKG_VERSION");
     let megabytes = fs::metadata(support::Relay::program())?.len() as f64 / 1e6;
-    println!(
-        "{}, {cpus}, relay of {megabytes:.1} MB\n",
-        table::circumstances()?
-    );
+    println!("{circumstances}, {cpus}, nats-webhook-relay {version} ({megabytes:.1} MB)\n");
     let labels: Vec<_> = contestants
         .iter()
         .map(|(label, _)| label.as_str())

@@ -77,7 +77,7 @@ pub fn circumstances() -> anyhow::Result<String> {
         sed -n 's/^model name.*: //p' /proc/cpuinfo | head -n 1
         uname -sr
         nats-server --version
-        rustc --version";
+        rustc --version | cut -d ' ' -f 1,2";
     let output = Command::new("sh").args(["-c", script]).output()?;
     let text = String::from_utf8_lossy(&output.stdout);
     Ok(text.trim_end().replace('\n', ", "))
