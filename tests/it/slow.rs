@@ -3,27 +3,12 @@
 
 use std::time::{Duration, Instant};
 
-use async_nats::{
-    ConnectOptions, HeaderMap, Subscriber, jetstream, jetstream::stream::ClusterInfo,
-};
+use async_nats::{ConnectOptions, Subscriber, jetstream, jetstream::stream::ClusterInfo};
 use futures::StreamExt;
 
 use crate::support::{
-    Answer, NatsServer, PATIENCE, Received, Relay, Webhook, next, until, until_ok,
+    Answer, NatsServer, PATIENCE, Received, Relay, Webhook, next, publish_all, until, until_ok,
 };
-
-/// Publishes numbered messages, each once the stream has it.
-async fn publish(jetstream: &jetstream::Context, numbers: std::ops::Range<usize>) {
-    for n in numbers {
-        until_ok(&format!("the stream has {n}"), async || {
-            let mut headers = HeaderMap::new();
-            headers.insert("Nats-Msg-Id", n.to_string());
-            let sent = jetstream.publish_with_headers("cms.cache.x", headers, n.to_string().into());
-            sent.await.unwrap().await
-        })
-        .await;
-    }
-}
 
 /// A listener on the relayed messages that outlives servers.
 async fn listen(url: &str) -> Subscriber {
@@ -71,7 +56,7 @@ async fn kills_at_random_moments_lose_nothing_and_keep_the_order() {
     let mut relayed = listen(&nats.url()).await;
     let webhook =
         Webhook::start(|_, _| Answer::ok_after(Duration::from_millis(fastrand::u64(0..4)))).await;
-    publish(&nats.jetstream().await, 0..COUNT).await;
+    publish_all(&nats.jetstream().await, 0..COUNT).await;
     let killing = async {
         for kill in 1..=KILLS {
             let mut relay = Relay::durable(&nats, &webhook, &[]).await;
@@ -104,7 +89,7 @@ async fn a_killed_replica_is_replaced_within_ten_seconds() {
     let mut relayed = listen(&nats.url()).await;
     let webhook = Webhook::script([Answer::Hang]).await;
     let mut first = Relay::durable(&nats, &webhook, &[]).await;
-    publish(&nats.jetstream().await, 0..10).await;
+    publish_all(&nats.jetstream().await, 0..10).await;
     webhook.received(1).await;
     let _second = Relay::durable(&nats, &webhook, &[]).await;
     first.kill().await;
@@ -125,7 +110,7 @@ async fn a_server_that_is_killed_and_restarted_loses_nothing() {
     let mut relayed = listen(&nats.url()).await;
     let webhook = Webhook::start(|_, _| Answer::ok_after(Duration::from_millis(2))).await;
     let relay = Relay::durable(&nats, &webhook, &[]).await;
-    publish(&nats.jetstream().await, 0..COUNT).await;
+    publish_all(&nats.jetstream().await, 0..COUNT).await;
     for enough in [50, 150] {
         until("some more were POSTed", async || webhook.count() >= enough).await;
         nats.kill();
@@ -172,7 +157,7 @@ async fn a_cluster_that_loses_the_consumer_s_leader_goes_on_within_fifteen_secon
     let leader: usize = leader.trim_start_matches('n').parse().unwrap();
     let survivor = (leader + 1) % 3;
     let mut relayed = listen(&servers[survivor].url()).await;
-    publish(&servers[survivor].jetstream().await, 0..COUNT).await;
+    publish_all(&servers[survivor].jetstream().await, 0..COUNT).await;
     until("some were POSTed", async || webhook.count() >= 20).await;
     let before = webhook.count();
     servers[leader].kill();
@@ -197,7 +182,7 @@ async fn a_webhook_that_takes_longer_than_the_ack_wait_gets_one_request() {
     let webhook = Webhook::script([Answer::ok_after(Duration::from_secs(8))]).await;
     let _relay = Relay::durable(&nats, &webhook, &[]).await;
     let _idle = Relay::durable(&nats, &webhook, &[]).await;
-    publish(&nats.jetstream().await, 0..2).await;
+    publish_all(&nats.jetstream().await, 0..2).await;
     assert_eq!(read(&mut relayed, 2).await, (vec![0, 1], 0));
     assert_eq!(numbers(&webhook), [0, 1]);
 }
@@ -208,7 +193,7 @@ async fn a_message_republished_on_a_dead_connection_is_republished_again() {
     nats.create_stream("RELAYED", "relayed.>", 1).await;
     let webhook = Webhook::script([Answer::ok_after(Duration::from_millis(500))]).await;
     let relay = Relay::durable(&nats, &webhook, &[]).await;
-    publish(&nats.jetstream().await, 0..2).await;
+    publish_all(&nats.jetstream().await, 0..2).await;
     webhook.received(1).await;
     nats.freeze();
     relay.logged(" may come again: NATS does not confirm").await;
@@ -242,7 +227,7 @@ async fn a_new_message_with_the_sequence_of_a_lost_one_is_relayed() {
     let mut relayed = listen(&nats.url()).await;
     let webhook = Webhook::ok().await;
     let relay = Relay::durable(&nats, &webhook, &[]).await;
-    publish(&nats.jetstream().await, 0..1).await;
+    publish_all(&nats.jetstream().await, 0..1).await;
     assert_eq!(read(&mut relayed, 1).await, (vec![0], 0));
     relay.logged_times(" -> ", 1).await;
     nats.stop();
@@ -258,13 +243,13 @@ async fn a_new_message_with_the_sequence_of_a_lost_one_is_relayed() {
     };
     copy(&store, &backup);
     nats.restart();
-    publish(&nats.jetstream().await, 1..2).await;
+    publish_all(&nats.jetstream().await, 1..2).await;
     relay.logged_times(" -> ", 2).await;
     nats.stop();
     std::fs::remove_dir_all(&store).unwrap();
     copy(&backup, &store);
     nats.restart();
-    publish(&nats.jetstream().await, 2..3).await;
+    publish_all(&nats.jetstream().await, 2..3).await;
     until("the new message is POSTed", async || {
         numbers(&webhook).contains(&2)
     })
@@ -285,7 +270,7 @@ async fn an_outage_of_a_minute_holds_the_messages_and_their_order() {
     // Two replicas, so that a message under way with one must not come to the other as well.
     let _first = Relay::durable(&nats, &webhook, &[]).await;
     let _second = Relay::durable(&nats, &webhook, &[]).await;
-    publish(&nats.jetstream().await, 0..20).await;
+    publish_all(&nats.jetstream().await, 0..20).await;
     until("the outage is being retried", async || webhook.count() >= 5).await;
     tokio::time::sleep(OUTAGE.saturating_sub(start.elapsed())).await;
     assert_eq!(read(&mut relayed, 20).await, ((0..20).collect(), 0));

@@ -13,7 +13,9 @@ use async_nats::{
 use futures::StreamExt;
 use tokio::time::sleep;
 
-use crate::support::{Answer, Mode, NatsServer, Relay, Scene, Webhook, next, until, until_ok};
+use crate::support::{
+    Answer, Mode, NatsServer, Relay, Scene, Webhook, next, publish_all, until, until_ok,
+};
 
 /// The relayed stream, or both, named.
 const RELAYED: (&str, &str) = ("NATS_RELAYED_STREAM", "RELAYED");
@@ -167,19 +169,6 @@ fn small(max_messages: i64, max_message_size: i32) -> Config {
         max_messages,
         max_message_size,
         ..Default::default()
-    }
-}
-
-/// Publishes numbered messages, each once the stream has it, through whatever happens to servers.
-async fn publish_all(jetstream: &Context, numbers: std::ops::Range<usize>) {
-    for n in numbers {
-        until_ok(&format!("the stream has {n}"), async || {
-            let mut headers = HeaderMap::new();
-            headers.insert("Nats-Msg-Id", n.to_string());
-            let sent = jetstream.publish_with_headers("cms.cache.x", headers, n.to_string().into());
-            sent.await.unwrap().await
-        })
-        .await;
     }
 }
 

@@ -18,7 +18,7 @@ mod webhook;
 
 use std::{fmt::Debug, time::Duration};
 
-pub use nats::{NatsServer, next};
+pub use nats::{NatsServer, next, publish_all};
 pub use relay::Relay;
 pub use scene::{Mode, Scene};
 pub use tls::Authority;

@@ -3,7 +3,7 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use async_nats::{Client, ConnectOptions, Subscriber, jetstream};
+use async_nats::{Client, ConnectOptions, HeaderMap, Subscriber, jetstream};
 use futures::StreamExt;
 use tempfile::TempDir;
 use tokio::{
@@ -239,4 +239,17 @@ pub async fn next(subscriber: &mut Subscriber) -> async_nats::Message {
     message
         .expect("a message comes in time")
         .expect("the subscription is open")
+}
+
+/// Publishes numbered messages, each once the stream has it, through whatever happens to servers.
+pub async fn publish_all(jetstream: &jetstream::Context, numbers: std::ops::Range<usize>) {
+    for n in numbers {
+        until_ok(&format!("the stream has {n}"), async || {
+            let mut headers = HeaderMap::new();
+            headers.insert("Nats-Msg-Id", n.to_string());
+            let sent = jetstream.publish_with_headers("cms.cache.x", headers, n.to_string().into());
+            sent.await.unwrap().await
+        })
+        .await;
+    }
 }
