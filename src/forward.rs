@@ -296,17 +296,18 @@ impl Forward {
         mut publication: Option<Publication<'_>>,
         outcome: Outcome<'_>,
     ) -> anyhow::Result<bool> {
-        if !is_current(delivery).await {
-            return Ok(false);
-        }
-        if let Some(unconfirmed) = publication.take() {
-            publication = unconfirmed.confirmed(delivery).await?;
+        if let Some(unconfirmed) = &publication
+            && let Some(stream) = &unconfirmed.publisher.stream
+        {
+            if !is_current(delivery).await {
+                return Ok(false);
+            }
+            let (subject, headers) = (unconfirmed.subject, &unconfirmed.headers);
+            stream.publish(delivery, subject, headers).await?;
+            publication = None;
         }
         loop {
-            if !self.connection.is_up() {
-                // Completes only with a connection.
-                let _ = self.connection.client().flush().await;
-            }
+            self.connection.up().await;
             if !is_current(delivery).await {
                 return Ok(false);
             }

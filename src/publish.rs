@@ -58,22 +58,6 @@ pub struct Publication<'a> {
 }
 
 impl Publication<'_> {
-    /// Publishes it until the stream that has to confirm it has done so; gives it back where none has to.
-    ///
-    /// # Errors
-    /// If the stream, or the server, refuses it for good.
-    pub async fn confirmed(self, delivery: &Delivery) -> anyhow::Result<Option<Self>> {
-        match &self.publisher.stream {
-            Some(stream) => {
-                stream
-                    .publish(delivery, self.subject, &self.headers)
-                    .await?;
-                Ok(None)
-            }
-            None => Ok(Some(self)),
-        }
-    }
-
     /// Publishes it once, fire and forget.
     ///
     /// # Errors

@@ -96,7 +96,8 @@ impl Relay {
                     None => {
                         let Self { source, config, monitor, heartbeat, .. } = self;
                         let timeout = config.shutdown_timeout;
-                        deadline = Some(begin_to_stop(source, monitor, heartbeat, timeout, None).await);
+                        let until = begin_to_stop(source, monitor, heartbeat, timeout, None);
+                        deadline = Some(until.await);
                         continue;
                     }
                     Some(_) => return Ok(()),
@@ -142,7 +143,9 @@ impl Relay {
                 _ = stop.next() => match deadline {
                     None => {
                         let timeout = config.shutdown_timeout;
-                        *deadline = Some(begin_to_stop(source, monitor, heartbeat, timeout, Some(delivery)).await);
+                        let current = Some(delivery);
+                        let until = begin_to_stop(source, monitor, heartbeat, timeout, current);
+                        *deadline = Some(until.await);
                     }
                     Some(_) => {
                         forward.abandon(delivery, "stopped at once");
@@ -151,7 +154,8 @@ impl Relay {
                 },
                 () = reached(*deadline) => {
                     let timeout = config.shutdown_timeout;
-                    forward.abandon(delivery, &format!("not finished within SHUTDOWN_TIMEOUT, {timeout:?}"));
+                    let reason = format!("not finished within SHUTDOWN_TIMEOUT, {timeout:?}");
+                    forward.abandon(delivery, &reason);
                     return Ok(ControlFlow::Break(()));
                 }
             }

@@ -70,16 +70,16 @@ pub fn relayed_subject(
     prefix: &Prefix,
     to: &Prefix,
 ) -> Result<String, String> {
-    let target = prefix
+    let subject = prefix
         .rewrite(&delivery.subject, to)
         .ok_or_else(|| format!("it is not below {prefix}"))?;
-    if target.len() > LONGEST_SUBJECT {
+    if subject.len() > LONGEST_SUBJECT {
         return Err(format!(
             "below {to} its subject has {} bytes, and NATS takes {LONGEST_SUBJECT}",
-            target.len()
+            subject.len()
         ));
     }
-    Ok(target)
+    Ok(subject)
 }
 
 /// What streams are to know a message by.
@@ -108,8 +108,8 @@ impl StreamHeaders<'_> {
     }
 }
 
-/// The headers of the relayed message: its own and the stream_headers, as far as there is room for them. It must
-/// never become a message that can't be relayed at all.
+/// The headers of the relayed message: its own and those for streams, as far as there is room for them. It
+/// must never become a message that can't be relayed at all.
 ///
 /// # Errors
 /// With the reason, if not even its own fit: their publisher has written them more tightly than the
@@ -141,8 +141,8 @@ pub fn relayed_headers(
     ))
 }
 
-/// The headers of a message given up: its own, the stream_headers, and why. Where the message would become larger
-/// than the server accepts, the reason is cut short, and then left out bit by bit with all the rest.
+/// The headers of a message given up: its own, those for streams, and why. Where the message would become
+/// larger than the server accepts, the reason is cut short, and then left out bit by bit with all the rest.
 #[must_use]
 pub fn failed_headers(
     delivery: &Delivery,

@@ -135,6 +135,14 @@ impl Connection {
         self.current.borrow().client.connection_state() == State::Connected
     }
 
+    /// Resolves once there is a connection to a server, or the client has broken down.
+    pub async fn up(&self) {
+        if !self.is_up() {
+            // It completes only with a connection.
+            let _ = self.client().flush().await;
+        }
+    }
+
     /// Resolves once there is another client than in that epoch.
     pub async fn replaced(&self, epoch: Epoch) {
         let mut receiver = self.current.clone();

@@ -184,14 +184,7 @@ impl ConfirmingStream {
     ) -> Result<(), Failure> {
         // There will be another one.
         let ended = || Failure::Temporary(ClientEnded.to_string());
-        if !self.connection.is_up() {
-            // Completes only with a connection.
-            self.connection
-                .client()
-                .flush()
-                .await
-                .map_err(|_| ended())?;
-        }
+        self.connection.up().await;
         let mut answers = self.answers.lock().await;
         let Answers {
             inbox,

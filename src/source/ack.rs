@@ -98,11 +98,20 @@ impl Ack {
             .reply
             .clone()
             .context("a message came without an ack subject")?;
-        let message = jetstream::Message {
-            message: message.clone(),
+        // Only the reply tells; a copy of payload and headers would be made for nothing.
+        let reply_only = jetstream::Message {
+            message: Message {
+                subject: message.subject.clone(),
+                reply: message.reply.clone(),
+                payload: Default::default(),
+                headers: None,
+                status: None,
+                description: None,
+                length: 0,
+            },
             context: consumer.connection.jetstream(),
         };
-        let info = message.info().map_err(|error| {
+        let info = reply_only.info().map_err(|error| {
             anyhow::anyhow!("an ack subject of unknown form, {subject}: {error}")
         })?;
         let position = Position {
