@@ -17,7 +17,7 @@ use std::{
 use anyhow::Context;
 use reqwest::{
     Client, Proxy, Request, Response, StatusCode,
-    header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue, LOCATION},
+    header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue, LOCATION, USER_AGENT},
     redirect, retry,
 };
 use rustls::ClientConfig;
@@ -35,7 +35,7 @@ use crate::{
     text, tls,
 };
 
-const USER_AGENT: &str = concat!("nats-webhook-relay/", env!("CARGO_PKG_VERSION"));
+const AGENT: &str = concat!("nats-webhook-relay/", env!("CARGO_PKG_VERSION"));
 const WEBHOOK_ID: HeaderName = HeaderName::from_static("webhook-id");
 const WEBHOOK_TIMESTAMP: HeaderName = HeaderName::from_static("webhook-timestamp");
 const WEBHOOK_SIGNATURE: HeaderName = HeaderName::from_static("webhook-signature");
@@ -78,7 +78,8 @@ pub struct Destination {
     client: Client,
     /// Whether that connection waits for the next request, as far as we know.
     is_idle: AtomicBool,
-    /// What all requests to it have in common.
+    /// What all requests to it have in common, with a place for each header that they have of their own: in a
+    /// copy of it, nothing has to grow.
     template: Request,
 }
 
@@ -217,10 +218,11 @@ impl Webhook {
                 headers.insert(name, value);
             }
         }
-        // A subject that no HTTP header can hold (it has a control character) is left out.
-        if let Ok(subject) = HeaderValue::from_bytes(delivery.subject.as_bytes()) {
-            headers.insert(NATS_SUBJECT, subject);
-        }
+        match HeaderValue::from_bytes(delivery.subject.as_bytes()) {
+            Ok(subject) => headers.insert(NATS_SUBJECT, subject),
+            // No HTTP header can hold it, as it has a control character.
+            Err(_) => headers.remove(NATS_SUBJECT),
+        };
         headers.insert(WEBHOOK_ID, id.clone());
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
@@ -252,8 +254,6 @@ impl Destination {
         tls: Option<&ClientConfig>,
     ) -> anyhow::Result<Self> {
         let mut builder = Client::builder()
-            .user_agent(USER_AGENT)
-            .default_headers(config.headers.clone())
             .redirect(redirect::Policy::none())
             // Attempts are counted, and waited between, by the relay alone.
             .retry(retry::never().max_retries_per_request(0))
@@ -274,12 +274,28 @@ impl Destination {
                 builder.proxy(through.with_context(|| format!("cannot use the proxy {proxy}"))?);
         }
         let client = builder.build().context("cannot set up the HTTP client")?;
-        let template = client
-            .post(url.expose_url().clone())
-            .header(CONTENT_TYPE, "application/json")
-            .build()
+        // This turns what the URL has for logging in into a header.
+        let template = client.post(url.expose_url().clone()).build();
+        let mut template = template
             .map_err(reqwest::Error::without_url)
             .with_context(|| format!("cannot POST to {url}"))?;
+        let headers = template.headers_mut();
+        for (name, value) in &config.headers {
+            headers.entry(name).or_insert_with(|| value.clone());
+        }
+        for (name, value) in [
+            (ACCEPT, "*/*"),
+            (USER_AGENT, AGENT),
+            (CONTENT_TYPE, "application/json"),
+            (CONTENT_LENGTH, ""),
+            (NATS_SUBJECT, ""),
+            (WEBHOOK_ID, ""),
+            (WEBHOOK_TIMESTAMP, ""),
+        ] {
+            headers
+                .entry(name)
+                .or_insert(HeaderValue::from_static(value));
+        }
         Ok(Self {
             url: url.clone(),
             client,

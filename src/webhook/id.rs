@@ -15,7 +15,7 @@ pub fn message_id(delivery: &Delivery) -> HeaderValue {
     let random = || format!("msg_{:032x}", fastrand::u128(..));
     let id = usable.map_or_else(random, str::to_owned);
     // Never an error: all of these are visible ASCII.
-    HeaderValue::from_str(&id).unwrap_or(HeaderValue::from_static("msg"))
+    HeaderValue::try_from(id).unwrap_or(HeaderValue::from_static("msg"))
 }
 
 /// Whether `id` can be signed: the signed text is `id.timestamp.payload`, so that a dot in the id
