@@ -4,6 +4,7 @@ use std::{net::SocketAddr, time::Duration};
 
 pub mod environment;
 mod files;
+mod log;
 mod log_filter;
 mod misnamed;
 mod nats;
@@ -18,11 +19,12 @@ use self::{
     files::check_certificates,
     reader::{Noted, Reader, parse_duration},
     variables::{
-        CONSUMER, FAILED_PREFIX, LOG, PREFIX, QUEUE_GROUP, RELAYED_PREFIX, REPUBLISH_DELAY,
+        CONSUMER, FAILED_PREFIX, PREFIX, QUEUE_GROUP, RELAYED_PREFIX, REPUBLISH_DELAY,
         SHUTDOWN_TIMEOUT, STATUS_LISTEN, STREAM, TRUST,
     },
 };
 pub use self::{
+    log::{Log, LogFormat},
     misnamed::{Misnamed, misnamed, nearest},
     nats::{Login, Nats},
     proxies::Proxy,
@@ -61,8 +63,8 @@ pub struct Config {
     pub shutdown_timeout: Duration,
     /// Where the status endpoints listen.
     pub status_listen: Option<SocketAddr>,
-    /// What is logged, in the form that env_logger knows.
-    pub log_filter: String,
+    /// What is logged, and how.
+    pub log: Log,
 }
 
 /// Where messages come from, and so what is lost when.
@@ -104,7 +106,7 @@ impl Config {
         let republish_delay = reader.value(REPUBLISH_DELAY, parse_duration);
         let shutdown_timeout = reader.value(SHUTDOWN_TIMEOUT, parse_duration);
         let status_listen = reader.optional(STATUS_LISTEN, parse_address);
-        let log_filter = reader.value(LOG, log_filter::parse);
+        let log = Log::read(reader);
         let prefixes = prefixes?;
         Ok(Self {
             nats: nats?,
@@ -118,7 +120,7 @@ impl Config {
             republish_delay: republish_delay?,
             shutdown_timeout: shutdown_timeout?,
             status_listen: status_listen?,
-            log_filter: log_filter?,
+            log: log?,
         })
     }
 }
@@ -331,6 +333,7 @@ mod tests {
     #[test]
     fn every_refusal_names_the_variable_and_the_fault() {
         assert_refused(&[
+            (LOG_FORMAT, "yaml", "write text or json"),
             (PREFIX, "", "not set"),
             (PREFIX, "cms.cache.", "empty token"),
             (PREFIX, "cms.>", "wildcard"),

@@ -54,6 +54,18 @@ struct Relayed {
     is_acknowledged: bool,
 }
 
+impl Relayed {
+    /// How the first destination answered.
+    fn status(&self) -> Option<u16> {
+        self.posted.first().map(|posted| posted.status.as_u16())
+    }
+
+    /// How many attempts it took where it took most.
+    fn attempts(&self) -> Option<u32> {
+        self.posted.iter().map(|posted| posted.attempts).max()
+    }
+}
+
 impl fmt::Display for Relayed {
     /// The part of the log line that tells where to and how, up to how long it took.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -118,7 +130,15 @@ impl Forward {
                 if relayed.is_acknowledged {
                     let elapsed = start.elapsed();
                     self.monitor.add_relayed(elapsed);
-                    info!("{} -> {relayed}, {elapsed:.1?})", delivery.subject);
+                    info!(
+                        subject:% = delivery.subject,
+                        relayed_subject = relayed.subject,
+                        status = relayed.status(),
+                        attempts = relayed.attempts(),
+                        seconds = elapsed.as_secs_f64();
+                        "{} -> {relayed}, {elapsed:.1?})",
+                        delivery.subject
+                    );
                 }
                 relayed.is_acknowledged
             }
@@ -225,7 +245,10 @@ impl Forward {
             }
             let wait = BACKOFF.wait(attempts).max(retry_after.unwrap_or_default());
             let failure = format!("{}, attempt {attempts}: {reason}", delivery.subject);
-            warn!("{failure}; next attempt in {wait:.1?}");
+            warn!(
+                subject:% = delivery.subject, status, attempts, reason;
+                "{failure}; next attempt in {wait:.1?}"
+            );
             self.monitor.set_last_failure(failure);
             sleep(wait).await;
         }
@@ -235,7 +258,13 @@ impl Forward {
     /// the server has acknowledged that.
     async fn give_up(&self, delivery: &Delivery, id: &HeaderValue, given_up: GivenUp) -> bool {
         let line = format!("{} is not relayed: {}", delivery.subject, given_up.reason);
-        error!("{line}");
+        error!(
+            subject:% = delivery.subject,
+            status = given_up.status,
+            attempts = given_up.attempts,
+            reason = given_up.reason;
+            "{line}"
+        );
         self.monitor.add_given_up(given_up.cause, line);
         let outcome = Outcome::GivenUp(&given_up.reason);
         if let Some(publisher) = &self.publishers.failed {
@@ -257,6 +286,7 @@ impl Forward {
             match published {
                 Ok(is_acknowledged) => return is_acknowledged,
                 Err(error) => error!(
+                    subject:% = delivery.subject, reason:% = error;
                     "{} is not published as failed either: {error:#}",
                     delivery.subject
                 ),
@@ -274,11 +304,12 @@ impl Forward {
         match &delivery.ack {
             None => {
                 let line = format!("{subject} is not relayed: {reason}");
-                error!("{line}");
+                error!(subject:% = subject, reason; "{line}");
                 self.monitor.add_given_up(Cause::Stopped, line);
             }
             Some(ack) => {
                 warn!(
+                    subject:% = subject, reason;
                     "{subject} is not finished: {reason}; {} stays in the stream",
                     ack.id
                 )
@@ -359,6 +390,7 @@ async fn is_current(delivery: &Delivery) -> bool {
     let is_current = ack.is_current().await;
     if !is_current {
         warn!(
+            subject:% = delivery.subject;
             "{} is abandoned: NATS has handed it, or what follows it, to another relay meanwhile",
             delivery.subject
         );

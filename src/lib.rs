@@ -53,7 +53,10 @@ use futures::Stream;
 pub use self::{
     check::check,
     config::environment::Environment,
-    config::{Config, Default, Kind, Misnamed, VARIABLES, Variable, help, misnamed, nearest},
+    config::{
+        Config, Default, Kind, Log, LogFormat, Misnamed, VARIABLES, Variable, help, misnamed,
+        nearest,
+    },
     monitor::logging::start as start_logging,
     text::reasons,
 };

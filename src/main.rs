@@ -3,15 +3,17 @@
 use std::{
     ffi::OsString,
     io::{self, Write},
-    task::Poll,
 };
 
 use futures::{Stream, stream::poll_fn};
 use log::{error, info, warn};
 use nats_webhook_relay::{
-    Config, Environment, help as variables, misnamed, nearest, reasons, run, start_logging,
+    Config, Environment, Log, help as variables, misnamed, nearest, reasons, run, start_logging,
 };
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::mpsc::unbounded_channel,
+};
 
 /// How the process ends: its exit code.
 #[derive(Clone, Copy)]
@@ -128,7 +130,10 @@ async fn check() -> End {
 /// Reads the settings, and starts logging as they say.
 fn configure() -> Result<Config, Vec<String>> {
     let (environment, config) = read();
-    start_logging(config.as_ref().map_or("info", |config| &config.log_filter));
+    match &config {
+        Ok(config) => start_logging(&config.log),
+        Err(_) => start_logging(&Log::of_problems(&environment)),
+    }
     std::panic::set_hook(Box::new(|panic| error!("a task has broken down: {panic}")));
     info!("{}", version());
     // Nobody misses a dotenv file where all is set without one.
@@ -160,27 +165,22 @@ fn read() -> (Environment, Result<Config, Vec<String>>) {
     (environment, config)
 }
 
-/// An item for each SIGTERM, SIGINT or SIGHUP.
+/// An item for each SIGTERM, SIGINT or SIGHUP. Tasks of their own wait for these, because the relay looks for
+/// a request to stop before all it does, and asking a channel costs far less than asking three signals.
 fn stop_requests() -> io::Result<impl Stream<Item = ()> + Unpin> {
-    let mut signals = vec![
-        signal(SignalKind::terminate())?,
-        signal(SignalKind::interrupt())?,
-    ];
+    let mut kinds = vec![SignalKind::terminate(), SignalKind::interrupt()];
     // Whoever starts it by nohup wants it to outlive the terminal.
     if !ignores_hangup() {
-        signals.push(signal(SignalKind::hangup())?);
+        kinds.push(SignalKind::hangup());
     }
-    Ok(poll_fn(move |context| {
-        // Each has to be asked, so that each wakes the task.
-        let received = signals
-            .iter_mut()
-            .filter_map(|signal| signal.poll_recv(context).is_ready().then_some(()))
-            .count();
-        match received {
-            0 => Poll::Pending,
-            _ => Poll::Ready(Some(())),
-        }
-    }))
+    let (sender, mut receiver) = unbounded_channel();
+    for kind in kinds {
+        let (sender, mut signal) = (sender.clone(), signal(kind)?);
+        tokio::spawn(
+            async move { while signal.recv().await.is_some() && sender.send(()).is_ok() {} },
+        );
+    }
+    Ok(poll_fn(move |context| receiver.poll_recv(context)))
 }
 
 /// Whether the process was started with SIGHUP ignored, where the system tells (proc(5), `SigIgn`).

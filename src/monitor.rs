@@ -3,6 +3,7 @@
 
 pub mod endpoints;
 mod heartbeat;
+mod log_line;
 pub mod logging;
 
 use std::{

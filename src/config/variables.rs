@@ -134,6 +134,7 @@ pub(super) const REPUBLISH_DELAY: &str = "REPUBLISH_DELAY";
 pub(super) const SHUTDOWN_TIMEOUT: &str = "SHUTDOWN_TIMEOUT";
 pub(super) const STATUS_LISTEN: &str = "STATUS_LISTEN";
 pub(super) const LOG: &str = "RUST_LOG";
+pub(super) const LOG_FORMAT: &str = "LOG_FORMAT";
 
 /// What all variables of the family [`HEADER`] begin with.
 pub(super) const HEADER_PREFIX: &str = "WEBHOOK_HEADER_";
@@ -249,6 +250,11 @@ pub const VARIABLES: &[Variable] = &[
         "what is logged: error, warn, info, debug, trace, or an env_logger filter",
     )
     .default("info"),
+    Variable::optional(
+        LOG_FORMAT,
+        "how it is logged: text, or json for one object a line",
+    )
+    .default("text"),
 ];
 
 /// No line of the help is longer, in characters.

@@ -1,9 +1,7 @@
-//! How log lines look: for a person on a terminal, or for systemd's journal. And how they are written:
-//! without ever waiting long for whoever reads them.
+//! How log lines are written: without ever waiting long for whoever reads them.
 
 use std::{
-    borrow::Cow,
-    io::{self, Write},
+    io,
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -11,14 +9,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use env_logger::{Builder, fmt::Formatter};
+use env_logger::Builder;
 use log::{Level, Record};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::retry_on_intr,
 };
 
-use crate::text;
+use super::log_line::LogLine;
+use crate::config::Log;
 
 /// How long a line waits for a reader that is behind, so that a burst is logged as a whole.
 const ROOM_TIMEOUT: Timespec = Timespec {
@@ -38,55 +37,26 @@ pub fn dropped() -> u64 {
     DROPPED.load(Relaxed)
 }
 
-/// Starts logging to standard error, as `filter` says (see `env_logger`).
-pub fn start(filter: &str) {
+/// Starts logging to standard error, what and as the settings say.
+pub fn start(settings: &Log) {
     open_stderr_anew();
-    let write_line = if writes_to_journal() {
-        write_for_journal
-    } else {
-        write_for_person
-    };
-    let room = Mutex::new(Room::default());
+    let state = Mutex::new((Room::default(), LogLine::new(settings.format)));
     let mut builder = Builder::new();
-    builder.parse_filters(filter);
+    builder.parse_filters(&settings.filter);
     builder.format(move |out, record| {
-        let mut room = room.lock().unwrap_or_else(PoisonError::into_inner);
+        let (room, line) = &mut *state.lock().unwrap_or_else(PoisonError::into_inner);
         if !room.is_there() {
             DROPPED.fetch_add(1, Relaxed);
             return Ok(());
         }
         if let Some(dropped) = room.unreported() {
-            let report = format!("{dropped} log lines could not be written and were dropped");
-            write_line(out, Level::Warn, &report)?;
+            let report = format_args!("{dropped} log lines could not be written and were dropped");
+            let report = Record::builder().level(Level::Warn).args(report).build();
+            line.write(out, &report)?;
         }
-        write_line(out, record.level(), &line(record))
+        line.write(out, record)
     });
     builder.init();
-}
-
-/// The journal keeps the time itself and takes the priority from this prefix (sd-daemon(3)).
-fn write_for_journal(out: &mut Formatter, level: Level, line: &str) -> io::Result<()> {
-    let priority = match level {
-        Level::Error => 3,
-        Level::Warn => 4,
-        Level::Info => 6,
-        Level::Debug | Level::Trace => 7,
-    };
-    writeln!(out, "<{priority}>{line}")
-}
-
-fn write_for_person(out: &mut Formatter, level: Level, line: &str) -> io::Result<()> {
-    let (time, style) = (out.timestamp_millis(), out.default_level_style(level));
-    writeln!(out, "[{time} {style}{level:<5}{style:#}] {line}")
-}
-
-/// The text of a record, on one line.
-fn line(record: &Record<'_>) -> String {
-    let line = record.args().to_string();
-    match text::one_line(&line, text::LONGEST_LINE) {
-        Cow::Borrowed(_) => line,
-        Cow::Owned(fit) => fit,
-    }
 }
 
 /// Whether standard error can take a line.
@@ -156,19 +126,3 @@ fn open_stderr_anew() {
 
 #[cfg(not(target_os = "linux"))]
 fn open_stderr_anew() {}
-
-/// Whether standard error is the stream that systemd names in `JOURNAL_STREAM`; the variable alone
-/// is inherited by whatever a service starts (systemd.exec(5)).
-#[cfg(target_os = "linux")]
-fn writes_to_journal() -> bool {
-    use std::os::linux::fs::MetadataExt;
-
-    let stderr = std::fs::metadata("/proc/self/fd/2")
-        .map(|file| format!("{}:{}", file.st_dev(), file.st_ino()));
-    std::env::var("JOURNAL_STREAM").ok() == stderr.ok()
-}
-
-#[cfg(not(target_os = "linux"))]
-fn writes_to_journal() -> bool {
-    false
-}

@@ -169,7 +169,10 @@ impl ConfirmingStream {
                 "{}: the stream {} has not confirmed {subject}, attempt {attempts}: {reason}",
                 delivery.subject, self.stream
             );
-            warn!("{failure}; next attempt in {wait:.1?}");
+            warn!(
+                subject:% = delivery.subject, relayed_subject = subject, attempts, reason;
+                "{failure}; next attempt in {wait:.1?}"
+            );
             self.monitor.set_last_failure(failure);
             sleep(wait).await;
         }

@@ -1,4 +1,4 @@
-//! A log that nobody reads.
+//! How the log looks, and a log that nobody reads.
 
 use std::{
     fs::File,
@@ -176,5 +176,106 @@ fn an_output_that_nobody_reads_is_no_crash() {
         let code = if argument == "--check" { 78 } else { 1 };
         assert_eq!(output.status.code(), Some(code), "{argument}");
         assert!(output.stderr.is_empty(), "{output:?}");
+    }
+}
+
+/// The lines of a log in JSON.
+fn objects(log: &[String]) -> Vec<serde_json::Value> {
+    log.iter()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
+        .collect()
+}
+
+#[tokio::test]
+async fn in_json_every_line_is_an_object_with_the_fields_of_its_event() {
+    let nats = NatsServer::start().await;
+    let webhook = Webhook::script([Answer::status(503), Answer::OK, Answer::status(404)]).await;
+    // The libraries say something, too.
+    let changes = [("LOG_FORMAT", "json"), ("RUST_LOG", "trace")];
+    let relay = Relay::listening(&nats, &webhook, &changes).await;
+    nats.publish("cms.cache.quoted", "x").await;
+    relay.logged("relayed.cache.quoted (200").await;
+    nats.publish("cms.cache.refused", "x").await;
+    relay.logged("cms.cache.refused is not relayed").await;
+    relay.signal("TERM");
+    let (code, log) = relay.ended().await;
+    assert_eq!(code, Some(0));
+
+    let objects = objects(&log);
+    for object in &objects {
+        let time = object["time"].as_str().unwrap();
+        humantime::parse_rfc3339(time).unwrap();
+        assert!(object["level"].is_string() && object["message"].is_string());
+    }
+    let event = |level: &str, subject: &str| {
+        let mut found = objects
+            .iter()
+            .filter(|object| object["level"] == level && object["subject"] == subject);
+        found.next().cloned().unwrap()
+    };
+    let failed = event("WARN", "cms.cache.quoted");
+    assert_eq!(
+        (&failed["status"], &failed["attempts"]),
+        (&503.into(), &1.into())
+    );
+    assert!(
+        failed["reason"].as_str().unwrap().contains("503"),
+        "{failed}"
+    );
+    let relayed = event("INFO", "cms.cache.quoted");
+    assert_eq!(relayed["relayed_subject"], "relayed.cache.quoted");
+    assert_eq!(
+        (&relayed["status"], &relayed["attempts"]),
+        (&200.into(), &2.into())
+    );
+    assert!(relayed["seconds"].as_f64().unwrap() > 0.0, "{relayed}");
+    let given_up = event("ERROR", "cms.cache.refused");
+    assert_eq!(
+        (&given_up["status"], &given_up["attempts"]),
+        (&404.into(), &1.into())
+    );
+    assert!(given_up["relayed_subject"].is_null(), "{given_up}");
+}
+
+#[tokio::test]
+async fn the_problems_of_a_bad_configuration_are_told_in_json_too() {
+    let (code, log) = Relay::start([("LOG_FORMAT", "json")]).ended().await;
+    assert_eq!(code, Some(78));
+    let required = objects(&log).into_iter().find(|object| {
+        object["level"] == "ERROR"
+            && object["message"]
+                .as_str()
+                .unwrap()
+                .contains("NATS_HOST is required")
+    });
+    assert!(required.is_some(), "{log:?}");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_level_is_coloured_on_a_terminal_unless_that_is_not_wanted() {
+    for (variable, value, is_coloured) in [
+        ("TERM", "xterm", true),
+        ("NO_COLOR", "1", false),
+        ("NO_COLOR", "", true),
+        ("TERM", "dumb", false),
+    ] {
+        let (mut terminal, stderr) = terminal();
+        let status = std::process::Command::new(Relay::program())
+            .env_clear()
+            .env(variable, value)
+            .current_dir(std::env::temp_dir())
+            .stderr(Stdio::from(stderr))
+            .status();
+        assert_eq!(status.unwrap().code(), Some(78));
+        let mut text = String::new();
+        // A terminal that nobody writes to any more is an error to read from.
+        let _ = terminal.read_to_string(&mut text);
+        assert!(text.contains("ERROR"), "{text}");
+        assert_eq!(
+            text.contains("\x1b[1;31mERROR\x1b[0m"),
+            is_coloured,
+            "{variable}={value}: {text}"
+        );
     }
 }
