@@ -1,5 +1,6 @@
 //! The one benchmark, from end to end: a real nats-server, a webhook endpoint, and the relay as its
-//! users run it, beside the [`floor`], round after round. Prints a table of medians.
+//! users run it, beside two yardsticks, the [`floor`] and the [`bare`] loop, round after round. Prints a
+//! table of medians.
 //!
 //! ```sh
 //! cargo bench
@@ -9,6 +10,7 @@
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
+mod bare;
 mod floor;
 mod load;
 mod nats;
@@ -71,15 +73,21 @@ fn main() -> ExitCode {
 }
 
 fn start() -> anyhow::Result<()> {
-    let floor = vec![env::current_exe()?.into(), "--floor".into()];
+    let program = env::current_exe()?;
+    let yardstick = |argument: &str| vec![program.clone().into(), argument.into()];
     let relay = vec![support::Relay::program().into()];
-    let mut contestants = vec![("floor".to_owned(), floor), ("relay".to_owned(), relay)];
+    let mut contestants = vec![
+        ("floor".to_owned(), yardstick("--floor")),
+        ("bare loop".to_owned(), yardstick("--bare")),
+        ("relay".to_owned(), relay),
+    ];
     let mut stages = Stage::ALL.to_vec();
     let mut quick = false;
     let mut arguments = env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--floor" => return floor::run(),
+            "--bare" => return bare::run(),
             "--quick" => quick = true,
             "--only" => {
                 let only = arguments.next().unwrap_or_default();

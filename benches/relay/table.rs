@@ -2,25 +2,33 @@
 
 use std::process::Command;
 
+/// How many of the relays, the first ones, are yardsticks.
+const YARDSTICKS: usize = 2;
+
 /// What was measured of one relay in one round.
 pub struct Figure {
     /// With the unit.
     pub name: String,
-    /// The index of the relay; the floor's is 0.
+    /// The index of the relay; the yardsticks come first.
     pub relay: usize,
     pub round: usize,
     pub value: f64,
 }
 
-/// Prints the medians of all rounds, and the medians of each round's ratio to the floor.
+/// Prints the medians of all rounds, and the medians of each round's ratio to the yardsticks.
 pub fn print(labels: &[&str], figures: &[Figure]) {
-    let (floor, others) = (labels[0], &labels[1..]);
+    let (yardsticks, others) = labels.split_at(YARDSTICKS);
+    let ratios: String = yardsticks
+        .iter()
+        .map(|label| format!(" to {label} |"))
+        .collect();
     let heads: String = others
         .iter()
-        .map(|label| format!(" {label} | to floor |"))
+        .map(|label| format!(" {label} |{ratios}"))
         .collect();
-    println!("| | {floor} |{heads}");
-    println!("|---|--:|{}", "--:|--:|".repeat(others.len()));
+    println!("| | {} |{heads}", yardsticks.join(" | "));
+    let columns = YARDSTICKS + others.len() * (1 + YARDSTICKS);
+    println!("|---|{}", "--:|".repeat(columns));
     let mut names: Vec<&str> = Vec::new();
     for figure in figures {
         if !names.contains(&figure.name.as_str()) {
@@ -29,16 +37,20 @@ pub fn print(labels: &[&str], figures: &[Figure]) {
     }
     for name in names {
         print!("| {name} |");
+        let of = |relay| {
+            let row = figures.iter().filter(move |figure| figure.name == name);
+            row.filter(move |figure| figure.relay == relay)
+        };
         for relay in 0..labels.len() {
-            let of = |relay| {
-                let row = figures.iter().filter(move |figure| figure.name == name);
-                row.filter(move |figure| figure.relay == relay)
-            };
             print!(" {} |", show(median(of(relay).map(|figure| figure.value))));
-            if relay > 0 {
+            if relay < YARDSTICKS {
+                continue;
+            }
+            for yardstick in 0..YARDSTICKS {
                 let ratios = of(relay).filter_map(|figure| {
-                    let floor = of(0).find(|floor| floor.round == figure.round)?.value;
-                    (floor > 0.0).then_some(figure.value / floor)
+                    let same_round = |other: &&Figure| other.round == figure.round;
+                    let value = of(yardstick).find(same_round)?.value;
+                    (value > 0.0).then_some(figure.value / value)
                 });
                 let ratio = median(ratios).map(|ratio| format!("{ratio:.2}"));
                 print!(" {} |", ratio.as_deref().unwrap_or("–"));
