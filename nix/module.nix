@@ -174,6 +174,7 @@ let
         settings = mkOption {
           type = types.attrsOf (
             types.oneOf [
+              types.bool
               types.int
               types.str
               types.path
@@ -240,7 +241,14 @@ let
   };
 
   # A value as the environment has it. A path written without quotes is a file to copy to the store.
-  asText = value: if builtins.isPath value then "${value}" else toString value;
+  asText =
+    value:
+    if builtins.isPath value then
+      "${value}"
+    else if lib.isBool value then
+      lib.boolToString value
+    else
+      toString value;
 
   inStore = path: lib.hasPrefix builtins.storeDir (toString path);
 

@@ -108,7 +108,7 @@ pub async fn connect_once(
             kind if REFUSALS.contains(&kind) => {
                 anyhow!("{}", refusal(kind, config.nats.login.hint()))
             }
-            _ => anyhow!("{}", explain(&error.to_string())),
+            _ => anyhow!("{}", explain(&error.to_string(), config.nats.tls_first)),
         })?;
     let (_, connection) = Connection::new(client, refusals);
     let events = ConnectionEvents::new(reports, None);

@@ -233,7 +233,10 @@ let
     ];
     natsUser = "relay";
     natsPasswordFile = "/run/secrets/100%";
-    settings.SHUTDOWN_TIMEOUT = "1m";
+    settings = {
+      NATS_TLS_FIRST = true;
+      SHUTDOWN_TIMEOUT = "1m";
+    };
     instances = {
       preview = preview // {
         natsUser = "relay";
@@ -364,6 +367,7 @@ let
             NATS_PASS_FILE = "%d/NATS_PASS";
             NATS_RELAYED_SUBJECT_PREFIX = "relayed.cache";
             NATS_SUBJECT_PREFIX = "cms.cache";
+            NATS_TLS_FIRST = "true";
             NATS_USER = "relay";
             RUST_LOG = "info";
             SHUTDOWN_TIMEOUT = "1m";

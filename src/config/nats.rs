@@ -214,6 +214,7 @@ mod tests {
             (CA, "Cargo.toml", "no certificate"),
             (CERT, "Cargo.toml", "no certificate"),
             (KEY, "Cargo.toml", "no private key"),
+            (TLS_FIRST, "yes", "write true or false"),
         ]);
     }
 

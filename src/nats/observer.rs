@@ -40,10 +40,21 @@ pub(super) fn refusal(kind: impl Display, hint: &str) -> String {
     format!("refused the login ({kind}); {hint}")
 }
 
-/// Why there is no connection, in words where the client has none.
-pub(super) fn explain(error: &str) -> String {
+/// Why there is no connection, in words where the client has none. `tls_first` tells whether the TLS
+/// handshake came first.
+pub(super) fn explain(error: &str, tls_first: bool) -> String {
     // It calls every failure of the network this.
     let error = error.strip_prefix("IO error: ").unwrap_or(error);
+    if tls_first && error.contains("InvalidContentType") {
+        return "it does not begin with the TLS handshake; unset NATS_TLS_FIRST unless the server has \
+                handshake_first, else check host and port"
+            .to_owned();
+    }
+    if !tls_first && error == "timed out" {
+        return "no answer in time; if it wants the TLS handshake first (handshake_first), set \
+                NATS_TLS_FIRST=true, else check host and port"
+            .to_owned();
+    }
     if error.contains("expected INFO, got nothing") {
         return "the server closed the connection without a greeting; if it wants the TLS handshake \
                 first (handshake_first), set NATS_TLS_FIRST=true, else check host and port"
@@ -58,6 +69,8 @@ pub(super) struct Observer {
     subject: String,
     /// What to look at where the server refuses the login.
     hint: &'static str,
+    /// Whether the TLS handshake comes before the server's greeting.
+    tls_first: bool,
     /// The stream that it takes messages from, if it does not publish into it as well.
     input: Option<String>,
     /// Whether messages are lost with a connection, as in core mode.
@@ -93,6 +106,7 @@ impl Observer {
         let observer = Self {
             subject: config.prefix.wildcard(),
             hint: config.nats.login.hint(),
+            tls_first: config.nats.tls_first,
             input: match &config.mode {
                 Mode::Core { .. } => None,
                 Mode::Durable { stream, .. } => Some(stream.clone()).filter(|stream| {
@@ -144,7 +158,7 @@ impl Observer {
                 warn!(
                     "cannot connect to NATS at {}: {}; next attempt {wait}",
                     show(last),
-                    explain(reason),
+                    explain(reason, self.tls_first),
                 );
             }
         }

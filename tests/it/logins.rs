@@ -11,7 +11,10 @@ use tokio::{
     time::timeout,
 };
 
-use crate::support::{Authority, NatsServer, Relay, Webhook};
+use crate::{
+    operating::check,
+    support::{Authority, NatsServer, Relay, Webhook, usual},
+};
 
 async fn accepted(nats: &NatsServer, variables: &[(&str, &str)]) {
     let webhook = Webhook::ok().await;
@@ -183,22 +186,69 @@ async fn handshake_first(nats: &NatsServer, authority: &Authority) -> u16 {
     own_port
 }
 
+/// The relay at a server that wants the handshake first, without and with the variable for it.
+async fn handshake_first_is_hinted_at_and_done(nats: &NatsServer, url: &str, ca: &str) {
+    let variables = [("NATS_HOST", url), ("NATS_CA", ca)];
+    let relay = Relay::between(nats, "http://127.0.0.1:1/", &variables);
+    let line = relay.logged("cannot connect to NATS").await;
+    assert!(line.contains("set NATS_TLS_FIRST=true"), "{line}");
+    let first = [&variables[..], &[("NATS_TLS_FIRST", "true")]].concat();
+    accepted(nats, &first).await;
+    let (_, lines) = check(&[&usual(url, "http://127.0.0.1:1/")[..], &first].concat()).await;
+    let connected = format!("ok      NATS {url}: connected, without a login");
+    assert!(lines.contains(&connected), "{lines:#?}");
+}
+
 #[tokio::test]
 async fn a_server_that_wants_the_handshake_first() {
     let nats = NatsServer::start().await;
     let authority = Authority::new();
     let port = handshake_first(&nats, &authority).await;
     let url = format!("nats://127.0.0.1:{port}");
-    let ca = authority.ca();
-    let variables = [("NATS_HOST", &url[..]), ("NATS_CA", &ca)];
-    let relay = Relay::between(&nats, "http://127.0.0.1:1/", &variables);
+    handshake_first_is_hinted_at_and_done(&nats, &url, &authority.ca()).await;
+}
+
+/// The server's own `handshake_first`, where it has that.
+#[tokio::test]
+async fn a_server_with_handshake_first() {
+    if !NatsServer::is_at_least((2, 10)) {
+        eprintln!("skipped: this nats-server does not know handshake_first");
+        return;
+    }
+    let authority = Authority::new();
+    let (certificate, key) = authority.issue("server");
+    let config = format!(
+        "tls {{ cert_file: \"{certificate}\", key_file: \"{key}\", handshake_first: true }}"
+    );
+    let nats = NatsServer::with_config(&config).await;
+    handshake_first_is_hinted_at_and_done(&nats, &nats.url(), &authority.ca()).await;
+}
+
+#[tokio::test]
+async fn a_server_that_greets_before_the_handshake_is_called_that() {
+    let authority = Authority::new();
+    let (certificate, key) = authority.issue("server");
+    let config = format!("tls {{ cert_file: \"{certificate}\", key_file: \"{key}\" }}");
+    let nats = NatsServer::with_config(&config).await;
+    let (url, ca) = (nats.url(), authority.ca());
+    let first = [("NATS_CA", &ca[..]), ("NATS_TLS_FIRST", "true")];
+    let hint = "unset NATS_TLS_FIRST unless the server has handshake_first";
+    let relay = Relay::between(&nats, "http://127.0.0.1:1/", &first);
+    let line = relay.logged("cannot connect to NATS").await;
+    assert!(line.contains(hint), "{line}");
+    let (code, lines) = check(&[&usual(&url, "http://127.0.0.1:1/")[..], &first].concat()).await;
+    assert_eq!(code, Some(1), "{lines:#?}");
+    assert!(lines[2].contains(hint), "{lines:#?}");
+}
+
+#[tokio::test]
+async fn a_server_that_says_nothing_may_want_the_handshake_first() {
+    let nats = NatsServer::start().await;
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("nats://{}", silent.local_addr().unwrap());
+    let relay = Relay::between(&nats, "http://127.0.0.1:1/", &[("NATS_HOST", &url)]);
     let line = relay.logged("cannot connect to NATS").await;
     assert!(line.contains("set NATS_TLS_FIRST=true"), "{line}");
-    accepted(
-        &nats,
-        &[&variables[..], &[("NATS_TLS_FIRST", "true")]].concat(),
-    )
-    .await;
 }
 
 #[tokio::test]

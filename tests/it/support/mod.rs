@@ -19,7 +19,7 @@ mod webhook;
 use std::{fmt::Debug, time::Duration};
 
 pub use nats::{NatsServer, next, publish_all};
-pub use relay::Relay;
+pub use relay::{Relay, usual};
 pub use scene::{Mode, Scene};
 pub use tls::Authority;
 pub use webhook::{Answer, Received, Webhook};

@@ -47,6 +47,15 @@ impl NatsServer {
         }
     }
 
+    /// Whether the one on PATH is of this version or a later one.
+    pub fn is_at_least(version: (u32, u32)) -> bool {
+        let output = Command::new("nats-server").arg("--version").output();
+        let text = String::from_utf8(output.unwrap().stdout).unwrap();
+        let (_, numbers) = text.trim().split_once(": v").expect("nats-server: v2.9.10");
+        let mut numbers = numbers.split('.').map_while(|number| number.parse().ok());
+        (numbers.next().unwrap(), numbers.next().unwrap()) >= version
+    }
+
     /// With JetStream, and a stream `CMS` of everything below `cms.cache`.
     pub async fn with_stream() -> Self {
         let server = Self::with_config("jetstream { store_dir: \"$DIR/jetstream\" }").await;

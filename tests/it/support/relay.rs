@@ -171,7 +171,7 @@ impl Relay {
 }
 
 /// The settings between a server and a webhook.
-fn usual<'a>(nats: &'a str, webhook: &'a str) -> [(&'a str, &'a str); 4] {
+pub fn usual<'a>(nats: &'a str, webhook: &'a str) -> [(&'a str, &'a str); 4] {
     [
         ("WEBHOOK_DESTINATION", webhook),
         ("NATS_HOST", nats),
