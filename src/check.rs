@@ -101,14 +101,7 @@ pub async fn check(config: &Config, out: &mut dyn Write) -> anyhow::Result<bool>
         };
         report.add(&format!("status port {address}"), found);
     }
-    let tls = config
-        .webhook
-        .destinations
-        .iter()
-        .any(Destination::is_https)
-        .then(|| tls::client_config(config.webhook.trust.as_deref()))
-        .transpose()?
-        .map(Arc::new);
+    let tls = tls::client_config(&config.webhook)?.map(Arc::new);
     for destination in &config.webhook.destinations {
         let found = within_timeout(reach(destination, tls.as_ref())).await;
         report.add(&format!("destination {destination}"), found);
@@ -247,78 +240,75 @@ async fn reach(
 ) -> anyhow::Result<String> {
     let url = destination.expose_url();
     let Some(proxy) = destination.proxy() else {
-        let stream = connect(url).await?;
-        return match tls.filter(|_| destination.is_https()) {
-            None => Ok("can be connected to".to_owned()),
-            Some(tls) => {
-                handshake(tls, url, stream).await?;
-                Ok("can be connected to, its certificate is trusted".to_owned())
-            }
-        };
+        connect(url, tls).await?;
+        return Ok(match destination.is_https() {
+            true => "can be connected to, its certificate is trusted".to_owned(),
+            false => "can be connected to".to_owned(),
+        });
     };
-    let stream = connect(proxy.expose_url())
+    let stream = connect(proxy.expose_url(), tls)
         .await
         .with_context(|| format!("the proxy {proxy}"))?;
-    let Some(tls) = tls.filter(|_| destination.is_https()) else {
+    if !destination.is_https() {
         return Ok(format!(
             "goes through the proxy {proxy}, which can be connected to; only a request would tell more"
         ));
-    };
-    if proxy.expose_url().scheme() == "https" {
-        let stream = handshake(tls, proxy.expose_url(), stream)
-            .await
-            .with_context(|| format!("the proxy {proxy}"))?;
-        let stream = tunnel(stream, proxy, url).await?;
-        handshake(tls, url, stream).await?;
-    } else {
-        let stream = tunnel(stream, proxy, url).await?;
-        handshake(tls, url, stream).await?;
     }
+    let stream = tunnel(stream, proxy, url).await?;
+    secure(stream, url, tls).await?;
     Ok(format!(
         "can be connected to through the proxy {proxy}, its certificate is trusted"
     ))
 }
 
+/// A connection, by TLS or not.
+trait Connected: AsyncRead + AsyncWrite + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Connected for S {}
+
 /// A connection to the host of `url`.
-async fn connect(url: &Url) -> anyhow::Result<TcpStream> {
+async fn connect(url: &Url, tls: Option<&Arc<ClientConfig>>) -> anyhow::Result<Box<dyn Connected>> {
     let addresses: Vec<_> = lookup_host(config::authority(url))
         .await
         .context("its name does not resolve")?
         .collect();
-    TcpStream::connect(&addresses[..])
+    let stream = TcpStream::connect(&addresses[..])
         .await
-        .context("cannot connect")
+        .context("cannot connect")?;
+    secure(Box::new(stream), url, tls).await
 }
 
-async fn handshake<S>(
-    tls: &Arc<ClientConfig>,
+/// The same connection, by TLS if `url` says so.
+async fn secure(
+    stream: Box<dyn Connected>,
     url: &Url,
-    stream: S,
-) -> anyhow::Result<tokio_rustls::client::TlsStream<S>>
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-{
+    tls: Option<&Arc<ClientConfig>>,
+) -> anyhow::Result<Box<dyn Connected>> {
+    let Some(tls) = tls.filter(|_| url.scheme() == "https") else {
+        return Ok(stream);
+    };
     // IPv6 addresses are in brackets in a URL, and nowhere else.
     let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
     let name = ServerName::try_from(host.to_owned())?;
-    let connected = TlsConnector::from(Arc::clone(tls))
+    match TlsConnector::from(Arc::clone(tls))
         .connect(name, stream)
-        .await;
-    connected.map_err(|error| {
-        let error = error.to_string();
-        anyhow!(
-            "{}",
-            tls::explain(&error, "SSL_CERT_FILE", "http").unwrap_or(error)
-        )
-        .context("TLS failed")
-    })
+        .await
+    {
+        Ok(stream) => Ok(Box::new(stream)),
+        Err(error) => {
+            let error = error.to_string();
+            let reason = tls::explain(&error, "SSL_CERT_FILE", "http").unwrap_or(error);
+            Err(anyhow!(reason).context("TLS failed"))
+        }
+    }
 }
 
 /// Asks a proxy for a way to the host of `url` (RFC 9110, 9.3.6).
-async fn tunnel<S>(mut stream: S, proxy: &Proxy, url: &Url) -> anyhow::Result<S>
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-{
+async fn tunnel(
+    mut stream: Box<dyn Connected>,
+    proxy: &Proxy,
+    url: &Url,
+) -> anyhow::Result<Box<dyn Connected>> {
     let authority = config::authority(url);
     let mut request = format!("CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n").into_bytes();
     if let Some(authorization) = proxy.expose_authorization() {

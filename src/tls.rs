@@ -1,10 +1,10 @@
 //! TLS: whom to trust, and what a failure means in words.
 
-use std::path::Path;
-
 use anyhow::bail;
 use rustls::{ClientConfig, RootCertStore};
 use rustls_native_certs::{load_certs_from_paths, load_native_certs};
+
+use crate::config::{self, Destination};
 
 /// Makes the one provider of cryptography known to everything in the process that speaks TLS.
 pub fn install_provider() {
@@ -12,12 +12,17 @@ pub fn install_provider() {
     let _ = rustls::crypto::ring::default_provider().install_default();
 }
 
-/// What a client needs for https: it trusts the CAs in the file `trust`, or else the system's.
+/// What a client needs on the way to https destinations, if there are any. It trusts the CAs that the
+/// configuration names, or else the system's.
 ///
 /// # Errors
 /// If there is no CA to trust.
-pub fn client_config(trust: Option<&Path>) -> anyhow::Result<ClientConfig> {
-    let found = match trust {
+pub fn client_config(config: &config::Webhook) -> anyhow::Result<Option<ClientConfig>> {
+    // Without https there is no need to read the system's trust store into memory.
+    if !config.destinations.iter().any(Destination::needs_tls) {
+        return Ok(None);
+    }
+    let found = match &config.trust {
         Some(file) => load_certs_from_paths(Some(file), None),
         None => load_native_certs(),
     };
@@ -31,9 +36,11 @@ pub fn client_config(trust: Option<&Path>) -> anyhow::Result<ClientConfig> {
             reasons.join("; ")
         );
     }
-    Ok(ClientConfig::builder()
-        .with_root_certificates(roots)
-        .with_no_client_auth())
+    Ok(Some(
+        ClientConfig::builder()
+            .with_root_certificates(roots)
+            .with_no_client_auth(),
+    ))
 }
 
 /// What the text of an error of the TLS library means, and what to do about it; nothing if it says so

@@ -111,13 +111,7 @@ impl Webhook {
     /// If TLS can't be set up.
     pub fn new(config: &config::Webhook) -> anyhow::Result<Self> {
         tls::install_provider();
-        // Without https there is no need to read the system's trust store into memory.
-        let tls = config
-            .destinations
-            .iter()
-            .any(config::Destination::is_https)
-            .then(|| tls::client_config(config.trust.as_deref()))
-            .transpose()?;
+        let tls = tls::client_config(config)?;
         let destinations = config
             .destinations
             .iter()

@@ -101,6 +101,13 @@ impl Destination {
         self.url.scheme() == "https"
     }
 
+    /// Whether TLS is needed on the way to it, be it for its proxy.
+    #[must_use]
+    pub fn needs_tls(&self) -> bool {
+        let proxy = self.proxy.as_ref().map(Proxy::expose_url);
+        self.is_https() || proxy.is_some_and(|proxy| proxy.scheme() == "https")
+    }
+
     /// Its host and port, as `host:port`.
     #[must_use]
     pub fn authority(&self) -> String {

@@ -1,18 +1,20 @@
 //! What receivers expect: several of them, headers, signatures, a delay, TLS.
 
 use std::{
+    net::SocketAddr,
     sync::{Arc, Mutex},
     time::Duration,
 };
 
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, copy_bidirectional},
     net::{TcpListener, TcpStream},
 };
+use tokio_rustls::TlsAcceptor;
 
 use crate::{
     operating::check,
-    support::{Answer, Authority, NatsServer, Relay, Scene, Webhook, next},
+    support::{Answer, Authority, NatsServer, Relay, Scene, Webhook, next, usual},
 };
 
 const SECRETS: [&str; 2] = [
@@ -206,34 +208,51 @@ async fn a_certificate_that_no_server_should_have_is_told_in_words() {
     }
 }
 
-/// A proxy that leads to one webhook, whatever host is asked for; the heads of all requests to it.
-async fn proxy_to(webhook: &Webhook) -> (String, Arc<Mutex<Vec<String>>>) {
-    let address = webhook.address();
+type Heads = Arc<Mutex<Vec<String>>>;
+
+/// A proxy that leads to one webhook, whatever host is asked for, and is reached by TLS if there is an
+/// acceptor; the heads of all requests to it.
+async fn proxy_to(webhook: &Webhook, acceptor: Option<TlsAcceptor>) -> (String, Heads) {
+    let inner = webhook.address();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let url = format!("http://user:hunter2@{}", listener.local_addr().unwrap());
-    let heads = Arc::<Mutex<Vec<String>>>::default();
+    let scheme = acceptor.as_ref().map_or("http", |_| "https");
+    let address = listener.local_addr().unwrap();
+    let heads = Heads::default();
     let noted = Arc::clone(&heads);
     tokio::spawn(async move {
-        while let Ok((mut outer, _)) = listener.accept().await {
-            let noted = Arc::clone(&noted);
+        while let Ok((outer, _)) = listener.accept().await {
+            let (acceptor, noted) = (acceptor.clone(), Arc::clone(&noted));
             tokio::spawn(async move {
-                let mut head = Vec::new();
-                while !head.ends_with(b"\r\n\r\n") {
-                    head.push(outer.read_u8().await.ok()?);
+                match acceptor {
+                    Some(acceptor) => lead(acceptor.accept(outer).await.ok()?, inner, &noted).await,
+                    None => lead(outer, inner, &noted).await,
                 }
-                let text = String::from_utf8(head.clone()).unwrap();
-                let mut inner = TcpStream::connect(address).await.ok()?;
-                if text.starts_with("CONNECT ") {
-                    outer.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.ok()?;
-                } else {
-                    inner.write_all(&head).await.ok()?;
-                }
-                noted.lock().unwrap().push(text);
-                copy_bidirectional(&mut outer, &mut inner).await.ok()
             });
         }
     });
-    (url, heads)
+    (format!("{scheme}://user:hunter2@{address}"), heads)
+}
+
+/// Serves one connection to a proxy.
+async fn lead<S>(mut outer: S, inner: SocketAddr, noted: &Heads) -> Option<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(outer.read_u8().await.ok()?);
+    }
+    let text = String::from_utf8(head.clone()).unwrap();
+    let mut inner = TcpStream::connect(inner).await.ok()?;
+    if text.starts_with("CONNECT ") {
+        outer.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.ok()?;
+        outer.flush().await.ok()?;
+    } else {
+        inner.write_all(&head).await.ok()?;
+    }
+    noted.lock().unwrap().push(text);
+    copy_bidirectional(&mut outer, &mut inner).await.ok()?;
+    Some(())
 }
 
 #[tokio::test]
@@ -244,8 +263,8 @@ async fn proxies_are_used_said_and_never_asked_for_loopback_addresses() {
     let ca = authority.ca();
     let plain = Webhook::ok().await;
     let secure = Webhook::https(authority.acceptor()).await;
-    let (http_proxy, http_heads) = proxy_to(&plain).await;
-    let (https_proxy, https_heads) = proxy_to(&secure).await;
+    let (http_proxy, http_heads) = proxy_to(&plain, None).await;
+    let (https_proxy, https_heads) = proxy_to(&secure, None).await;
     let variables = [
         ("HTTP_PROXY", &http_proxy[..]),
         ("HTTPS_PROXY", &https_proxy),
@@ -317,6 +336,35 @@ async fn proxies_are_used_said_and_never_asked_for_loopback_addresses() {
         (2, 1),
         "no request is sent"
     );
+}
+
+#[tokio::test]
+async fn a_proxy_that_is_reached_by_tls_leads_to_http_destinations_too() {
+    let nats = NatsServer::start().await;
+    let mut relayed = nats.client().await.subscribe("relayed.>").await.unwrap();
+    let (authority, other) = (Authority::new(), Authority::new());
+    let webhook = Webhook::ok().await;
+    let (proxy, heads) = proxy_to(&webhook, Some(authority.acceptor())).await;
+    let destination = "http://app.invalid/hook";
+    for (ca, is_trusted) in [(authority.ca(), true), (other.ca(), false)] {
+        let variables = [("HTTP_PROXY", &proxy[..]), ("SSL_CERT_FILE", &ca)];
+        let relay = Relay::between(&nats, destination, &variables);
+        relay.logged("listening on").await;
+        nats.publish("cms.cache.x", "far away").await;
+        if is_trusted {
+            assert_eq!(next(&mut relayed).await.payload, "far away");
+            assert_eq!(heads.lock().unwrap().len(), 1);
+        } else {
+            let line = relay.logged("attempt 1: ").await;
+            assert!(
+                line.contains("signed by a CA that is not trusted"),
+                "{line}"
+            );
+        }
+        let (code, lines) =
+            check(&[&usual(&nats.url(), destination)[..], &variables].concat()).await;
+        assert_eq!(code, Some(i32::from(!is_trusted)), "{lines:#?}");
+    }
 }
 
 #[tokio::test]
