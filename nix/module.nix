@@ -38,6 +38,8 @@ let
     "NATS_CA"
     "NATS_CERT"
     "SSL_CERT_FILE"
+    "WEBHOOK_CA"
+    "WEBHOOK_CERT"
   ];
 
   # Variables that hold URLs, each with what stands between two of them.

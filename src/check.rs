@@ -1,6 +1,8 @@
 //! `--check`: what of a configuration holds, and what does not. Takes and publishes no message, sends
 //! no request to a destination, creates nothing.
 
+mod secure;
+
 use std::{
     io::{ErrorKind, Write},
     sync::Arc,
@@ -9,14 +11,14 @@ use std::{
 
 use anyhow::{Context, anyhow, bail};
 use reqwest::Url;
-use rustls::{ClientConfig, pki_types::ServerName};
+use rustls::ClientConfig;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpStream, lookup_host},
     time::timeout,
 };
-use tokio_rustls::TlsConnector;
 
+use self::secure::{Connected, secure};
 use crate::{
     config::{self, Config, Destination, Login, Mode, Proxy},
     monitor::{Monitor, endpoints},
@@ -101,7 +103,7 @@ pub async fn check(config: &Config, out: &mut dyn Write) -> anyhow::Result<bool>
         };
         report.add(&format!("status port {address}"), found);
     }
-    let tls = tls::client_config(&config.webhook)?.map(Arc::new);
+    let tls = tls::client_config(&config.webhook)?;
     for destination in &config.webhook.destinations {
         let found = within_timeout(reach(destination, tls.as_ref())).await;
         report.add(&format!("destination {destination}"), found);
@@ -234,10 +236,7 @@ async fn look_refused(events: &mut ConnectionEvents, stream: &str) -> anyhow::Er
 }
 
 /// Gets as far as a request would, and sends none.
-async fn reach(
-    destination: &Destination,
-    tls: Option<&Arc<ClientConfig>>,
-) -> anyhow::Result<String> {
+async fn reach(destination: &Destination, tls: Option<&ClientConfig>) -> anyhow::Result<String> {
     let url = destination.expose_url();
     let Some(proxy) = destination.proxy() else {
         connect(url, tls).await?;
@@ -261,13 +260,8 @@ async fn reach(
     ))
 }
 
-/// A connection, by TLS or not.
-trait Connected: AsyncRead + AsyncWrite + Unpin {}
-
-impl<S: AsyncRead + AsyncWrite + Unpin> Connected for S {}
-
 /// A connection to the host of `url`.
-async fn connect(url: &Url, tls: Option<&Arc<ClientConfig>>) -> anyhow::Result<Box<dyn Connected>> {
+async fn connect(url: &Url, tls: Option<&ClientConfig>) -> anyhow::Result<Box<dyn Connected>> {
     let addresses: Vec<_> = lookup_host(config::authority(url))
         .await
         .context("its name does not resolve")?
@@ -276,31 +270,6 @@ async fn connect(url: &Url, tls: Option<&Arc<ClientConfig>>) -> anyhow::Result<B
         .await
         .context("cannot connect")?;
     secure(Box::new(stream), url, tls).await
-}
-
-/// The same connection, by TLS if `url` says so.
-async fn secure(
-    stream: Box<dyn Connected>,
-    url: &Url,
-    tls: Option<&Arc<ClientConfig>>,
-) -> anyhow::Result<Box<dyn Connected>> {
-    let Some(tls) = tls.filter(|_| url.scheme() == "https") else {
-        return Ok(stream);
-    };
-    // IPv6 addresses are in brackets in a URL, and nowhere else.
-    let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
-    let name = ServerName::try_from(host.to_owned())?;
-    match TlsConnector::from(Arc::clone(tls))
-        .connect(name, stream)
-        .await
-    {
-        Ok(stream) => Ok(Box::new(stream)),
-        Err(error) => {
-            let error = error.to_string();
-            let reason = tls::explain(&error, "SSL_CERT_FILE", "http").unwrap_or(error);
-            Err(anyhow!(reason).context("TLS failed"))
-        }
-    }
 }
 
 /// Asks a proxy for a way to the host of `url` (RFC 9110, 9.3.6).

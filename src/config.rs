@@ -11,12 +11,13 @@ mod nats;
 mod proxies;
 mod reader;
 mod secrets;
+mod tls;
 mod variables;
 mod webhook;
 
 use self::{
     environment::Environment,
-    files::check_certificates,
+    files::check_authorities,
     reader::{Noted, Reader, parse_duration},
     variables::{
         CONSUMER, FAILED_PREFIX, PREFIX, QUEUE_GROUP, RELAYED_PREFIX, REPUBLISH_DELAY,
@@ -29,6 +30,7 @@ pub use self::{
     nats::{Login, Nats},
     proxies::Proxy,
     secrets::Secrets,
+    tls::{NATS_TLS, TlsNames, WEBHOOK_TLS},
     variables::{Default, Kind, VARIABLES, Variable, help},
     webhook::{Destination, Webhook, without_secrets},
 };
@@ -97,7 +99,7 @@ impl Config {
 
     fn read(reader: &mut Reader<'_>) -> Result<Self, Noted> {
         let mode = Mode::read(reader);
-        let trust = reader.optional(TRUST, check_certificates);
+        let trust = reader.optional(TRUST, check_authorities);
         let webhook = Webhook::read(reader, trust.clone(), &mode);
         let nats = Nats::read(reader, trust);
         let prefixes = Prefixes::read(reader);

@@ -144,10 +144,10 @@ fn options(config: &config::Nats, observer: Arc<Observer>) -> anyhow::Result<Con
 }
 
 fn with_tls(mut options: ConnectOptions, config: &config::Nats) -> ConnectOptions {
-    if let Some(ca) = &config.ca {
+    if let Some(ca) = &config.tls.ca {
         options = options.add_root_certificates(ca.clone());
     }
-    if let Some((certificate, key)) = &config.certificate {
+    if let Some((certificate, key)) = &config.tls.certificate {
         options = options.add_client_certificate(certificate.clone(), key.clone());
     }
     options.require_tls(config.requires_tls)

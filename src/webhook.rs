@@ -30,7 +30,7 @@ use self::{
     signing::SigningSecret,
 };
 use crate::{
-    config::{self, Secrets},
+    config::{self, Secrets, WEBHOOK_TLS},
     source::Delivery,
     text, tls,
 };
@@ -306,7 +306,7 @@ impl Destination {
             cause = source;
         }
         let cause = cause.to_string();
-        let cause = tls::explain(&cause, "SSL_CERT_FILE", "http").unwrap_or(cause);
+        let cause = tls::explain(&cause, &WEBHOOK_TLS).unwrap_or(cause);
         if !error.is_connect() {
             return format!("no valid answer: {cause}");
         }

@@ -94,6 +94,10 @@ let
       message = "is in the Nix store";
     }
     {
+      change.settings.WEBHOOK_KEY = "${pkgs.writeText "key" "key"}";
+      message = "settings.WEBHOOK_KEY is in the Nix store";
+    }
+    {
       change.webhookDestination = null;
       message = "webhookDestination is not set";
     }
@@ -297,6 +301,8 @@ let
           expr = refused {
             settings = {
               SSL_CERT_FILE = "${pkgs.writeText "ca" "ca"}";
+              WEBHOOK_CA = "${pkgs.writeText "ca" "ca"}";
+              WEBHOOK_CERT = "${pkgs.writeText "certificate" "certificate"}";
               HTTP_PROXY = "http://proxy:3128";
               NO_PROXY = "localhost,.internal";
             };
@@ -377,6 +383,22 @@ let
         "test systemd reads the credential" = {
           expr = unnamed.serviceConfig.LoadCredential;
           expected = [ "NATS_PASS:/run/secrets/100%%" ];
+        };
+        "test a key is read by systemd, and the program is told where it is then" = {
+          expr =
+            let
+              service =
+                (evaluateWith { credentials.WEBHOOK_KEY = "/run/secrets/key"; })
+                .systemd.services.nats-webhook-relay;
+            in
+            [
+              service.serviceConfig.LoadCredential
+              service.environment.WEBHOOK_KEY
+            ];
+          expected = [
+            [ "WEBHOOK_KEY:/run/secrets/key" ]
+            "%d/WEBHOOK_KEY"
+          ];
         };
         "test not even a password in the configuration is in the unit" = {
           expr = lib.hasInfix "hunter2" (

@@ -4,10 +4,17 @@ use std::{
     fs,
     io::{self, Read},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use async_nats::ConnectOptions;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+use rustls::{
+    RootCertStore,
+    crypto::ring,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+    server::ParsedCertificate,
+    sign::SigningKey,
+};
 use secrecy::{ExposeSecret, SecretString};
 
 /// The seed of an nkey that a file holds.
@@ -35,28 +42,62 @@ pub(super) fn read_credentials(path: &str) -> Result<SecretString, String> {
     }
 }
 
-/// The path of a file of certificates, if that is what it is.
-pub(super) fn check_certificates(path: &str) -> Result<PathBuf, String> {
-    let pem = read(path, read_file)?;
-    let found: Vec<_> = CertificateDer::pem_slice_iter(&pem).collect();
-    if found.is_empty() || found.iter().any(Result::is_err) {
-        return Err(format!(
-            "names {}, which holds no certificate in PEM form",
-            shown(Path::new(path))
-        ));
+/// The path of a file of CAs, if that is what it is. One that can't be used is no reason to refuse all
+/// others: the system's file may have some.
+pub(super) fn check_authorities(path: &str) -> Result<PathBuf, String> {
+    let (path, found) = read_certificates(path)?;
+    match RootCertStore::empty().add_parsable_certificates(found) {
+        (0, _) => Err(format!(
+            "names {}, which holds no certificate that can be read",
+            shown(&path)
+        )),
+        _ => Ok(path),
     }
-    Ok(path.into())
 }
 
-/// The path of a file with a private key, if that is what it is.
-pub(super) fn check_key(path: &str) -> Result<PathBuf, String> {
+/// The path of a file with a certificate and maybe those of the CAs between it and its root, and what it
+/// holds.
+pub(super) fn read_certificate(
+    path: &str,
+) -> Result<(PathBuf, Vec<CertificateDer<'static>>), String> {
+    let (path, chain) = read_certificates(path)?;
+    match chain.first().map(ParsedCertificate::try_from) {
+        Some(Ok(_)) => Ok((path, chain)),
+        _ => Err(format!(
+            "names {}, whose first certificate can't be read; it must be one of X.509 version 3",
+            shown(&path)
+        )),
+    }
+}
+
+/// The path of a file of certificates, and what it holds: at least one.
+fn read_certificates(path: &str) -> Result<(PathBuf, Vec<CertificateDer<'static>>), String> {
     let pem = read(path, read_file)?;
-    PrivateKeyDer::from_pem_slice(&pem)
-        .map(|_| path.into())
-        .map_err(|error| {
-            let shown = shown(Path::new(path));
-            format!("names {shown}, which holds no private key in PEM form: {error}")
-        })
+    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
+    match found {
+        Ok(found) if !found.is_empty() => Ok((path.into(), found)),
+        _ => Err(format!(
+            "names {}, which holds no certificate in PEM form",
+            shown(Path::new(path))
+        )),
+    }
+}
+
+/// The path of a file with a private key, and that key.
+pub(super) fn read_key(path: &str) -> Result<(PathBuf, Arc<dyn SigningKey>), String> {
+    let pem = read(path, read_file)?;
+    let shown = shown(Path::new(path));
+    let key = PrivateKeyDer::from_pem_slice(&pem).map_err(|error| {
+        format!(
+            "names {shown}, which holds no private key in PEM form: {error} (one with a passphrase \
+             can't be used)"
+        )
+    })?;
+    ring::default_provider()
+        .key_provider
+        .load_private_key(key)
+        .map(|key| (path.into(), key))
+        .map_err(|error| format!("names {shown}, whose private key can't be used: {error}"))
 }
 
 /// What a file holds, as `read` finds it.

@@ -6,9 +6,10 @@ use async_nats::ServerAddr;
 use secrecy::SecretString;
 
 use super::{
-    files::{check_certificates, check_key, read_credentials, read_nkey},
+    files::{read_credentials, read_nkey},
     reader::{Noted, Reader, any_text, parse_bool},
-    variables::{ADDRESS, CA, CERT, CREDS, HOST, KEY, NKEY, PASS, TLS_FIRST, TOKEN, USER},
+    tls::{NATS_TLS, Tls},
+    variables::{ADDRESS, CREDS, HOST, NKEY, PASS, TLS_FIRST, TOKEN, USER},
 };
 
 /// The NATS servers and how to log in.
@@ -18,11 +19,8 @@ pub struct Nats {
     pub servers: Vec<ServerAddr>,
     /// How to log in.
     pub login: Login,
-    /// PEM file with the CAs to trust, instead of the system's. It is read at each connection, and so
-    /// is the certificate.
-    pub ca: Option<PathBuf>,
-    /// PEM files with a client certificate and its key.
-    pub certificate: Option<(PathBuf, PathBuf)>,
+    /// Whom to trust, and the client certificate.
+    pub tls: Tls,
     /// Whether a connection without TLS is out of the question.
     pub requires_tls: bool,
     /// Whether the TLS handshake comes before the server's greeting.
@@ -57,17 +55,15 @@ impl Nats {
     ) -> Result<Self, Noted> {
         let servers = read_servers(reader);
         let login = Login::read(reader);
-        let ca = reader.optional(CA, check_certificates);
-        let certificate = reader.both_or_neither((CERT, check_certificates), (KEY, check_key));
+        let tls = Tls::read(reader, &NATS_TLS);
         let tls_first = reader.value(TLS_FIRST, parse_bool);
-        let (ca, certificate, tls_first) = (ca?, certificate?, tls_first?);
+        let (tls, tls_first) = (tls?, tls_first?);
         Ok(Self {
             servers: servers?,
             login: login?,
             // Whoever names a CA or a certificate for NATS wants no connection without TLS.
-            requires_tls: ca.is_some() || certificate.is_some() || tls_first,
-            ca: ca.or(trust?),
-            certificate,
+            requires_tls: tls.is_set() || tls_first,
+            tls: tls.or_trust(trust?),
             tls_first,
         })
     }
@@ -167,7 +163,10 @@ fn parse_server(text: &str) -> Result<ServerAddr, String> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::config::tests::{assert_refused, problems, with};
+    use crate::config::{
+        tests::{assert_refused, problems, with},
+        variables::{CA, CERT, KEY},
+    };
 
     #[test]
     fn there_is_one_way_to_log_in() {

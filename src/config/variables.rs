@@ -125,6 +125,9 @@ pub(crate) const FAILED_STREAM: &str = "NATS_FAILED_STREAM";
 pub(super) const TIMEOUT: &str = "WEBHOOK_TIMEOUT";
 pub(super) const MAX_ATTEMPTS: &str = "WEBHOOK_MAX_ATTEMPTS";
 pub(super) const SECRET: &str = "WEBHOOK_SECRET";
+pub(super) const WEBHOOK_CA: &str = "WEBHOOK_CA";
+pub(super) const WEBHOOK_CERT: &str = "WEBHOOK_CERT";
+pub(super) const WEBHOOK_KEY: &str = "WEBHOOK_KEY";
 pub(super) const HEADER: &str = "WEBHOOK_HEADER_<NAME>";
 pub(super) const TRUST: &str = "SSL_CERT_FILE";
 pub(super) const HTTP_PROXY: &str = "HTTP_PROXY";
@@ -212,6 +215,17 @@ pub const VARIABLES: &[Variable] = &[
         "Standard Webhooks secrets whsec_..., separated by white space; signs every request",
     )
     .secret(),
+    Variable::optional(
+        WEBHOOK_CA,
+        "PEM file with the CAs to trust for https destinations, instead of the system's",
+    )
+    .file(),
+    Variable::optional(
+        WEBHOOK_CERT,
+        "PEM file with a client certificate for https destinations, together with WEBHOOK_KEY",
+    )
+    .file(),
+    Variable::optional(WEBHOOK_KEY, "PEM file with the key of that certificate").file(),
     Variable::optional(
         HEADER,
         "adds a request header: WEBHOOK_HEADER_X_KEY=... sends x-key",

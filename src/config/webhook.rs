@@ -13,6 +13,7 @@ use super::{
     environment::FILE_SUFFIX,
     proxies::Proxies,
     reader::{Noted, Reader, parse_duration, parse_list},
+    tls::{Tls, WEBHOOK_TLS},
     variables::{DESTINATION, HEADER_PREFIX, MAX_ATTEMPTS, SECRET, TIMEOUT},
 };
 use crate::webhook::signing::SigningSecret;
@@ -30,8 +31,8 @@ pub struct Webhook {
     pub timeout: Duration,
     /// Attempts per message; without end if none.
     pub max_attempts: Option<u32>,
-    /// PEM file with the CAs to trust for https, instead of the system's.
-    pub trust: Option<PathBuf>,
+    /// Whom to trust for https, and the client certificate.
+    pub tls: Tls,
 }
 
 /// A URL to POST to. `Display` and `Debug` show neither its userinfo nor its query.
@@ -53,13 +54,14 @@ impl Webhook {
         let max_attempts = read_max_attempts(reader, mode);
         let headers = read_headers(reader);
         let secrets = reader.optional(SECRET, |text| parse_list(text, SigningSecret::parse));
+        let tls = read_tls(reader, &destinations);
         Ok(Self {
             destinations: destinations?,
             headers: headers?,
             secrets: secrets?.unwrap_or_default(),
             timeout: timeout?,
             max_attempts: max_attempts?,
-            trust: trust?,
+            tls: tls?.or_trust(trust?),
         })
     }
 
@@ -146,6 +148,29 @@ pub fn without_secrets(url: &Url) -> String {
         url.host_str().unwrap_or_default(),
         url.path()
     )
+}
+
+/// The files for https. Whoever names them believes that it is used.
+fn read_tls(
+    reader: &mut Reader<'_>,
+    destinations: &Result<Vec<Destination>, Noted>,
+) -> Result<Tls, Noted> {
+    let tls = Tls::read(reader, &WEBHOOK_TLS)?;
+    if let Ok(destinations) = destinations
+        && tls.is_set()
+        && !destinations.iter().any(Destination::needs_tls)
+    {
+        let name = match tls.ca {
+            Some(_) => WEBHOOK_TLS.ca,
+            None => WEBHOOK_TLS.certificate,
+        };
+        let problem = format!(
+            "is for https, but no URL in {DESTINATION} starts with https://; write it so, or unset \
+             {name}"
+        );
+        return Err(reader.note(name, &problem));
+    }
+    Ok(tls)
 }
 
 /// The attempts per message; without end if none.

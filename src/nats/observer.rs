@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 
 use super::{BACKOFF, LASTING, Refusals, events::ConnectionEvent, show};
 use crate::{
-    config::{Config, Mode},
+    config::{Config, Mode, NATS_TLS},
     monitor::Monitor,
     tls,
 };
@@ -60,7 +60,7 @@ pub(super) fn explain(error: &str, tls_first: bool) -> String {
                 first (handshake_first), set NATS_TLS_FIRST=true, else check host and port"
             .to_owned();
     }
-    tls::explain(error, "NATS_CA", "nats").unwrap_or_else(|| error.to_owned())
+    tls::explain(error, &NATS_TLS).unwrap_or_else(|| error.to_owned())
 }
 
 /// Chooses the server to connect to, logs what happens, and tells what is fatal.

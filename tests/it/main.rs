@@ -5,6 +5,7 @@
 mod support;
 
 mod buffer;
+mod certificates;
 mod configuration;
 mod durable;
 mod log;

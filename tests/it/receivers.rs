@@ -169,8 +169,7 @@ async fn https_is_trusted_by_the_system_s_store_or_a_ca_of_one_s_own() {
     let lines = relay.lines(&format!("cannot connect to {}: ", webhook.address()));
     assert_eq!(lines.len(), 2, "one for each attempt: {:#?}", relay.log());
     for line in &lines {
-        let hint =
-            "signed by a CA that is not trusted; name the PEM file of that CA in SSL_CERT_FILE";
+        let hint = "signed by a CA that is not trusted; name the PEM file of that CA in WEBHOOK_CA";
         assert!(line.contains(hint), "{line}");
     }
     assert_eq!(relay.lines("ERROR").len(), 1, "{:#?}", relay.log());
@@ -208,11 +207,11 @@ async fn a_certificate_that_no_server_should_have_is_told_in_words() {
     }
 }
 
-type Heads = Arc<Mutex<Vec<String>>>;
+pub type Heads = Arc<Mutex<Vec<String>>>;
 
 /// A proxy that leads to one webhook, whatever host is asked for, and is reached by TLS if there is an
 /// acceptor; the heads of all requests to it.
-async fn proxy_to(webhook: &Webhook, acceptor: Option<TlsAcceptor>) -> (String, Heads) {
+pub async fn proxy_to(webhook: &Webhook, acceptor: Option<TlsAcceptor>) -> (String, Heads) {
     let inner = webhook.address();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let scheme = acceptor.as_ref().map_or("http", |_| "https");

@@ -1,7 +1,11 @@
 use std::{net::IpAddr, path::PathBuf, sync::Arc};
 
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType, date_time_ymd};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+use rustls::{
+    RootCertStore,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+    server::WebPkiClientVerifier,
+};
 use tempfile::TempDir;
 use tokio_rustls::TlsAcceptor;
 
@@ -55,24 +59,32 @@ impl Authority {
         paths
     }
 
+    /// The paths of a certificate that has expired, and of its key.
+    pub fn issue_expired(&self, name: &str) -> (String, String) {
+        let expired = date_time_ymd(2000, 1, 1);
+        self.issue_with(name, |params| params.not_after = expired)
+    }
+
     /// A TLS server's side, with a certificate of its own.
     pub fn acceptor(&self) -> TlsAcceptor {
-        let (certificate, key) = self.issue("webhook");
-        acceptor(certificate, key)
+        acceptor(self.issue("webhook"), None)
+    }
+
+    /// A TLS server's side that demands a client certificate of this authority.
+    pub fn demanding_acceptor(&self) -> TlsAcceptor {
+        acceptor(self.issue("webhook"), Some(self.ca()))
     }
 
     /// A TLS server's side that shows the CA's own certificate, as nobody should.
     pub fn acceptor_with_the_ca(&self) -> TlsAcceptor {
         let key = self.file("ca.key");
         std::fs::write(&key, self.issuer.key().serialize_pem()).unwrap();
-        acceptor(self.ca(), key)
+        acceptor((self.ca(), key), None)
     }
 
     /// A TLS server's side with a certificate that has expired.
     pub fn acceptor_of_old(&self) -> TlsAcceptor {
-        let expired = date_time_ymd(2000, 1, 1);
-        let (certificate, key) = self.issue_with("old", |params| params.not_after = expired);
-        acceptor(certificate, key)
+        acceptor(self.issue_expired("old"), None)
     }
 
     fn file(&self, name: &str) -> String {
@@ -81,12 +93,25 @@ impl Authority {
     }
 }
 
-fn acceptor(certificate: String, key: String) -> TlsAcceptor {
+/// A TLS server's side, which demands a client certificate of a CA if one is named.
+fn acceptor((certificate, key): (String, String), client_ca: Option<String>) -> TlsAcceptor {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let clients = match client_ca {
+        None => WebPkiClientVerifier::no_client_auth(),
+        Some(ca) => {
+            let mut roots = RootCertStore::empty();
+            roots
+                .add(CertificateDer::from_pem_file(ca).unwrap())
+                .unwrap();
+            WebPkiClientVerifier::builder_with_provider(roots.into(), Arc::clone(&provider))
+                .build()
+                .unwrap()
+        }
+    };
     let config = rustls::ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .unwrap()
-        .with_no_client_auth()
+        .with_client_cert_verifier(clients)
         .with_single_cert(
             vec![CertificateDer::from_pem_file(certificate).unwrap()],
             PrivateKeyDer::from_pem_file(key).unwrap(),
