@@ -1,6 +1,11 @@
 //! Where and how to POST.
 
-use std::{collections::BTreeSet, fmt, path::PathBuf, time::Duration};
+use std::{
+    collections::{BTreeSet, HashMap},
+    fmt,
+    path::PathBuf,
+    time::Duration,
+};
 
 use percent_encoding::percent_decode_str;
 use reqwest::{
@@ -198,16 +203,24 @@ fn read_headers(reader: &mut Reader<'_>) -> Result<HeaderMap, Noted> {
             stem.unwrap_or(name)
         })
         .collect();
-    let read: Vec<_> = variables
-        .into_iter()
-        .map(|variable| reader.value(variable, |value| parse_header(variable, value)))
-        .collect();
     let mut headers = HeaderMap::new();
-    for header in read {
-        let (name, value) = header?;
-        headers.insert(name, value);
+    let mut set_by = HashMap::new();
+    let mut result = Ok(());
+    for variable in variables {
+        match reader.value(variable, |value| parse_header(variable, value)) {
+            Ok((name, value)) => match set_by.insert(name.clone(), variable) {
+                None => {
+                    headers.insert(name, value);
+                }
+                Some(earlier) => {
+                    let problem = format!("and {variable} both set {name}; keep one of them");
+                    result = Err(reader.note(earlier, &problem));
+                }
+            },
+            Err(noted) => result = Err(noted),
+        }
     }
-    Ok(headers)
+    result.map(|()| headers)
 }
 
 /// Headers that the relay sets itself, or that would break the request (RFC 9110, 7.6.1).
@@ -306,7 +319,7 @@ fn parse_max_attempts(text: &str) -> Result<Option<u32>, String> {
 mod tests {
     use super::*;
     use crate::config::{
-        tests::{assert_refused, with},
+        tests::{assert_refused, problems, with},
         variables::*,
     };
 
@@ -337,6 +350,21 @@ mod tests {
             !shown.contains("hunter2") && !shown.contains("MfKQ9"),
             "{shown}"
         );
+    }
+
+    #[test]
+    fn two_variables_for_one_header_are_refused() {
+        for second in ["WEBHOOK_HEADER_x_key", "WEBHOOK_HEADER_X-KEY"] {
+            let problems = problems(&[("WEBHOOK_HEADER_X_KEY", "a"), (second, "b")]);
+            assert_eq!(problems.len(), 1, "{problems:?}");
+            for part in [
+                "WEBHOOK_HEADER_X_KEY",
+                second,
+                "both set x-key; keep one of them",
+            ] {
+                assert!(problems[0].contains(part), "{problems:?}");
+            }
+        }
     }
 
     #[test]
