@@ -343,7 +343,9 @@ let
         }) subjects;
       settings = lib.attrNames cfg.settings;
       secrets = lib.attrNames cfg.credentials;
-      prefixes = lib.filter (lib.hasSuffix "SUBJECT_PREFIX") settings;
+      prefixes = lib.filter (
+        variable: lib.hasPrefix "NATS_" variable && lib.hasSuffix "_PREFIX" variable
+      ) settings;
     in
     {
       assertions = lib.concatLists [
@@ -395,7 +397,7 @@ let
           (
             pair:
             "settings: ${pair.a} (${cfg.settings.${pair.a}}) and ${pair.b} (${cfg.settings.${pair.b}}) "
-            + "overlap, so that the relay would take its own messages. Choose prefixes of which none "
+            + "overlap, so that the relay would take one message for another. Choose prefixes of which none "
             + "is below the other."
           )
           (

@@ -23,8 +23,7 @@ use crate::{
     config::{self, Config, Destination, Login, Mode, Proxy},
     monitor::{Monitor, endpoints},
     nats::{
-        Connection, ConnectionEvent, ConnectionEvents, Refusals, cannot_look, connect_once,
-        inbox_refused, show,
+        Connection, ConnectionEvent, ConnectionEvents, Refusals, cannot_look, connect_once, show,
     },
     publish::{Failure, Publishers},
     source::{Consumer, ConsumerError, try_to_look},
@@ -78,8 +77,9 @@ pub async fn check(config: &Config, out: &mut dyn Write) -> anyhow::Result<bool>
     if let Some((connection, mut events)) = check_servers(config, &monitor, &mut report).await? {
         let publishers = Publishers::new(connection.clone(), config, &monitor);
         match &config.mode {
-            Mode::Core { .. } => {
-                check_subscription(config, &connection, &mut events, &mut report).await
+            Mode::Core { queue_group } => {
+                let group = queue_group.as_deref();
+                check_subscription(config, group, &connection, &mut events, &mut report).await;
             }
             Mode::Durable { stream, consumer } => {
                 let consumer = Consumer {
@@ -141,14 +141,23 @@ async fn check_servers(
 
 async fn check_subscription(
     config: &Config,
+    queue_group: Option<&str>,
     connection: &Connection,
     events: &mut ConnectionEvents,
     report: &mut Report<'_>,
 ) {
     let subject = config.prefix.wildcard();
-    // Outside of the queue group, so that it takes no message away from it.
     let client = connection.client();
-    let found = match client.subscribe(subject.clone()).await {
+    let subscribed = match queue_group {
+        // In the group, for the permission may be for that alone; but below a subject that nobody uses,
+        // so that it takes no message away from the other members.
+        Some(group) => {
+            let unused = format!("{}.{:x}.>", config.prefix, fastrand::u64(..));
+            client.queue_subscribe(unused, group.to_owned()).await
+        }
+        None => client.subscribe(subject.clone()).await,
+    };
+    let found = match subscribed {
         Ok(_subscriber) => within_timeout(events.confirm(&client, false)).await,
         Err(error) => Err(error.into()),
     };
@@ -226,8 +235,9 @@ async fn look_refused(events: &mut ConnectionEvents, stream: &str) -> anyhow::Er
                     cannot_look(&format!("$JS.API.STREAM.MSG.GET.{stream}"))
                 );
             }
-            ConnectionEvent::Fatal(reason) => return reason,
-            ConnectionEvent::InboxRefused => return inbox_refused(),
+            ConnectionEvent::Fatal(reason) | ConnectionEvent::InboxRefused(reason) => {
+                return reason;
+            }
             ConnectionEvent::Connected
             | ConnectionEvent::Replaced
             | ConnectionEvent::ProbeRefused => {}

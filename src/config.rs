@@ -20,8 +20,8 @@ use self::{
     files::check_authorities,
     reader::{Noted, Reader, parse_duration},
     variables::{
-        CONSUMER, FAILED_PREFIX, PREFIX, QUEUE_GROUP, RELAYED_PREFIX, REPUBLISH_DELAY,
-        SHUTDOWN_TIMEOUT, STATUS_LISTEN, STREAM, TRUST,
+        CONSUMER, FAILED_PREFIX, INBOX_PREFIX, PREFIX, QUEUE_GROUP, RELAYED_PREFIX,
+        REPUBLISH_DELAY, SHUTDOWN_TIMEOUT, STATUS_LISTEN, STREAM, TRUST,
     },
 };
 pub use self::{
@@ -40,6 +40,10 @@ pub(crate) use self::{
 };
 use crate::subject::Prefix;
 
+/// Each answer comes on a subject with two more long tokens, and each question names it beside its own
+/// subject; a line of both must not be too long for the server.
+const LONGEST_INBOX_PREFIX: usize = 256;
+
 /// Everything that can be set.
 #[derive(Debug)]
 pub struct Config {
@@ -51,6 +55,8 @@ pub struct Config {
     pub relayed_prefix: Prefix,
     /// Publishes under this one what is given up.
     pub failed_prefix: Option<Prefix>,
+    /// What NATS answers comes under this one.
+    pub inbox_prefix: Prefix,
     /// The stream that must confirm what is republished.
     pub relayed_stream: Option<String>,
     /// The stream that must confirm what is given up.
@@ -115,6 +121,7 @@ impl Config {
             prefix: prefixes.input,
             relayed_prefix: prefixes.relayed,
             failed_prefix: prefixes.failed,
+            inbox_prefix: prefixes.inbox,
             relayed_stream: relayed_stream?,
             failed_stream: failed_stream?,
             mode: mode?,
@@ -145,11 +152,12 @@ impl Mode {
     }
 }
 
-/// The three prefixes, of which no two overlap.
+/// The prefixes, of which no two overlap.
 struct Prefixes {
     input: Prefix,
     relayed: Prefix,
     failed: Option<Prefix>,
+    inbox: Prefix,
 }
 
 impl Prefixes {
@@ -157,16 +165,19 @@ impl Prefixes {
         let input = reader.value(PREFIX, parse_prefix);
         let relayed = reader.value(RELAYED_PREFIX, parse_own_prefix);
         let failed = reader.optional(FAILED_PREFIX, parse_own_prefix);
+        let inbox = reader.value(INBOX_PREFIX, parse_inbox_prefix);
         let good = [
             (PREFIX, input.as_ref().ok()),
             (RELAYED_PREFIX, relayed.as_ref().ok()),
             (FAILED_PREFIX, failed.as_ref().ok().and_then(Option::as_ref)),
+            (INBOX_PREFIX, inbox.as_ref().ok()),
         ];
         refuse_overlaps(reader, &good)?;
         Ok(Self {
             input: input?,
             relayed: relayed?,
             failed: failed?,
+            inbox: inbox?,
         })
     }
 }
@@ -183,8 +194,8 @@ fn refuse_overlaps(
                 && prefix.overlaps(earlier)
             {
                 let problem = format!(
-                    "{prefix} overlaps with {earlier_name} {earlier}, which makes a loop; \
-                     choose prefixes of which none begins another"
+                    "{prefix} overlaps with {earlier_name} {earlier}, so that one message would be \
+                     taken for another; choose prefixes of which none begins another"
                 );
                 result = Err(reader.note(name, &problem));
             }
@@ -217,6 +228,22 @@ fn parse_own_prefix(text: &str) -> Result<Prefix, String> {
     if prefix.is_reserved() {
         return Err(format!(
             "{text:?} is reserved for NATS itself; choose another, such as relayed.cache"
+        ));
+    }
+    Ok(prefix)
+}
+
+/// A prefix to be answered under.
+fn parse_inbox_prefix(text: &str) -> Result<Prefix, String> {
+    let prefix = parse_prefix(text)?;
+    if text.starts_with('$') {
+        return Err(format!(
+            "{text:?} is reserved for NATS itself; choose another, such as _INBOX_relay"
+        ));
+    }
+    if text.len() > LONGEST_INBOX_PREFIX {
+        return Err(format!(
+            "is longer than {LONGEST_INBOX_PREFIX} bytes; write a short one, such as _INBOX_relay"
         ));
     }
     Ok(prefix)
@@ -353,6 +380,11 @@ mod tests {
             (FAILED_PREFIX, "cms.cache.failed", "overlaps"),
             (FAILED_PREFIX, "relayed.cache", "overlaps"),
             (FAILED_PREFIX, "failed.", "empty token"),
+            (INBOX_PREFIX, "_INBOX.>", "wildcard"),
+            (INBOX_PREFIX, "$JS.inbox", "is reserved for NATS"),
+            (INBOX_PREFIX, &"x".repeat(257), "is longer than 256 bytes"),
+            (INBOX_PREFIX, "cms.cache.inbox", "overlaps"),
+            (INBOX_PREFIX, "relayed", "overlaps"),
             (STREAM, "CMS", "NATS_CONSUMER is not set"),
             (CONSUMER, "relay", "NATS_STREAM is not set"),
             (STREAM, "C.M.S", "is no name"),

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 
 pub use self::{
     connection::{ClientEnded, Connection, Epoch, Refusals},
-    events::{ConnectionEvent, ConnectionEvents, inbox_refused},
+    events::{ConnectionEvent, ConnectionEvents},
     observer::cannot_look,
 };
 use self::{
@@ -77,7 +77,7 @@ async fn start(
 ) -> anyhow::Result<(Client, mpsc::UnboundedReceiver<ConnectionEvent>)> {
     let (observer, reports) = Observer::new(config, monitor, refusals);
     let chooser = Arc::clone(&observer);
-    let client = options(&config.nats, Arc::clone(&observer))?
+    let client = options(config, Arc::clone(&observer))?
         .retry_on_initial_connect()
         .reconnect_to_server_callback(move |servers, _| {
             let choice = chooser.choose(&servers);
@@ -100,7 +100,7 @@ pub async fn connect_once(
 ) -> anyhow::Result<(Connection, ConnectionEvents)> {
     let refusals = Refusals::default();
     let (observer, reports) = Observer::new(config, monitor, &refusals);
-    let client = options(&config.nats, observer)?
+    let client = options(config, observer)?
         .ignore_discovered_servers()
         .connect(server)
         .await
@@ -116,9 +116,10 @@ pub async fn connect_once(
 }
 
 /// Login, TLS, and what every connection has in common.
-fn options(config: &config::Nats, observer: Arc<Observer>) -> anyhow::Result<ConnectOptions> {
+fn options(config: &Config, observer: Arc<Observer>) -> anyhow::Result<ConnectOptions> {
+    let nats = &config.nats;
     let login = ConnectOptions::new();
-    let login = match &config.login {
+    let login = match &nats.login {
         Login::Anonymous => login,
         Login::Password { user, password } => {
             login.user_and_password(user.clone(), password.expose_secret().to_owned())
@@ -127,13 +128,14 @@ fn options(config: &config::Nats, observer: Arc<Observer>) -> anyhow::Result<Con
         Login::Nkey(seed) => login.nkey(seed.expose_secret().to_owned()),
         Login::Credentials(text) => login.credentials(text.expose_secret())?,
     };
-    let options = with_tls(login, config);
-    let options = match config.tls_first {
+    let options = with_tls(login, nats);
+    let options = match nats.tls_first {
         true => options.tls_first(),
         false => options,
     };
     Ok(options
         .name(CONNECTION_NAME)
+        .custom_inbox_prefix(&config.inbox_prefix)
         .subscription_capacity(SUBSCRIPTION_CAPACITY)
         .read_buffer_capacity(READ_BUFFER_BYTES)
         .ping_interval(PING_INTERVAL)

@@ -52,6 +52,12 @@ impl Prefix {
         subjects.iter().any(|subject| meet(subject, &wildcard))
     }
 
+    /// Whether `subject` is below the prefix.
+    #[must_use]
+    pub fn contains(&self, subject: &str) -> bool {
+        self.rest_of(subject).is_some()
+    }
+
     /// What follows `<prefix>.` in `subject`.
     fn rest_of<'a>(&self, subject: &'a str) -> Option<&'a str> {
         subject.strip_prefix(&self.0)?.strip_prefix('.')
@@ -158,7 +164,7 @@ impl fmt::Display for InvalidPrefix {
                 "has an empty token; write it without a dot at either end and without two in a row, such as cms.cache"
             }
             Self::Wildcard => {
-                "contains a wildcard; give the bare prefix, such as cms.cache: everything below it is relayed"
+                "contains a wildcard; give the bare prefix, such as cms.cache, which stands for all that is below it"
             }
             Self::WhiteSpace => {
                 "contains white space or a control character; write it without, such as cms.cache"

@@ -122,6 +122,10 @@ let
       message = "overlap";
     }
     {
+      change.settings.NATS_INBOX_PREFIX = "cms.cache.inbox";
+      message = "overlap";
+    }
+    {
       change.webhookDestination = [
         "http://localhost/hook"
         "http://localhost/hook?secret=hunter2"

@@ -116,6 +116,7 @@ pub(super) const CA: &str = "NATS_CA";
 pub(super) const CERT: &str = "NATS_CERT";
 pub(super) const KEY: &str = "NATS_KEY";
 pub(super) const TLS_FIRST: &str = "NATS_TLS_FIRST";
+pub(super) const INBOX_PREFIX: &str = "NATS_INBOX_PREFIX";
 pub(super) const QUEUE_GROUP: &str = "NATS_QUEUE_GROUP";
 pub(super) const STREAM: &str = "NATS_STREAM";
 pub(super) const CONSUMER: &str = "NATS_CONSUMER";
@@ -179,6 +180,11 @@ pub const VARIABLES: &[Variable] = &[
         "true: the TLS handshake comes first, as a server with handshake_first wants it",
     )
     .default("false"),
+    Variable::optional(
+        INBOX_PREFIX,
+        "answers of NATS come under this prefix, for a user that may not subscribe to _INBOX.>",
+    )
+    .default("_INBOX"),
     Variable::optional(
         QUEUE_GROUP,
         "core mode: replicas in a group share the messages, without order across them",

@@ -3,7 +3,6 @@
 
 use std::{sync::Arc, time::Instant};
 
-use anyhow::anyhow;
 use async_nats::{Client, RequestErrorKind, connection::State};
 use log::error;
 use tokio::{
@@ -45,8 +44,8 @@ pub(super) struct Successor {
 pub enum ConnectionEvent {
     /// The relay cannot go on.
     Fatal(anyhow::Error),
-    /// Our user may not subscribe to an inbox, so a request gets no answer.
-    InboxRefused,
+    /// Our user may not subscribe to an inbox, so a request gets no answer; with what to do about it.
+    InboxRefused(anyhow::Error),
     /// Our user may not publish to an inbox, which only [`ConnectionEvents::confirm`] does.
     ProbeRefused,
     /// There is a new connection.
@@ -87,8 +86,8 @@ impl ConnectionEvents {
         loop {
             match self.next().await {
                 ConnectionEvent::Fatal(reason) => return reason,
-                ConnectionEvent::InboxRefused if needs_inbox => return inbox_refused(),
-                ConnectionEvent::InboxRefused
+                ConnectionEvent::InboxRefused(reason) if needs_inbox => return reason,
+                ConnectionEvent::InboxRefused(_)
                 | ConnectionEvent::ProbeRefused
                 | ConnectionEvent::LookRefused
                 | ConnectionEvent::Connected
@@ -111,8 +110,8 @@ impl ConnectionEvents {
                 biased;
                 event = self.next() => match event {
                     ConnectionEvent::Fatal(reason) => return Err(reason),
-                    ConnectionEvent::InboxRefused if needs_inbox => return Err(inbox_refused()),
-                    ConnectionEvent::InboxRefused | ConnectionEvent::ProbeRefused => return Ok(()),
+                    ConnectionEvent::InboxRefused(reason) if needs_inbox => return Err(reason),
+                    ConnectionEvent::InboxRefused(_) | ConnectionEvent::ProbeRefused => return Ok(()),
                     ConnectionEvent::Connected | ConnectionEvent::LookRefused => continue,
                     ConnectionEvent::Replaced => return Err(ClientEnded.into()),
                 },
@@ -174,10 +173,4 @@ impl Successor {
             .send_modify(|current| *current = current.followed_by(client));
         Ok(reports)
     }
-}
-
-/// Why a relay that needs an inbox cannot go on without.
-#[must_use]
-pub fn inbox_refused() -> anyhow::Error {
-    anyhow!("no permission to use inboxes; allow _INBOX.> for this NATS user")
 }

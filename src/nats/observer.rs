@@ -19,6 +19,7 @@ use super::{BACKOFF, LASTING, Refusals, events::ConnectionEvent, show};
 use crate::{
     config::{Config, Mode, NATS_TLS},
     monitor::Monitor,
+    subject::Prefix,
     tls,
 };
 
@@ -65,8 +66,10 @@ pub(super) fn explain(error: &str, tls_first: bool) -> String {
 
 /// Chooses the server to connect to, logs what happens, and tells what is fatal.
 pub(super) struct Observer {
-    /// What the relay subscribes to.
-    subject: String,
+    /// It subscribes to all that is below this one.
+    prefix: Prefix,
+    /// Below this one come the answers to its requests.
+    inbox_prefix: Prefix,
     /// What to look at where the server refuses the login.
     hint: &'static str,
     /// Whether the TLS handshake comes before the server's greeting.
@@ -104,7 +107,8 @@ impl Observer {
     ) -> (Arc<Self>, mpsc::UnboundedReceiver<ConnectionEvent>) {
         let (sender, receiver) = mpsc::unbounded_channel();
         let observer = Self {
-            subject: config.prefix.wildcard(),
+            prefix: config.prefix.clone(),
+            inbox_prefix: config.inbox_prefix.clone(),
             hint: config.nats.login.hint(),
             tls_first: config.nats.tls_first,
             input: match &config.mode {
@@ -215,17 +219,22 @@ impl Observer {
             ServerError::Other(text) => text,
         };
         if let Some(refused) = refused_subject(text, "Subscription to") {
-            if refused == self.subject {
+            if self.prefix.contains(&refused) {
                 return self.fatal(anyhow!(
-                    "no permission to subscribe to {refused}; allow it for this NATS user"
+                    "no permission to subscribe to {}; allow it for this NATS user",
+                    self.prefix.wildcard()
                 ));
             }
-            if refused.starts_with("_INBOX.") {
-                return self.tell(ConnectionEvent::InboxRefused);
+            if self.inbox_prefix.contains(&refused) {
+                return self.tell(ConnectionEvent::InboxRefused(anyhow!(
+                    "no permission to subscribe to {}, where NATS answers; allow it for this NATS \
+                     user, or set NATS_INBOX_PREFIX to a prefix that this user may subscribe to",
+                    self.inbox_prefix.wildcard()
+                )));
             }
         }
         if let Some(refused) = refused_subject(text, "Publish to") {
-            if refused.starts_with("_INBOX.") {
+            if self.inbox_prefix.contains(&refused) {
                 return self.tell(ConnectionEvent::ProbeRefused);
             }
             if refused.starts_with("$JS.API.STREAM.MSG.GET.") {
@@ -264,11 +273,12 @@ impl Observer {
             );
         }
         if text.eq_ignore_ascii_case("maximum subscriptions exceeded") {
+            let reason = anyhow!("NATS refused the subscription: {text}");
             if self.is_lossy {
                 // Its own subscription came first; it can do without the one of an inbox.
-                return self.tell(ConnectionEvent::InboxRefused);
+                return self.tell(ConnectionEvent::InboxRefused(reason));
             }
-            return self.fatal(anyhow!("NATS refused the subscription: {text}"));
+            return self.fatal(reason);
         }
         error!("the NATS server reports: {text}");
     }

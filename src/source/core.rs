@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     monitor::Monitor,
-    nats::{ClientEnded, Connection, ConnectionEvent, ConnectionEvents, inbox_refused},
+    nats::{ClientEnded, Connection, ConnectionEvent, ConnectionEvents},
     text::count,
 };
 
@@ -148,14 +148,14 @@ impl Core {
             biased;
             event = self.events.next() => match event {
                 ConnectionEvent::Fatal(reason) => return Err(reason),
-                ConnectionEvent::InboxRefused if self.needs_inbox => return Err(inbox_refused()),
+                ConnectionEvent::InboxRefused(reason) if self.needs_inbox => return Err(reason),
                 ConnectionEvent::Replaced => {
                     self.end_subscription();
                     if !self.is_stopped {
                         self.subscribe().await;
                     }
                 }
-                ConnectionEvent::InboxRefused
+                ConnectionEvent::InboxRefused(_)
                 | ConnectionEvent::ProbeRefused
                 | ConnectionEvent::LookRefused
                 | ConnectionEvent::Connected => {}

@@ -37,7 +37,7 @@ use super::{
 use crate::{
     backoff::Backoff,
     monitor::Monitor,
-    nats::{Connection, ConnectionEvent, ConnectionEvents, inbox_refused},
+    nats::{Connection, ConnectionEvent, ConnectionEvents},
 };
 
 /// How often the server is told that a message is worked on, and its silence is noticed.
@@ -256,8 +256,9 @@ impl Durable {
         tokio::select! {
             biased;
             event = self.events.next() => match event {
-                ConnectionEvent::Fatal(reason) => return Err(reason),
-                ConnectionEvent::InboxRefused => return Err(inbox_refused()),
+                ConnectionEvent::Fatal(reason) | ConnectionEvent::InboxRefused(reason) => {
+                    return Err(reason);
+                }
                 ConnectionEvent::LookRefused | ConnectionEvent::ProbeRefused => {}
                 ConnectionEvent::Replaced => {
                     if !self.is_stopped {

@@ -13,6 +13,7 @@ mod logins;
 mod nats_faults;
 mod operating;
 mod outcomes;
+mod permissions;
 mod receivers;
 mod relaying;
 mod service;

@@ -398,7 +398,7 @@ async fn check_says_what_holds_and_what_does_not() {
                 ("NATS_STREAM", "CMS"),
                 ("NATS_CONSUMER", "x"),
             ],
-            &["no permission to use inboxes"],
+            &["no permission to subscribe to _INBOX.>, where NATS answers"],
         ),
         (
             &[

@@ -510,57 +510,6 @@ async fn missing_permissions_for_a_stream_that_keeps_end_it_with_their_names() {
 }
 
 #[tokio::test]
-async fn durable_mode_needs_no_permission_but_those_of_the_readme() {
-    let publish = [
-        "relayed.cache.>",
-        "failed.cache.>",
-        "$JS.API.CONSUMER.*.CMS.relay",
-        "$JS.API.CONSUMER.CREATE.CMS.relay.>",
-        "$JS.API.CONSUMER.MSG.NEXT.CMS.relay",
-        "$JS.ACK.CMS.relay.>",
-        "$JS.API.STREAM.MSG.GET.CMS",
-    ];
-    let streams = ["$JS.API.STREAM.INFO.RELAYED", "$JS.API.STREAM.INFO.FAILED"];
-    let info = ["$JS.API.STREAM.INFO.CMS"];
-    let keeping = [&[RELAYED][..], &FAILED].concat();
-    for (permissions, changes, warnings) in [
-        (&info[..], &[FAILED[0]][..], 0),
-        // It goes on without, and says so.
-        (&streams, &keeping, 1),
-        (&[], &[FAILED[0]], 1),
-    ] {
-        let nats = NatsServer::with_config(&format!(
-            "jetstream {{ store_dir: \"$DIR/jetstream\" }}
-             authorization {{ users = [
-                {{ user: admin, password: good }},
-                {{ user: relay, password: good, permissions: {{
-                    publish: {:?}, subscribe: \"_INBOX.>\"
-                }} }}
-             ] }}
-             no_auth_user: admin",
-            [&publish, permissions].concat()
-        ))
-        .await;
-        for (stream, subject) in [
-            ("CMS", "cms.cache.>"),
-            ("RELAYED", "relayed.>"),
-            ("FAILED", "failed.>"),
-        ] {
-            nats.create_stream(stream, subject, 1).await;
-        }
-        let webhook = Webhook::script([Answer::status(422)]).await;
-        let user = [("NATS_USER", "relay"), ("NATS_PASS", "good")];
-        let relay = Relay::durable(&nats, &webhook, &[changes, &user].concat()).await;
-        publish_all(&nats.jetstream().await, 0..2).await;
-        assert_eq!(payloads(&nats, "FAILED", 1).await, ["0"]);
-        assert_eq!(payloads(&nats, "RELAYED", 1).await, ["1"]);
-        let said = relay.lines("allow $JS.API.STREAM.INFO.CMS");
-        assert_eq!(said.len(), warnings, "{said:?}");
-        assert_eq!(relay.lines("ERROR").len(), 1, "{:#?}", relay.log());
-    }
-}
-
-#[tokio::test]
 async fn a_message_that_nats_does_not_let_be_kept_is_given_up() {
     let nats = NatsServer::with_config(
         r#"jetstream { store_dir: "$DIR/jetstream" }

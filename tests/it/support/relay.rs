@@ -101,6 +101,30 @@ impl Relay {
         Self::listening(nats, webhook, &[&durable, changes].concat()).await
     }
 
+    /// What `--check` says between a server and a webhook: its exit code and its lines.
+    pub async fn check(
+        nats: &NatsServer,
+        webhook: &Webhook,
+        changes: &[(&str, &str)],
+    ) -> (Option<i32>, Vec<String>) {
+        let (url, webhook) = (nats.url(), webhook.url());
+        let output = Command::new(Self::program())
+            .arg("--check")
+            .env_clear()
+            .envs(usual(&url, &webhook))
+            .envs(changes.iter().copied())
+            .current_dir(std::env::temp_dir())
+            .stdin(Stdio::null())
+            .output()
+            .await
+            .unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        (
+            output.status.code(),
+            text.lines().map(str::to_owned).collect(),
+        )
+    }
+
     pub fn directory(&self) -> &Path {
         self.directory.path()
     }
