@@ -511,7 +511,10 @@ let
           && connection a == connection b
           && agree overlap "NATS_SUBJECT_PREFIX"
           && agree overlap "NATS_RELAYED_SUBJECT_PREFIX";
-        takeTurns = same "NATS_QUEUE_GROUP" || same "NATS_STREAM" && same "NATS_CONSUMER";
+        # The same stream in another domain is another one.
+        domainOf = { cfg, ... }: cfg.settings.NATS_JS_DOMAIN or null;
+        takeTurns =
+          same "NATS_QUEUE_GROUP" || same "NATS_STREAM" && same "NATS_CONSUMER" && domainOf a == domainOf b;
       in
       [
         {

@@ -191,7 +191,7 @@ async fn check_consumer(
     if is_usable {
         let found = tokio::select! {
             biased;
-            reason = look_refused(events, stream) => Err(reason),
+            reason = look_refused(events, consumer) => Err(reason),
             found = try_to_look(consumer) => found.map_err(anyhow::Error::from),
         };
         report.add(
@@ -226,14 +226,13 @@ async fn check_confirming_streams(
 }
 
 /// Resolves when our user turns out to have no permission to look at the messages of the stream.
-async fn look_refused(events: &mut ConnectionEvents, stream: &str) -> anyhow::Error {
+async fn look_refused(events: &mut ConnectionEvents, consumer: &Consumer) -> anyhow::Error {
     loop {
         match events.next().await {
             ConnectionEvent::LookRefused => {
-                return anyhow!(
-                    "{}",
-                    cannot_look(&format!("$JS.API.STREAM.MSG.GET.{stream}"))
-                );
+                let api = consumer.connection.api();
+                let subject = api.subject(format_args!("STREAM.MSG.GET.{}", consumer.stream));
+                return anyhow!("{}", cannot_look(&subject));
             }
             ConnectionEvent::Fatal(reason) | ConnectionEvent::InboxRefused(reason) => {
                 return reason;

@@ -20,7 +20,7 @@ use self::{
     files::check_authorities,
     reader::{Noted, Reader, parse_duration},
     variables::{
-        CONSUMER, FAILED_PREFIX, INBOX_PREFIX, PREFIX, QUEUE_GROUP, RELAYED_PREFIX,
+        CONSUMER, DOMAIN, FAILED_PREFIX, INBOX_PREFIX, PREFIX, QUEUE_GROUP, RELAYED_PREFIX,
         REPUBLISH_DELAY, SHUTDOWN_TIMEOUT, STATUS_LISTEN, STREAM, TRUST,
     },
 };
@@ -61,6 +61,8 @@ pub struct Config {
     pub relayed_stream: Option<String>,
     /// The stream that must confirm what is given up.
     pub failed_stream: Option<String>,
+    /// The JetStream domain that all streams are in, if it is not the server's own.
+    pub domain: Option<String>,
     /// Where messages come from.
     pub mode: Mode,
     /// Where and how to POST.
@@ -111,6 +113,7 @@ impl Config {
         let prefixes = Prefixes::read(reader);
         let relayed_stream = reader.optional(RELAYED_STREAM, parse_name);
         let failed_stream = read_failed_stream(reader);
+        let domain = read_domain(reader);
         let republish_delay = reader.value(REPUBLISH_DELAY, parse_duration);
         let shutdown_timeout = reader.value(SHUTDOWN_TIMEOUT, parse_duration);
         let status_listen = reader.optional(STATUS_LISTEN, parse_address);
@@ -124,6 +127,7 @@ impl Config {
             inbox_prefix: prefixes.inbox,
             relayed_stream: relayed_stream?,
             failed_stream: failed_stream?,
+            domain: domain?,
             mode: mode?,
             webhook: webhook?,
             republish_delay: republish_delay?,
@@ -213,6 +217,20 @@ fn read_failed_stream(reader: &mut Reader<'_>) -> Result<Option<String>, Noted> 
         return Err(reader.note(FAILED_PREFIX, &problem));
     }
     Ok(stream)
+}
+
+/// The domain of the streams, which makes no sense where none is named.
+fn read_domain(reader: &mut Reader<'_>) -> Result<Option<String>, Noted> {
+    let domain = reader.optional(DOMAIN, parse_name)?;
+    let names = [STREAM, RELAYED_STREAM, FAILED_STREAM];
+    if domain.is_some() && !names.iter().any(|name| reader.is_set(name)) {
+        let problem = format!(
+            "is set, but none of {}; set the one that is meant, or unset {DOMAIN}",
+            names.join(", ")
+        );
+        return Err(reader.note(DOMAIN, &problem));
+    }
+    Ok(domain)
 }
 
 fn parse_prefix(text: &str) -> Result<Prefix, String> {
@@ -389,6 +407,8 @@ mod tests {
             (CONSUMER, "relay", "NATS_STREAM is not set"),
             (STREAM, "C.M.S", "is no name"),
             (RELAYED_STREAM, "RELAYED.>", "is no name"),
+            (DOMAIN, "h.ub", "is no name"),
+            (DOMAIN, "hub", "is set, but none of NATS_STREAM"),
             (
                 FAILED_STREAM,
                 "FAILED",

@@ -1,6 +1,7 @@
 //! Connecting to NATS: servers, login, TLS. The client reconnects and resubscribes by itself; what it
 //! reports is logged by the observer, and what its user must act on comes out of [`ConnectionEvents`].
 
+mod api;
 mod connection;
 mod events;
 mod observer;
@@ -13,6 +14,7 @@ use secrecy::ExposeSecret;
 use tokio::sync::mpsc;
 
 pub use self::{
+    api::Api,
     connection::{ClientEnded, Connection, Epoch, Refusals},
     events::{ConnectionEvent, ConnectionEvents},
     observer::cannot_look,
@@ -63,7 +65,7 @@ pub async fn connect(
     refusals: Refusals,
 ) -> anyhow::Result<(Connection, ConnectionEvents)> {
     let (client, reports) = start(config, monitor, &refusals).await?;
-    let (current, connection) = Connection::new(client, refusals.clone());
+    let (current, connection) = Connection::new(client, Api::of(config), refusals.clone());
     let successor = Successor::new(Arc::clone(config), Arc::clone(monitor), refusals, current);
     let events = ConnectionEvents::new(reports, Some(successor));
     Ok((connection, events))
@@ -110,7 +112,7 @@ pub async fn connect_once(
             }
             _ => anyhow!("{}", explain(&error.to_string(), config.nats.tls_first)),
         })?;
-    let (_, connection) = Connection::new(client, refusals);
+    let (_, connection) = Connection::new(client, Api::of(config), refusals);
     let events = ConnectionEvents::new(reports, None);
     Ok((connection, events))
 }

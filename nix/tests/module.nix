@@ -184,6 +184,20 @@ let
       message = "Write `info,reqwest=debug,hyper/x`";
     }
     {
+      change.settings = {
+        NATS_STREAM = "CMS";
+        NATS_CONSUMER = "relay";
+      };
+      change.instances.hub = minimal // {
+        settings = {
+          NATS_STREAM = "CMS";
+          NATS_CONSUMER = "relay";
+          NATS_JS_DOMAIN = "hub";
+        };
+      };
+      message = "republish the same messages under the same prefix";
+    }
+    {
       change.instances.preview = minimal // {
         webhookDestination = "http://localhost:4000/hook";
       };

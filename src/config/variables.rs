@@ -117,6 +117,7 @@ pub(super) const CERT: &str = "NATS_CERT";
 pub(super) const KEY: &str = "NATS_KEY";
 pub(super) const TLS_FIRST: &str = "NATS_TLS_FIRST";
 pub(super) const INBOX_PREFIX: &str = "NATS_INBOX_PREFIX";
+pub(super) const DOMAIN: &str = "NATS_JS_DOMAIN";
 pub(super) const QUEUE_GROUP: &str = "NATS_QUEUE_GROUP";
 pub(super) const STREAM: &str = "NATS_STREAM";
 pub(super) const CONSUMER: &str = "NATS_CONSUMER";
@@ -196,6 +197,10 @@ pub const VARIABLES: &[Variable] = &[
     Variable::optional(
         CONSUMER,
         "durable mode: the name of the durable consumer, created if it is missing",
+    ),
+    Variable::optional(
+        DOMAIN,
+        "the JetStream domain of all streams that are named, as behind a leaf node",
     ),
     Variable::optional(
         FAILED_PREFIX,

@@ -15,10 +15,12 @@ use async_nats::{
     Client, HeaderMap, PublishError,
     client::PublishErrorKind,
     connection::State,
-    jetstream::{self, Context, context::RequestError, response::Response, stream::Info},
+    jetstream::{Context, context::RequestError, response::Response, stream::Info},
 };
 use bytes::Bytes;
 use tokio::sync::watch;
+
+use super::Api;
 
 /// How long a request to the JetStream API may take.
 const API_TIMEOUT: Duration = Duration::from_secs(2);
@@ -27,6 +29,7 @@ const API_TIMEOUT: Duration = Duration::from_secs(2);
 #[derive(Clone)]
 pub struct Connection {
     current: watch::Receiver<Current>,
+    api: Api,
     refusals: Refusals,
 }
 
@@ -87,9 +90,18 @@ impl Epoch {
 
 impl Connection {
     /// The first client.
-    pub(super) fn new(client: Client, refusals: Refusals) -> (watch::Sender<Current>, Self) {
-        let (sender, current) = watch::channel(Current::new(client, 0));
-        (sender, Self { current, refusals })
+    pub(super) fn new(
+        client: Client,
+        api: Api,
+        refusals: Refusals,
+    ) -> (watch::Sender<Current>, Self) {
+        let (sender, current) = watch::channel(Current::new(client, &api, 0));
+        let connection = Self {
+            current,
+            api,
+            refusals,
+        };
+        (sender, connection)
     }
 
     /// How many messages NATS has refused to publish so far.
@@ -102,6 +114,12 @@ impl Connection {
     #[must_use]
     pub fn client(&self) -> Arc<Client> {
         Arc::clone(&self.current.borrow().client)
+    }
+
+    /// The JetStream that the streams are in.
+    #[must_use]
+    pub fn api(&self) -> &Api {
+        &self.api
     }
 
     /// The JetStream API, with a bound on how long a request takes.
@@ -180,8 +198,8 @@ impl Connection {
 }
 
 impl Current {
-    pub(super) fn new(client: Client, number: u64) -> Self {
-        let mut jetstream = jetstream::new(client.clone());
+    pub(super) fn new(client: Client, api: &Api, number: u64) -> Self {
+        let mut jetstream = api.context(client.clone());
         jetstream.set_timeout(API_TIMEOUT);
         Self {
             client: Arc::new(client),
@@ -191,7 +209,7 @@ impl Current {
     }
 
     /// What comes after it.
-    pub(super) fn followed_by(&self, client: Client) -> Self {
-        Self::new(client, self.number + 1)
+    pub(super) fn followed_by(&self, client: Client, api: &Api) -> Self {
+        Self::new(client, api, self.number + 1)
     }
 }

@@ -11,7 +11,7 @@ use tokio::{
 };
 
 use super::{
-    BACKOFF, LASTING, Refusals,
+    Api, BACKOFF, LASTING, Refusals,
     connection::{ClientEnded, Current},
     start,
 };
@@ -169,8 +169,9 @@ impl Successor {
             "the NATS client has broken down and is replaced, as after a message that it cannot bear (a \
              carriage return in a header value, for one){loss}"
         );
+        let api = Api::of(&self.config);
         self.current
-            .send_modify(|current| *current = current.followed_by(client));
+            .send_modify(|current| *current = current.followed_by(client, &api));
         Ok(reports)
     }
 }

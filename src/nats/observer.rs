@@ -15,7 +15,7 @@ use async_nats::{
 use log::{debug, error, info, warn};
 use tokio::sync::mpsc;
 
-use super::{BACKOFF, LASTING, Refusals, events::ConnectionEvent, show};
+use super::{Api, BACKOFF, LASTING, Refusals, events::ConnectionEvent, show};
 use crate::{
     config::{Config, Mode, NATS_TLS},
     monitor::Monitor,
@@ -70,6 +70,7 @@ pub(super) struct Observer {
     prefix: Prefix,
     /// Below this one come the answers to its requests.
     inbox_prefix: Prefix,
+    api: Api,
     /// What to look at where the server refuses the login.
     hint: &'static str,
     /// Whether the TLS handshake comes before the server's greeting.
@@ -109,6 +110,7 @@ impl Observer {
         let observer = Self {
             prefix: config.prefix.clone(),
             inbox_prefix: config.inbox_prefix.clone(),
+            api: Api::of(config),
             hint: config.nats.login.hint(),
             tls_first: config.nats.tls_first,
             input: match &config.mode {
@@ -237,11 +239,12 @@ impl Observer {
             if self.inbox_prefix.contains(&refused) {
                 return self.tell(ConnectionEvent::ProbeRefused);
             }
-            if refused.starts_with("$JS.API.STREAM.MSG.GET.") {
+            let request = self.api.request(&refused).unwrap_or_default();
+            if request.starts_with("STREAM.MSG.GET.") {
                 warn!("{}", cannot_look(&refused));
                 return self.tell(ConnectionEvent::LookRefused);
             }
-            if self.does_without(&refused) {
+            if self.does_without(request) {
                 // The source of messages says what follows from it.
                 return debug!("no permission to publish on {refused}");
             }
@@ -283,11 +286,11 @@ impl Observer {
         error!("the NATS server reports: {text}");
     }
 
-    /// Whether the relay can do without publishing on this subject: to look at the stream that it takes
+    /// Whether the relay can do without this request to JetStream: to look at the stream that it takes
     /// messages from, unless it publishes into it as well.
-    fn does_without(&self, subject: &str) -> bool {
-        subject
-            .strip_prefix("$JS.API.STREAM.INFO.")
+    fn does_without(&self, request: &str) -> bool {
+        request
+            .strip_prefix("STREAM.INFO.")
             .is_some_and(|stream| self.input.as_deref() == Some(stream))
     }
 

@@ -13,6 +13,7 @@ use async_nats::{
 };
 use futures::StreamExt;
 use log::warn;
+use serde_json::Value;
 use tokio::{
     sync::Mutex,
     time::{sleep, timeout},
@@ -119,9 +120,13 @@ impl ConfirmingStream {
             }
             Err(error) => {
                 return Err(match error.kind() {
-                    RequestErrorKind::NoResponders => Failure::Permanent(format!(
-                        "JetStream is not enabled on the NATS server; enable it, or unset {variable}"
-                    )),
+                    RequestErrorKind::NoResponders => match self.connection.api().is_away() {
+                        Some(reason) => Failure::Temporary(reason),
+                        None => Failure::Permanent(format!(
+                            "JetStream is not enabled on the NATS server; enable it (behind a leaf \
+                             node: set NATS_JS_DOMAIN to the domain of the stream), or unset {variable}"
+                        )),
+                    },
                     _ => Failure::Temporary(error.to_string()),
                 });
             }
@@ -221,7 +226,8 @@ impl ConfirmingStream {
             loop {
                 let message = subscriber.next().await.ok_or_else(ended)?;
                 if message.subject.as_str() == reply
-                    && let Some(confirmed) = judge(&message, &self.stream)
+                    && let Some(confirmed) =
+                        judge(&message, &self.stream, self.connection.api().domain())
                 {
                     return confirmed;
                 }
@@ -239,11 +245,16 @@ impl ConfirmingStream {
     }
 }
 
-/// What an answer to a message says about whether `stream` has it; nothing if it is none of a stream.
-fn judge(answer: &Message, stream: &str) -> Option<Result<(), Failure>> {
+/// What an answer to a message says about whether `stream` has it; nothing if it is none of a stream, or of
+/// one in another domain than that of `stream`, where that is known: the leaf node that a relay is connected to
+/// may keep the same subjects.
+fn judge(answer: &Message, stream: &str, domain: Option<&str>) -> Option<Result<(), Failure>> {
     if answer.status == Some(StatusCode::NO_RESPONDERS) {
         let reason = "no stream takes it just now";
         return Some(Err(Failure::Temporary(reason.to_owned())));
+    }
+    if domain.is_some_and(|domain| is_foreign(&answer.payload, stream, domain)) {
+        return None;
     }
     Some(match serde_json::from_slice(&answer.payload).ok()? {
         Response::Ok(PublishAck { stream: found, .. }) if found == stream => Ok(()),
@@ -265,6 +276,16 @@ fn judge(answer: &Message, stream: &str) -> Option<Result<(), Failure>> {
             })
         }
     })
+}
+
+/// Whether an answer comes from another stream than this one of this domain.
+fn is_foreign(answer: &[u8], stream: &str, domain: &str) -> bool {
+    let answer: Value = serde_json::from_slice(answer).unwrap_or_default();
+    // An error tells the stream, but not the domain.
+    match answer.get("error") {
+        None => answer["stream"] != stream || answer["domain"] != domain,
+        Some(_) => answer.get("stream").is_some_and(|found| found != stream),
+    }
 }
 
 #[cfg(test)]
@@ -321,7 +342,7 @@ mod tests {
             ),
         ] {
             let answer = message(payload, None);
-            let found = match judge(&answer, "RELAYED") {
+            let found = match judge(&answer, "RELAYED", None) {
                 None => "nothing",
                 Some(Ok(())) => confirmed,
                 Some(Err(Failure::Temporary(_))) => temporary,
@@ -329,8 +350,35 @@ mod tests {
             };
             assert_eq!(found, expected, "{payload}");
         }
-        let nobody = judge(&message("", Some(StatusCode::NO_RESPONDERS)), "RELAYED");
+        let nobody = judge(
+            &message("", Some(StatusCode::NO_RESPONDERS)),
+            "RELAYED",
+            None,
+        );
         assert!(matches!(nobody, Some(Err(Failure::Temporary(_)))));
+    }
+
+    #[test]
+    fn only_the_stream_of_the_right_domain_confirms() {
+        for (payload, counts) in [
+            (r#"{"stream":"RELAYED","seq":7,"domain":"hub"}"#, true),
+            (r#"{"stream":"RELAYED","seq":7,"domain":"leaf"}"#, false),
+            (r#"{"stream":"RELAYED","seq":7}"#, false),
+            (r#"{"stream":"OTHER","seq":7,"domain":"hub"}"#, false),
+            (
+                r#"{"error":{"code":503,"err_code":10077},"stream":"RELAYED","seq":0}"#,
+                true,
+            ),
+            (
+                r#"{"error":{"code":400,"err_code":10060},"stream":"OTHER","seq":0}"#,
+                false,
+            ),
+            (r#"{"error":{"code":503,"err_code":10008}}"#, true),
+            ("ok", false),
+        ] {
+            let found = judge(&message(payload, None), "RELAYED", Some("hub"));
+            assert_eq!(found.is_some(), counts, "{payload}");
+        }
     }
 
     fn message(payload: &'static str, status: Option<StatusCode>) -> Message {

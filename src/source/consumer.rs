@@ -73,10 +73,13 @@ impl Consumer {
             ConsumerInfoErrorKind::StreamNotFound => ConsumerError::Fatal(anyhow!(
                 "there is no stream {stream}; create it, or set NATS_STREAM to one that exists"
             )),
-            ConsumerInfoErrorKind::NoResponders => ConsumerError::NobodyAnswers(anyhow!(
-                "JetStream is not enabled on the NATS server; enable it (behind a leaf node: \
-                 default_js_domain), or unset NATS_STREAM"
-            )),
+            ConsumerInfoErrorKind::NoResponders => match self.connection.api().is_away() {
+                Some(reason) => ConsumerError::Temporary(reason),
+                None => ConsumerError::NobodyAnswers(anyhow!(
+                    "JetStream is not enabled on the NATS server; enable it (behind a leaf node: set \
+                     NATS_JS_DOMAIN to the domain of the stream), or unset NATS_STREAM"
+                )),
+            },
             ConsumerInfoErrorKind::JetStream(error) => self.judge(&error),
             ConsumerInfoErrorKind::InvalidName => ConsumerError::Fatal(anyhow!(
                 "{stream} or {name} is no name for a stream or a consumer"
@@ -118,7 +121,10 @@ impl Consumer {
                 return Some(format!(
                     "cannot look at the stream {stream}, and so not tell whether its limits can drop a \
                      message that is being relayed, or whether it keeps the relayed prefix as well; allow \
-                     $JS.API.STREAM.INFO.{stream} for this NATS user"
+                     {} for this NATS user",
+                    self.connection
+                        .api()
+                        .subject(format_args!("STREAM.INFO.{stream}"))
                 ));
             }
         };

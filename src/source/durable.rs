@@ -243,7 +243,8 @@ impl Durable {
             return;
         };
         let Consumer { stream, name, .. } = &*self.consumer;
-        let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{stream}.{name}");
+        let api = self.connection.api();
+        let subject = api.subject(format_args!("CONSUMER.MSG.NEXT.{stream}.{name}"));
         // Were there no client to send it, it would be sent anew by the next one.
         let client = self.connection.client();
         let _ = client

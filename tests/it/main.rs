@@ -7,6 +7,7 @@ mod support;
 mod buffer;
 mod certificates;
 mod configuration;
+mod domains;
 mod durable;
 mod log;
 mod logins;

@@ -11,7 +11,7 @@ const STREAMS: [(&str, &str); 2] = [
 ];
 
 /// The lines of the README's block for a mode, without those that these settings do not need.
-fn block(mode: Mode, settings: &[(&str, &str)]) -> Vec<&'static str> {
+pub fn block(mode: Mode, settings: &[(&str, &str)]) -> Vec<&'static str> {
     let title = match mode {
         Mode::Core => "In core mode:\n\n```\n",
         Mode::Durable => "In durable mode:\n\n```\n",
