@@ -19,6 +19,7 @@ rustPlatform.buildRustPackage {
       ../Cargo.toml
       ../README.md
       ../benches
+      ../examples/prometheus
       ../examples/systemd
       (lib.fileset.fileFilter (file: file.hasExt "rs") ../examples)
       ./hardening.nix

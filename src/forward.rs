@@ -4,7 +4,7 @@
 use std::{
     fmt,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{anyhow, bail};
@@ -20,7 +20,7 @@ use crate::{
     nats::{ClientEnded, Connection},
     publish::{Publication, Publishers},
     republish::{Cause, GivenUp, failed_headers, relayed_headers, relayed_subject},
-    source::{Delivery, Outcome},
+    source::{Ack, Delivery, Outcome},
     webhook::{Destination, Failure, Webhook, message_id},
 };
 
@@ -123,7 +123,11 @@ impl Forward {
     /// not, the message may come again, and counts then.
     pub async fn forward(&self, delivery: &Delivery) -> bool {
         let start = Instant::now();
-        self.monitor.add_received();
+        // In durable mode it has been waiting ever since the stream got it.
+        let since = delivery.ack.as_ref().map(Ack::stored);
+        let _working = self
+            .monitor
+            .add_received(since.unwrap_or_else(SystemTime::now));
         let id = message_id(delivery);
         match self.try_relay(delivery, &id).await {
             Ok(relayed) => {

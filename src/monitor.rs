@@ -1,6 +1,7 @@
 //! What the relay is doing, for whoever watches it: counters and states. Written where things
 //! happen, read by the endpoints and by systemd.
 
+mod current;
 pub mod endpoints;
 mod heartbeat;
 mod log_line;
@@ -12,15 +13,16 @@ use std::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use prometheus::{
-    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
-    TextEncoder,
+    Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts,
+    Registry, TextEncoder,
 };
 use reqwest::StatusCode;
 
+use self::current::{Current, Working};
 pub use self::heartbeat::Heartbeat;
 use crate::{nats::Refusals, republish::Cause, text, webhook::Failure};
 
@@ -50,6 +52,8 @@ pub struct Monitor {
     message_duration: Histogram,
     waiting_messages: IntGauge,
     waiting_bytes: IntGauge,
+    current: Current,
+    current_message_age: Gauge,
     connected: IntGauge,
     reconnects: IntCounter,
     interruptions: IntCounter,
@@ -133,6 +137,12 @@ impl Monitor {
             "How long it took from taking a message to having republished it.",
         ))?;
         registry.register(Box::new(message_duration.clone()))?;
+        let current_message_age = Gauge::new(
+            "current_message_age_seconds",
+            "How long ago the message being worked on was taken, or in durable mode: how long ago \
+             the stream got it; 0 while there is none.",
+        )?;
+        registry.register(Box::new(current_message_age.clone()))?;
         let build = Opts::new("build_info", "The version that runs.")
             .const_label("version", env!("CARGO_PKG_VERSION"));
         let build = IntGauge::with_opts(build)?;
@@ -172,6 +182,8 @@ impl Monitor {
                 "waiting_bytes",
                 "What the buffer of core mode holds; 0 in durable mode.",
             )?,
+            current: Current::default(),
+            current_message_age,
             connected: gauge("connected", "Whether there is a connection to NATS.")?,
             reconnects: counter(
                 "reconnects_total",
@@ -223,9 +235,12 @@ impl Monitor {
         *lock(&self.last_turn) = Instant::now();
     }
 
-    /// A message was taken.
-    pub fn add_received(&self) {
+    /// A message was taken that has been waiting to be relayed `since` then, and is worked on for as long
+    /// as what is returned is there.
+    #[must_use]
+    pub fn add_received(&self, since: SystemTime) -> Working<'_> {
         self.received.inc();
+        self.current.begin(since)
     }
 
     /// The metrics of the destination at this index in `WEBHOOK_DESTINATION`.
@@ -302,6 +317,8 @@ impl Monitor {
     /// # Errors
     /// If they can't be put into it.
     pub fn metrics(&self) -> prometheus::Result<String> {
+        self.current_message_age
+            .set(self.current.age().as_secs_f64());
         // These are counted where they happen, as something depends on them there.
         for (counter, count) in [
             (&self.log_lines_dropped, logging::dropped()),

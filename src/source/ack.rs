@@ -169,6 +169,12 @@ impl Ack {
         }
     }
 
+    /// When the stream got the message.
+    pub fn stored(&self) -> SystemTime {
+        let nanoseconds = u64::try_from(self.position.time).unwrap_or_default();
+        SystemTime::UNIX_EPOCH + Duration::from_nanos(nanoseconds)
+    }
+
     /// Tells the server what has become of the message, until it has confirmed that; whether it has.
     ///
     /// Returns early when the connection was lost meanwhile, for what was sent before on it may be lost

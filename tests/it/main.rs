@@ -4,6 +4,7 @@
 
 mod support;
 
+mod alerts;
 mod buffer;
 mod certificates;
 mod configuration;

@@ -14,7 +14,9 @@ use tokio::{
     time::timeout,
 };
 
-use crate::support::{Answer, NatsServer, PATIENCE, Relay, Scene, Webhook, next, until, until_ok};
+use crate::support::{
+    Answer, Mode, NatsServer, PATIENCE, Relay, Scene, Webhook, next, publish_all, until, until_ok,
+};
 
 pub const STATUS: (&str, &str) = ("STATUS_LISTEN", "127.0.0.1:0");
 
@@ -190,6 +192,45 @@ async fn durable_mode_shows_what_waits_in_the_stream() {
         metrics(&address).await["waiting_messages"] == 3.0
     })
     .await;
+}
+
+#[tokio::test]
+async fn the_age_of_the_current_message_counts_from_when_it_could_have_been_relayed() {
+    const LONG: Duration = Duration::from_millis(500);
+    for mode in [Mode::Core, Mode::Durable] {
+        let nats = NatsServer::with_stream().await;
+        if mode == Mode::Durable {
+            publish_all(&nats.jetstream().await, 0..1).await;
+        }
+        let before = Instant::now();
+        until("a message in the stream has waited for long", async || {
+            before.elapsed() > LONG
+        })
+        .await;
+        let webhook = Webhook::script([Answer::Hang]).await;
+        let mut scene = Scene::on(
+            nats,
+            mode,
+            webhook,
+            &[STATUS, ("WEBHOOK_TIMEOUT", "1500ms")],
+        )
+        .await;
+        let address = address(&scene.relay).await;
+        let age = async || metrics(&address).await["current_message_age_seconds"];
+        if mode == Mode::Core {
+            assert_eq!(age().await, 0.0, "there is no message yet");
+            scene.publish("x").await;
+        }
+        scene.webhook.received(1).await;
+        let first = age().await;
+        match mode {
+            Mode::Core => assert!(first < (before.elapsed() - LONG).as_secs_f64(), "{first}"),
+            Mode::Durable => assert!(first > LONG.as_secs_f64(), "{first}"),
+        }
+        until("the age grows", async || age().await > first + 0.1).await;
+        scene.next().await;
+        until("no message is worked on", async || age().await == 0.0).await;
+    }
 }
 
 #[tokio::test]
