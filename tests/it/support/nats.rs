@@ -11,7 +11,7 @@ use tokio::{
     net::TcpStream,
 };
 
-use super::{PATIENCE, until_ok};
+use super::{PATIENCE, until, until_ok};
 
 /// A nats-server on a free loopback port; killed when dropped.
 pub struct NatsServer {
@@ -65,6 +65,11 @@ impl NatsServer {
 
     /// Three with JetStream in one cluster: `n0`, `n1` and `n2`.
     pub async fn cluster() -> Vec<Self> {
+        Self::cluster_with("", "").await
+    }
+
+    /// The same with more in each configuration, and in its section `cluster`.
+    pub async fn cluster_with(more: &str, more_of_cluster: &str) -> Vec<Self> {
         let listeners: Vec<_> = (0..3)
             .map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap())
             .collect();
@@ -78,7 +83,11 @@ impl NatsServer {
             let config = format!(
                 "server_name: n{n}
                  jetstream {{ store_dir: \"$DIR/jetstream\" }}
-                 cluster {{ name: c, listen: \"{}\", routes: [{}] }}",
+                 cluster {{
+                    name: c, listen: \"{}\", routes: [{}]
+                    {more_of_cluster}
+                 }}
+                 {more}",
                 route.trim_start_matches("nats://"),
                 routes.join(", ")
             );
@@ -174,9 +183,23 @@ impl NatsServer {
         self.process.wait().unwrap();
     }
 
-    /// It keeps its connections, and says nothing any more; only [`Self::kill`] ends that.
+    /// It keeps its connections, and says nothing any more, until [`Self::thaw`] or [`Self::kill`].
     pub fn freeze(&self) {
         self.signal("STOP");
+    }
+
+    /// It goes on as if nothing had been.
+    pub fn thaw(&self) {
+        self.signal("CONT");
+    }
+
+    /// As its operator would before an update: it sends its clients away one by one, and ends.
+    pub async fn retire(&mut self) {
+        self.signal("USR2");
+        until("nats-server has retired", async || {
+            self.process.try_wait().unwrap().is_some()
+        })
+        .await;
     }
 
     /// As its operator would: it writes down all that it knows.

@@ -179,6 +179,11 @@ impl Relay {
         self.process.kill().await.unwrap();
     }
 
+    /// Whether it has not ended.
+    pub fn is_running(&mut self) -> bool {
+        self.process.try_wait().unwrap().is_none()
+    }
+
     /// The exit code and the whole log, once it has ended; none if it was killed.
     pub async fn ended(mut self) -> (Option<i32>, Vec<String>) {
         let ended = tokio::time::timeout(PATIENCE, self.process.wait()).await;

@@ -34,6 +34,8 @@ pub struct Received {
     pub at: Instant,
     /// When the answer was sent, if it was.
     pub answered: Option<Instant>,
+    /// When the endpoint was done with it, answered or not.
+    pub ended: Option<Instant>,
     /// The status it was answered with; 0 where that is no plain status.
     pub status: u16,
 }
@@ -207,25 +209,35 @@ impl<F: Fn(usize, &Received) -> Answer> Endpoint<F> {
                 let index = requests.len() - 1;
                 (index, (self.answer)(index, &requests[index]))
             };
-            let bytes = match answer {
-                Answer::Status(status, delay) => {
-                    if !delay.is_zero() {
-                        tokio::time::sleep(delay).await;
-                    }
-                    self.requests.lock().unwrap()[index].status = status;
-                    format!("HTTP/1.1 {status} Test\r\ncontent-length: 0\r\n\r\n").into_bytes()
-                }
-                Answer::Raw(bytes) => bytes,
-                Answer::Endless(bytes) => loop {
-                    stream.write_all(&bytes).await.ok()?;
-                },
-                // Until the other side closes the connection.
-                Answer::Hang => return stream.read_u8().await.ok().map(|_| ()),
-                Answer::Close => return None,
-            };
-            self.requests.lock().unwrap()[index].answered = Some(Instant::now());
-            stream.write_all(&bytes).await.ok()?;
+            let answered = self.answer(&mut stream, index, answer).await;
+            self.requests.lock().unwrap()[index].ended = Some(Instant::now());
+            answered?;
         }
+    }
+
+    /// Answers request `index`; nothing if the connection is over.
+    async fn answer<S>(&self, stream: &mut S, index: usize, answer: Answer) -> Option<()>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let bytes = match answer {
+            Answer::Status(status, delay) => {
+                if !delay.is_zero() {
+                    tokio::time::sleep(delay).await;
+                }
+                self.requests.lock().unwrap()[index].status = status;
+                format!("HTTP/1.1 {status} Test\r\ncontent-length: 0\r\n\r\n").into_bytes()
+            }
+            Answer::Raw(bytes) => bytes,
+            Answer::Endless(bytes) => loop {
+                stream.write_all(&bytes).await.ok()?;
+            },
+            // Until the other side closes the connection.
+            Answer::Hang => return stream.read_u8().await.ok().map(|_| ()),
+            Answer::Close => return None,
+        };
+        self.requests.lock().unwrap()[index].answered = Some(Instant::now());
+        stream.write_all(&bytes).await.ok()
     }
 }
 
@@ -262,6 +274,7 @@ async fn read_request<S: AsyncRead + Unpin>(
         connection,
         at: Instant::now(),
         answered: None,
+        ended: None,
         status: 0,
     })
 }

@@ -1,0 +1,144 @@
+//! The network between two parts: it can be cut, slowed down, and reset.
+
+use std::{net::SocketAddr, time::Duration};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{
+        TcpListener, TcpStream,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::watch,
+    task::JoinHandle,
+};
+
+/// What the network is like.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Network {
+    Good,
+    /// Everything takes so much longer, each way.
+    Slow(Duration),
+    /// Nothing gets through, and nobody says so. What was sent meanwhile arrives afterwards.
+    Cut,
+    /// Each connection is reset as soon as it is made.
+    Down,
+}
+
+/// Forwards TCP connections to an address, as well as the network permits.
+pub struct Proxy {
+    address: SocketAddr,
+    network: watch::Sender<Network>,
+    /// How often all connections have been reset.
+    resets: watch::Sender<u64>,
+    accepting: JoinHandle<()>,
+}
+
+impl Proxy {
+    pub async fn to(target: SocketAddr) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (network, changes) = watch::channel(Network::Good);
+        let resets = watch::Sender::new(0);
+        let resetting = resets.clone();
+        let accepting = tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let (changes, resets) = (changes.clone(), resetting.subscribe());
+                tokio::spawn(forward(stream, target, changes, resets));
+            }
+        });
+        Self {
+            address,
+            network,
+            resets,
+            accepting,
+        }
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// From now on the network is like this.
+    pub fn set(&self, network: Network) {
+        self.network.send_replace(network);
+        if network == Network::Down {
+            self.reset();
+        }
+    }
+
+    /// Resets all connections.
+    pub fn reset(&self) {
+        self.resets.send_modify(|resets| *resets += 1);
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.accepting.abort();
+        self.reset();
+    }
+}
+
+/// Forwards one connection until either side ends it, or it is reset.
+async fn forward(
+    near: TcpStream,
+    target: SocketAddr,
+    mut network: watch::Receiver<Network>,
+    mut resets: watch::Receiver<u64>,
+) {
+    // Whatever ends it: unless both sides have closed it properly, they learn that it was reset.
+    let _ = near.set_zero_linger();
+    let _ = near.set_nodelay(true);
+    let both = async {
+        if *network.borrow() == Network::Down || !can_pass(&mut network).await {
+            return;
+        }
+        let Ok(far) = TcpStream::connect(target).await else {
+            return;
+        };
+        let _ = far.set_zero_linger();
+        let _ = far.set_nodelay(true);
+        let (near_read, near_write) = near.into_split();
+        let (far_read, far_write) = far.into_split();
+        tokio::join!(
+            pass_on(near_read, far_write, network.clone()),
+            pass_on(far_read, near_write, network),
+        );
+    };
+    tokio::select! {
+        () = both => {}
+        _ = resets.changed() => {}
+    }
+}
+
+/// One direction, until there is nothing more to read.
+async fn pass_on(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    mut network: watch::Receiver<Network>,
+) {
+    let mut buffer = vec![0; 16 * 1024];
+    while let Ok(length @ 1..) = from.read(&mut buffer).await {
+        if !can_pass(&mut network).await || to.write_all(&buffer[..length]).await.is_err() {
+            return;
+        }
+    }
+    if can_pass(&mut network).await {
+        let _ = to.shutdown().await;
+    }
+}
+
+/// Waits until the network lets something pass; false if it never will.
+async fn can_pass(network: &mut watch::Receiver<Network>) -> bool {
+    let state = network.wait_for(|network| *network != Network::Cut).await;
+    let Ok(delay) = state.map(|state| match *state {
+        Network::Slow(delay) => delay,
+        Network::Good | Network::Cut | Network::Down => Duration::ZERO,
+    }) else {
+        return false;
+    };
+    if !delay.is_zero() {
+        tokio::time::sleep(delay).await;
+    }
+    true
+}
