@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use anyhow::{anyhow, bail};
+use anyhow::anyhow;
 use futures::future::join_all;
 use log::{error, info, warn};
 use reqwest::{StatusCode, header::HeaderValue};
@@ -17,7 +17,7 @@ use crate::{
     backoff::Backoff,
     config::Config,
     monitor::{DestinationMetrics, Monitor},
-    nats::{ClientEnded, Connection},
+    nats::Connection,
     publish::{Publication, Publishers},
     republish::{Cause, GivenUp, failed_headers, relayed_headers, relayed_subject},
     source::{Ack, Delivery, Outcome},
@@ -172,6 +172,7 @@ impl Forward {
             sleep(delay).await;
         }
         let is_acknowledged = self
+            .publishers
             .publish_and_ack(delivery, Some(publication), Outcome::Relayed)
             .await
             .map_err(|error| {
@@ -282,7 +283,8 @@ impl Forward {
                         subject: &subject,
                         headers: failed_headers(delivery, &given_up, &stream_headers, max_payload),
                     };
-                    self.publish_and_ack(delivery, Some(publication), outcome)
+                    self.publishers
+                        .publish_and_ack(delivery, Some(publication), outcome)
                         .await
                 }
                 Err(reason) => Err(anyhow!(reason)),
@@ -297,7 +299,8 @@ impl Forward {
             }
         }
         // It only fails where the client has ended, and with it all that could be told.
-        self.publish_and_ack(delivery, None, outcome)
+        self.publishers
+            .publish_and_ack(delivery, None, outcome)
             .await
             .unwrap_or(false)
     }
@@ -320,84 +323,4 @@ impl Forward {
             }
         }
     }
-
-    /// Publishes a message, if there is one to publish, and tells the server what has become of the
-    /// delivery; whether it has acknowledged that. Both on one connection and in this order, so that a
-    /// server that has seen the ack has seen the message too; where a stream has to confirm the message,
-    /// only once it has.
-    async fn publish_and_ack(
-        &self,
-        delivery: &Delivery,
-        mut publication: Option<Publication<'_>>,
-        outcome: Outcome<'_>,
-    ) -> anyhow::Result<bool> {
-        if let Some(unconfirmed) = &publication
-            && let Some(stream) = &unconfirmed.publisher.stream
-        {
-            if !is_current(delivery).await {
-                return Ok(false);
-            }
-            let (subject, headers) = (unconfirmed.subject, &unconfirmed.headers);
-            stream.publish(delivery, subject, headers).await?;
-            publication = None;
-        }
-        loop {
-            self.connection.up().await;
-            if !is_current(delivery).await {
-                return Ok(false);
-            }
-            let epoch = self.connection.epoch();
-            let acknowledged = self.try_to_publish_and_ack(delivery, publication.as_ref(), outcome);
-            let is_acknowledged = match acknowledged.await {
-                Err(error) if error.is::<ClientEnded>() => {
-                    self.connection.replaced(epoch).await;
-                    continue;
-                }
-                is_acknowledged => is_acknowledged?,
-            };
-            // What was under way on a connection that broke may be lost: once more, then.
-            if self.connection.epoch() == epoch {
-                return Ok(is_acknowledged);
-            }
-        }
-    }
-
-    async fn try_to_publish_and_ack(
-        &self,
-        delivery: &Delivery,
-        publication: Option<&Publication<'_>>,
-        outcome: Outcome<'_>,
-    ) -> anyhow::Result<bool> {
-        let refusals = self.connection.refusals();
-        if let Some(publication) = publication {
-            publication.send(&self.connection, delivery).await?;
-        }
-        let Some(ack) = &delivery.ack else {
-            let flushed = self.connection.client().flush().await;
-            flushed.map_err(|_| ClientEnded)?;
-            return Ok(true);
-        };
-        let is_acknowledged = ack.confirm(outcome).await;
-        // A refusal comes before the confirmation of the ack.
-        if publication.is_some() && self.connection.refusals() > refusals {
-            bail!("NATS refuses it");
-        }
-        Ok(is_acknowledged)
-    }
-}
-
-/// Whether a message is still ours to publish; says so if it is not.
-async fn is_current(delivery: &Delivery) -> bool {
-    let Some(ack) = &delivery.ack else {
-        return true;
-    };
-    let is_current = ack.is_current().await;
-    if !is_current {
-        warn!(
-            subject:% = delivery.subject;
-            "{} is abandoned: NATS has handed it, or what follows it, to another relay meanwhile",
-            delivery.subject
-        );
-    }
-    is_current
 }

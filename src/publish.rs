@@ -1,5 +1,6 @@
 //! Where messages are published: under a prefix, and maybe into the stream that keeps it.
 
+mod ending;
 mod stream;
 
 use std::sync::Arc;

@@ -12,10 +12,12 @@ mod pull;
 mod requests;
 mod unreadable;
 
-use std::sync::Arc;
+use std::{future::pending, sync::Arc};
 
-use async_nats::{HeaderMap, Message, Subject};
+use async_nats::{HeaderMap, Message, Subject, Subscriber};
 use bytes::Bytes;
+use futures::StreamExt;
+use tokio::task::coop::unconstrained;
 
 use crate::{
     config::{Config, Mode},
@@ -176,4 +178,19 @@ impl Source {
             Self::Durable(durable) => durable.close().await,
         }
     }
+}
+
+/// The next message of a subscription, as long as there is one.
+async fn next_of(subscriber: &mut Option<Subscriber>) -> Option<Message> {
+    match subscriber {
+        Some(subscriber) => arrived(subscriber).await,
+        None => pending().await,
+    }
+}
+
+/// The next message of a subscription. The client puts as many into it as the socket yields, so all
+/// of them are taken at once: a task that yields in between, as tokio has it by default, lets them
+/// pile up where nothing bounds them.
+fn arrived(subscriber: &mut Subscriber) -> impl Future<Output = Option<Message>> {
+    unconstrained(subscriber.next())
 }

@@ -180,6 +180,9 @@ impl Ack {
     /// Returns early when the connection was lost meanwhile, for what was sent before on it may be lost
     /// as well. A server that was killed may have forgotten that it had handed the message out, and never
     /// confirms; it then hands out the message again. So does one that a dead connection never reached.
+    ///
+    /// It is not async-nats's `double_ack`, which takes any answer for a confirmation, that of a server without
+    /// the consumer (503) too.
     pub async fn confirm(&self, outcome: Outcome<'_>) -> bool {
         let connection = &self.consumer.connection;
         let client = connection.client();

@@ -3,16 +3,14 @@
 use std::{future::pending, sync::Arc, time::Duration};
 
 use async_nats::{Message, Subscriber};
-use futures::{FutureExt, StreamExt};
+use futures::FutureExt;
 use log::error;
-use tokio::{
-    task::coop::unconstrained,
-    time::{Instant, sleep_until},
-};
+use tokio::time::{Instant, sleep_until};
 
 use super::{
-    Delivery,
+    Delivery, arrived,
     buffer::{BUFFER_BYTES, Buffer},
+    next_of,
 };
 use crate::{
     monitor::Monitor,
@@ -195,21 +193,6 @@ impl Core {
             );
         }
     }
-}
-
-/// The next message of a subscription, as long as there is one.
-async fn next_of(subscriber: &mut Option<Subscriber>) -> Option<Message> {
-    match subscriber {
-        Some(subscriber) => arrived(subscriber).await,
-        None => pending().await,
-    }
-}
-
-/// The next message of a subscription. The client puts as many into it as the socket yields, so all
-/// of them are taken at once: a task that yields in between, as tokio has it by default, lets them
-/// pile up where nothing bounds them.
-fn arrived(subscriber: &mut Subscriber) -> impl Future<Output = Option<Message>> {
-    unconstrained(subscriber.next())
 }
 
 impl Drops {

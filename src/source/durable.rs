@@ -12,13 +12,8 @@
 //!   relays nobody may get a message for half a minute.
 //! - Dropping it loses what it has fetched in advance. Another relay gets that only when the ack wait is
 //!   over, whereas we hand it back.
-//!
-//! Its `double_ack` takes any answer for a confirmation, that of a server without the consumer (503) too;
-//! hence [`Ack::confirm`]. On headers that it cannot parse async-nats drops the connection, and on a lone
-//! carriage return in a header value it panics (<https://github.com/nats-io/nats.rs/pull/1612>), as it did
-//! on a subject that is not UTF-8 (<https://github.com/nats-io/nats.rs/pull/1573>); hence [`unreadable`].
 
-use std::{collections::VecDeque, future::pending, pin::Pin, sync::Arc, time::Duration};
+use std::{collections::VecDeque, pin::Pin, sync::Arc, time::Duration};
 
 use anyhow::bail;
 use async_nats::{Message, Subscriber};
@@ -30,6 +25,7 @@ use super::{
     Ack, Delivery,
     ack::{HandedOut, Position},
     consumer::{Consumer, ConsumerError},
+    next_of,
     pull::Meaning,
     requests::Requests,
     unreadable,
@@ -373,13 +369,5 @@ impl Durable {
             self.monitor.set_waiting(pending, 0);
         }
         Ok(pending.is_some())
-    }
-}
-
-/// The next message of a subscription, as long as there is one.
-async fn next_of(subscriber: &mut Option<Subscriber>) -> Option<Message> {
-    match subscriber {
-        Some(subscriber) => subscriber.next().await,
-        None => pending().await,
     }
 }

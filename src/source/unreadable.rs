@@ -1,7 +1,9 @@
 //! Messages that the NATS client cannot read. NATS lets a publisher send any bytes as headers, and
-//! nearly any as the subject; the client drops the connection on such a message, or ends. The server would then hand it
-//! out again, for ever, and hold up all that follow. So, with a new connection, the message that is out
-//! and not acked is looked at before the next one is asked for, in the form in which it is stored.
+//! nearly any as the subject. On headers that it cannot parse, the client drops the connection; on a lone
+//! carriage return in a header value it panics (<https://github.com/nats-io/nats.rs/pull/1612>), as it did on a
+//! subject that is not UTF-8 (<https://github.com/nats-io/nats.rs/pull/1573>). The server would then hand the
+//! message out again, for ever, and hold up all that follow. So, with a new connection, the message that is
+//! out and not acked is looked at before the next one is asked for, in the form in which it is stored.
 
 use std::sync::Arc;
 
