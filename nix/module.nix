@@ -121,7 +121,7 @@ let
           type = types.nullOr (types.either types.str (types.listOf types.str));
           default = null;
           example = "nats://localhost:4222";
-          description = "`nats://` or `tls://` URL of the NATS server; a list for those of a cluster.";
+          description = "`nats://`, `tls://`, `ws://` or `wss://` URL of the NATS server; a list for those of a cluster.";
         };
 
         natsUser = mkOption {

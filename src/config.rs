@@ -30,7 +30,7 @@ pub use self::{
     nats::{Login, Nats},
     proxies::Proxy,
     secrets::Secrets,
-    tls::{NATS_TLS, TlsNames, WEBHOOK_TLS},
+    tls::{NATS_TLS, TlsNames, WEB_SOCKET_TLS, WEBHOOK_TLS},
     variables::{Default, Kind, VARIABLES, Variable, help},
     webhook::{Destination, Webhook, without_secrets},
 };

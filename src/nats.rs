@@ -79,14 +79,17 @@ async fn start(
 ) -> anyhow::Result<(Client, mpsc::UnboundedReceiver<ConnectionEvent>)> {
     let (observer, reports) = Observer::new(config, monitor, refusals);
     let chooser = Arc::clone(&observer);
-    let client = options(config, Arc::clone(&observer))?
+    let mut options = options(config, Arc::clone(&observer))?
         .retry_on_initial_connect()
         .reconnect_to_server_callback(move |servers, _| {
             let choice = chooser.choose(&servers);
             async move { choice }
-        })
-        .connect(config.nats.servers.as_slice())
-        .await?;
+        });
+    if config.nats.has_web_socket() {
+        // A cluster advertises its web sockets without a scheme, and the client takes them for nats://.
+        options = options.ignore_discovered_servers();
+    }
+    let client = options.connect(config.nats.servers.as_slice()).await?;
     let _ = observer.statistics.set(client.statistics());
     Ok((client, reports))
 }
@@ -110,7 +113,10 @@ pub async fn connect_once(
             kind if REFUSALS.contains(&kind) => {
                 anyhow!("{}", refusal(kind, config.nats.login.hint()))
             }
-            _ => anyhow!("{}", explain(&error.to_string(), config.nats.tls_first)),
+            _ => anyhow!(
+                "{}",
+                explain(&error.to_string(), server, config.nats.tls_first)
+            ),
         })?;
     let (_, connection) = Connection::new(client, Api::of(config), refusals);
     let events = ConnectionEvents::new(reports, None);

@@ -9,8 +9,12 @@ use super::{
     files::{read_credentials, read_nkey},
     reader::{Noted, Reader, any_text, parse_bool},
     tls::{NATS_TLS, Tls},
-    variables::{ADDRESS, CREDS, HOST, NKEY, PASS, TLS_FIRST, TOKEN, USER},
+    variables::{ADDRESS, CA, CERT, CREDS, HOST, NKEY, PASS, TLS_FIRST, TOKEN, USER},
 };
+
+/// What the URL of a server may start with: in clear text until the server wants TLS, with TLS, and as a web
+/// socket in clear text and with TLS.
+const SCHEMES: [&str; 4] = ["nats://", "tls://", "ws://", "wss://"];
 
 /// The NATS servers and how to log in.
 #[derive(Debug)]
@@ -48,6 +52,12 @@ pub enum Login {
 }
 
 impl Nats {
+    /// Whether one of the servers is reached by a web socket.
+    #[must_use]
+    pub fn has_web_socket(&self) -> bool {
+        self.servers.iter().any(ServerAddr::is_websocket)
+    }
+
     /// `trust` is the file of `SSL_CERT_FILE`, which counts where `NATS_CA` is not set.
     pub(super) fn read(
         reader: &mut Reader<'_>,
@@ -58,11 +68,28 @@ impl Nats {
         let tls = Tls::read(reader, &NATS_TLS);
         let tls_first = reader.value(TLS_FIRST, parse_bool);
         let (tls, tls_first) = (tls?, tls_first?);
+        let servers = servers?;
+        // Whoever names a CA or a certificate for NATS wants no connection without TLS.
+        let demands = [
+            (CA, tls.ca.is_some()),
+            (CERT, tls.certificate.is_some()),
+            (TLS_FIRST, tls_first),
+        ];
+        let demand = demands.into_iter().find(|(_, is_set)| *is_set);
+        if let Some((variable, _)) = demand
+            && servers.iter().any(|server| server.scheme() == "ws")
+        {
+            let problem = format!(
+                "has an entry that starts with ws://, which is without TLS, but {variable} is set; write \
+                 wss://, or unset {variable}"
+            );
+            let name = [HOST, ADDRESS].into_iter().find(|name| reader.is_set(name));
+            return Err(reader.note(name.unwrap_or(HOST), &problem));
+        }
         Ok(Self {
-            servers: servers?,
+            servers,
             login: login?,
-            // Whoever names a CA or a certificate for NATS wants no connection without TLS.
-            requires_tls: tls.is_set() || tls_first,
+            requires_tls: demand.is_some(),
             tls: tls.or_trust(trust?),
             tls_first,
         })
@@ -140,9 +167,9 @@ fn parse_server(text: &str) -> Result<ServerAddr, String> {
             "has an empty entry; {example}, separated by single commas"
         ));
     }
-    if !text.starts_with("nats://") && !text.starts_with("tls://") {
+    if !SCHEMES.iter().any(|scheme| text.starts_with(scheme)) {
         return Err(format!(
-            "has an entry that does not start with nats:// or tls://; {example}"
+            "has an entry that does not start with nats://, tls://, ws:// or wss://; {example}"
         ));
     }
     let address: ServerAddr = text
@@ -201,6 +228,9 @@ mod tests {
             (HOST, "nats://a,,nats://b", "has an empty entry"),
             (HOST, "nats://", "has an entry"),
             (HOST, "nats://host:99999", "is no URL"),
+            (HOST, "wsx://localhost", "does not start with nats://"),
+            (HOST, "ws://", "is no URL"),
+            (HOST, "wss://u:p@host", "contains a login"),
             (HOST, "nats://u:p@host", "contains a login"),
             (HOST, "nats://:p@host", "contains a login"),
             (USER, "u", "NATS_PASS is not set"),
@@ -215,6 +245,22 @@ mod tests {
             (KEY, "Cargo.toml", "no private key"),
             (TLS_FIRST, "yes", "write true or false"),
         ]);
+    }
+
+    #[test]
+    fn a_web_socket_without_tls_is_refused_where_tls_is_demanded() {
+        let names = |list| [(HOST, list), (TLS_FIRST, "true")];
+        assert_eq!(problems(&names("wss://a, nats://b")), [""; 0]);
+        for host in ["ws://a", "nats://a, ws://b/path"] {
+            assert_eq!(problems(&[(HOST, host)]), [""; 0]);
+            let problems = problems(&names(host));
+            assert_eq!(problems.len(), 1, "{problems:?}");
+            let expected = "NATS_HOST has an entry that starts with ws://, which is without TLS, but \
+                            NATS_TLS_FIRST is set; write wss://";
+            assert!(problems[0].starts_with(expected), "{problems:?}");
+        }
+        let address = [(HOST, ""), (ADDRESS, "ws://a"), (TLS_FIRST, "true")];
+        assert!(problems(&address)[0].starts_with(ADDRESS));
     }
 
     #[test]

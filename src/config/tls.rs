@@ -34,6 +34,12 @@ pub const NATS_TLS: TlsNames = TlsNames {
     are_reread: true,
 };
 
+/// The same where NATS is reached by a web socket.
+pub const WEB_SOCKET_TLS: TlsNames = TlsNames {
+    without_tls: "write ws://, without NATS_CA and NATS_CERT",
+    ..NATS_TLS
+};
+
 /// The variables for TLS to webhooks.
 pub const WEBHOOK_TLS: TlsNames = TlsNames {
     ca: WEBHOOK_CA,

@@ -152,7 +152,7 @@ pub const VARIABLES: &[Variable] = &[
     ),
     Variable::required(
         HOST,
-        "nats:// or tls:// URL of a NATS server; several, separated by commas",
+        "nats://, tls://, ws:// or wss:// URL of a NATS server; several, separated by commas",
     ),
     Variable::optional(ADDRESS, "another name for NATS_HOST"),
     Variable::required(PREFIX, "listens on <prefix>.>"),

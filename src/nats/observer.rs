@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 
 use super::{Api, BACKOFF, LASTING, Refusals, events::ConnectionEvent, show};
 use crate::{
-    config::{Config, Mode, NATS_TLS},
+    config::{Config, Mode, NATS_TLS, WEB_SOCKET_TLS},
     monitor::Monitor,
     subject::Prefix,
     tls,
@@ -41,9 +41,9 @@ pub(super) fn refusal(kind: impl Display, hint: &str) -> String {
     format!("refused the login ({kind}); {hint}")
 }
 
-/// Why there is no connection, in words where the client has none. `tls_first` tells whether the TLS
-/// handshake came first.
-pub(super) fn explain(error: &str, tls_first: bool) -> String {
+/// Why there is no connection to a server, in words where the client has none. `tls_first` tells whether the
+/// TLS handshake came first.
+pub(super) fn explain(error: &str, server: &ServerAddr, tls_first: bool) -> String {
     // It calls every failure of the network this.
     let error = error.strip_prefix("IO error: ").unwrap_or(error);
     if tls_first && error.contains("InvalidContentType") {
@@ -51,7 +51,7 @@ pub(super) fn explain(error: &str, tls_first: bool) -> String {
                 handshake_first, else check host and port"
             .to_owned();
     }
-    if !tls_first && error == "timed out" {
+    if !tls_first && !server.is_websocket() && error == "timed out" {
         return "no answer in time; if it wants the TLS handshake first (handshake_first), set \
                 NATS_TLS_FIRST=true, else check host and port"
             .to_owned();
@@ -61,7 +61,30 @@ pub(super) fn explain(error: &str, tls_first: bool) -> String {
                 first (handshake_first), set NATS_TLS_FIRST=true, else check host and port"
             .to_owned();
     }
-    tls::explain(error, &NATS_TLS).unwrap_or_else(|| error.to_owned())
+    let names = match server.is_websocket() {
+        true => &WEB_SOCKET_TLS,
+        false => &NATS_TLS,
+    };
+    tls::explain(error, names)
+        .or_else(|| explain_web_socket(error))
+        .unwrap_or_else(|| error.to_owned())
+}
+
+/// The same, where no web socket came about.
+fn explain_web_socket(error: &str) -> Option<String> {
+    // What a server of NATS says first is no HTTP.
+    if error == "invalid HTTP version" {
+        return Some(
+            "it does not speak HTTP there, and so has no web socket; check host and port, or write \
+             nats://"
+            .to_owned(),
+        );
+    }
+    let status = error.strip_prefix("expected HTTP 101 Switching Protocols, got status code ")?;
+    Some(format!(
+        "it answers with HTTP status {status} instead of a web socket; check host, port and path, and \
+         whether it is to be ws:// or wss://"
+    ))
 }
 
 /// Chooses the server to connect to, logs what happens, and tells what is fatal.
@@ -164,7 +187,7 @@ impl Observer {
                 warn!(
                     "cannot connect to NATS at {}: {}; next attempt {wait}",
                     show(last),
-                    explain(reason, self.tls_first),
+                    explain(reason, last, self.tls_first),
                 );
             }
         }

@@ -59,6 +59,10 @@ pub struct Durable {
     consumer: Arc<Consumer>,
     handed_out: HandedOut,
     requests: Requests,
+    /// Whether the next message is asked for while one is worked on, so that no time is lost. Not on a web
+    /// socket, which the client leaves with Nagle's algorithm (RFC 1122, 4.2.3.4): a pull request that the
+    /// server has no answer to yet would hold back what is sent after it, the ack, for 40 ms.
+    asks_ahead: bool,
     subscriber: Option<Subscriber>,
     /// Whether the subscription has been ended by ourselves.
     is_stopped: bool,
@@ -79,8 +83,10 @@ impl Durable {
         events: ConnectionEvents,
         monitor: Arc<Monitor>,
         consumer: Consumer,
+        asks_ahead: bool,
     ) -> Self {
         Self {
+            asks_ahead,
             requests: Requests::new(connection.client().new_inbox()),
             consumer: Arc::new(consumer),
             handed_out: HandedOut::default(),
@@ -154,7 +160,9 @@ impl Durable {
             if self.is_stopped {
                 return Ok(None);
             }
-            self.request_next().await;
+            if self.asks_ahead || self.arrived.is_empty() {
+                self.request_next().await;
+            }
             let is_strange = |delivery: &Delivery| !self.consumer.wants(&delivery.subject);
             if self.arrived.front().is_some_and(is_strange) && !self.verify().await? {
                 // It may be meant for someone else. Nobody can tell before the consumer is verified.
@@ -176,8 +184,10 @@ impl Durable {
                 continue;
             }
             self.current = delivery.ack.clone();
-            // The next request is with the server before the ack is, so that no time is lost.
-            self.request_next().await;
+            if self.asks_ahead {
+                // The next request is with the server before the ack is.
+                self.request_next().await;
+            }
             return Ok(Some(delivery));
         }
     }

@@ -1,13 +1,13 @@
 //! A relay at a leaf node, with a JetStream of its own, of streams in the domain of the hub.
 
-use std::net::TcpListener;
-
 use async_nats::jetstream::{self, Context};
 use futures::StreamExt;
 
 use crate::{
     permissions,
-    support::{Answer, Mode, NatsServer, Relay, Webhook, next, publish_all, until, until_ok},
+    support::{
+        Answer, Mode, NatsServer, Relay, Webhook, free_address, next, publish_all, until, until_ok,
+    },
 };
 
 const DOMAIN: (&str, &str) = ("NATS_JS_DOMAIN", "hub");
@@ -19,9 +19,7 @@ const STREAMS: [(&str, &str); 3] = [
 
 /// The hub with the streams; and the leaf node, whose user `relay` has these permissions, if any are given.
 async fn hub_and_leaf(permissions: &str) -> (NatsServer, NatsServer) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
-    drop(listener);
+    let address = free_address();
     let hub = NatsServer::with_config(&format!(
         "server_name: hub
          jetstream {{ store_dir: \"$DIR/jetstream\", domain: hub }}

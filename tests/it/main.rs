@@ -22,3 +22,4 @@ mod service;
 mod slow;
 mod stopping;
 mod streams;
+mod web_sockets;

@@ -16,13 +16,23 @@ mod scene;
 mod tls;
 mod webhook;
 
-use std::{fmt::Debug, time::Duration};
+use std::{
+    fmt::Debug,
+    net::{SocketAddr, TcpListener},
+    time::Duration,
+};
 
 pub use nats::{NatsServer, next, publish_all};
 pub use relay::{Relay, usual};
 pub use scene::{Mode, Scene};
 pub use tls::Authority;
 pub use webhook::{Answer, Received, Webhook};
+
+/// An address of this machine that nobody listens on, for a server that must be told where to listen.
+pub fn free_address() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap()
+}
 
 /// Far longer than anything awaited takes; reaching it is a failure.
 pub const PATIENCE: Duration = Duration::from_secs(30);
