@@ -20,6 +20,7 @@ rustPlatform.buildRustPackage {
       ../README.md
       ../benches
       ../examples/prometheus
+      ../docs
       ../examples/systemd
       (lib.fileset.fileFilter (file: file.hasExt "rs") ../examples)
       ./hardening.nix

@@ -10,6 +10,7 @@ mod certificates;
 mod configuration;
 mod domains;
 mod durable;
+mod lanes;
 mod log;
 mod logins;
 mod nats_faults;

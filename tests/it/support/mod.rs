@@ -10,6 +10,7 @@
     clippy::panic
 )]
 
+mod lanes;
 mod nats;
 mod relay;
 mod scene;
@@ -22,6 +23,7 @@ use std::{
     time::Duration,
 };
 
+pub use lanes::{Lanes, out_of_order};
 pub use nats::{NatsServer, next, publish_all};
 pub use relay::{Relay, usual};
 pub use scene::{Mode, Scene};
