@@ -1,11 +1,13 @@
 //! The main job before one's eyes: a real nats-server, a small webhook endpoint, the relay as its
 //! users run it, and a few messages as a CMS would publish them. With `--durable`, messages are
-//! published while the relay is down, and it is killed in the middle. `scripts/demo` runs it. It
-//! exits with 0 only if everything arrived, in order.
+//! published while the relay is down, and it is killed in the middle. With `--lanes`, four relays share
+//! a bulk edit. `scripts/demo` runs it. It exits with 0 only if everything arrived, in order, and the
+//! four were at least three times as fast as one.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-#[path = "../tests/it/support/mod.rs"]
+mod lanes;
+#[path = "../../tests/it/support/mod.rs"]
 mod support;
 
 use std::{
@@ -40,8 +42,9 @@ async fn main() -> ExitCode {
     let demo: Pin<Box<dyn Future<Output = bool>>> = match &arguments[..] {
         [] => Box::pin(core()),
         [flag] if flag == "--durable" => Box::pin(durable()),
+        [flag] if flag == "--lanes" => Box::pin(lanes::compare()),
         _ => {
-            eprintln!("Usage: scripts/demo [--durable]");
+            eprintln!("Usage: scripts/demo [--durable | --lanes]");
             return ExitCode::FAILURE;
         }
     };
@@ -58,7 +61,7 @@ async fn main() -> ExitCode {
 
 const GOOD: &str =
     "Everything arrived, in order, and was relayed only after its webhook succeeded.";
-const BAD: &str = "FAILED: something did not arrive, or not in order.";
+const BAD: &str = "FAILED: something did not arrive, not in order, or not fast enough.";
 
 /// What happened, and when.
 type Timeline = Vec<(Instant, String)>;
