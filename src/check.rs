@@ -5,6 +5,7 @@ mod secure;
 
 use std::{
     io::{ErrorKind, Write},
+    net::SocketAddr,
     sync::Arc,
     time::Duration,
 };
@@ -105,10 +106,31 @@ pub async fn check(config: &Config, out: &mut dyn Write) -> anyhow::Result<bool>
     }
     let tls = tls::client_config(&config.webhook)?;
     for destination in &config.webhook.destinations {
-        let found = within_timeout(reach(destination, tls.as_ref())).await;
-        report.add(&format!("destination {destination}"), found);
+        check_destination(destination, tls.as_ref(), &mut report).await;
     }
     Ok(report.good)
+}
+
+/// Looks at a destination, or at every address of its name where each has to be told.
+async fn check_destination(
+    destination: &Destination,
+    tls: Option<&ClientConfig>,
+    report: &mut Report<'_>,
+) {
+    let name = format!("destination {destination}");
+    if !destination.every_address() {
+        return report.add(&name, within_timeout(reach(destination, tls)).await);
+    }
+    let url = destination.expose_url();
+    let addresses = match within_timeout(look_up(url)).await {
+        Ok(addresses) => addresses,
+        Err(reason) => return report.add(&name, Err(reason)),
+    };
+    for address in addresses {
+        let found = within_timeout(connect(url, &[address], tls)).await;
+        let found = found.map(|_| connected(destination));
+        report.add(&format!("{name} at {}", address.ip()), found);
+    }
 }
 
 async fn within_timeout<T>(what: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
@@ -248,13 +270,12 @@ async fn look_refused(events: &mut ConnectionEvents, consumer: &Consumer) -> any
 async fn reach(destination: &Destination, tls: Option<&ClientConfig>) -> anyhow::Result<String> {
     let url = destination.expose_url();
     let Some(proxy) = destination.proxy() else {
-        connect(url, tls).await?;
-        return Ok(match destination.is_https() {
-            true => "can be connected to, its certificate is trusted".to_owned(),
-            false => "can be connected to".to_owned(),
-        });
+        connect(url, &look_up(url).await?, tls).await?;
+        return Ok(connected(destination));
     };
-    let stream = connect(proxy.expose_url(), tls)
+    let proxy_url = proxy.expose_url();
+    let addresses = look_up(proxy_url).await;
+    let stream = async { connect(proxy_url, &addresses?, tls).await }
         .await
         .with_context(|| format!("the proxy {proxy}"))?;
     if !destination.is_https() {
@@ -269,13 +290,33 @@ async fn reach(destination: &Destination, tls: Option<&ClientConfig>) -> anyhow:
     ))
 }
 
-/// A connection to the host of `url`.
-async fn connect(url: &Url, tls: Option<&ClientConfig>) -> anyhow::Result<Box<dyn Connected>> {
-    let addresses: Vec<_> = lookup_host(config::authority(url))
-        .await
-        .context("its name does not resolve")?
-        .collect();
-    let stream = TcpStream::connect(&addresses[..])
+/// What can be said of a destination once there was a connection.
+fn connected(destination: &Destination) -> String {
+    match destination.is_https() {
+        true => "can be connected to, its certificate is trusted".to_owned(),
+        false => "can be connected to".to_owned(),
+    }
+}
+
+/// The addresses of the host of `url`, each once.
+async fn look_up(url: &Url) -> anyhow::Result<Vec<SocketAddr>> {
+    let found = lookup_host(config::authority(url)).await;
+    let mut addresses = Vec::new();
+    for address in found.context("its name does not resolve")? {
+        if !addresses.contains(&address) {
+            addresses.push(address);
+        }
+    }
+    Ok(addresses)
+}
+
+/// A connection to the host of `url` at one of its `addresses`.
+async fn connect(
+    url: &Url,
+    addresses: &[SocketAddr],
+    tls: Option<&ClientConfig>,
+) -> anyhow::Result<Box<dyn Connected>> {
+    let stream = TcpStream::connect(addresses)
         .await
         .context("cannot connect")?;
     secure(Box::new(stream), url, tls).await

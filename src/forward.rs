@@ -1,50 +1,37 @@
 //! One message: POST it until that succeeded, wait if told to, publish it, and acknowledge it; or give it
 //! up. Promises 1, 3 and 4 are kept here (see the crate's documentation).
 
+mod posting;
+
 use std::{
     fmt,
     sync::Arc,
-    time::{Duration, Instant, SystemTime},
+    time::{Instant, SystemTime},
 };
 
 use anyhow::anyhow;
-use futures::future::join_all;
 use log::{error, info, warn};
-use reqwest::{StatusCode, header::HeaderValue};
+use reqwest::header::HeaderValue;
 use tokio::time::sleep;
 
+use self::posting::{Posted, Posting};
 use crate::{
-    backoff::Backoff,
     config::Config,
-    monitor::{DestinationMetrics, Monitor},
+    monitor::Monitor,
     nats::Connection,
     publish::{Publication, Publishers},
     republish::{Cause, GivenUp, failed_headers, relayed_headers, relayed_subject},
     source::{Ack, Delivery, Outcome},
-    webhook::{Destination, Failure, Webhook, message_id},
-};
-
-/// Growing waits between attempts to POST one message.
-const BACKOFF: Backoff = Backoff {
-    first: Duration::from_millis(250),
-    longest: Duration::from_secs(30),
+    webhook::{Webhook, message_id},
 };
 
 /// What forwards messages, one at a time.
 pub struct Forward {
     connection: Connection,
     publishers: Publishers,
-    webhook: Webhook,
+    posting: Posting,
     config: Arc<Config>,
     monitor: Arc<Monitor>,
-    /// In the order of the webhook's destinations.
-    metrics: Vec<DestinationMetrics>,
-}
-
-/// A destination has succeeded.
-struct Posted {
-    status: StatusCode,
-    attempts: u32,
 }
 
 /// All destinations have succeeded, and the message was republished.
@@ -90,12 +77,10 @@ impl Forward {
         config: Arc<Config>,
         monitor: Arc<Monitor>,
     ) -> Self {
-        let metrics = (0..webhook.destinations().len()).map(|index| monitor.destination(index));
         Self {
-            metrics: metrics.collect(),
+            posting: Posting::new(webhook, &config, &monitor),
             publishers: Publishers::new(connection.clone(), &config, &monitor),
             connection,
-            webhook,
             config,
             monitor,
         }
@@ -112,11 +97,7 @@ impl Forward {
     /// Where messages are POSTed to, in words.
     #[must_use]
     pub fn destinations(&self) -> String {
-        let destinations = self.webhook.destinations().iter();
-        let names: Vec<_> = destinations
-            .map(|destination| destination.url.to_string())
-            .collect();
-        names.join(" and ")
+        self.posting.destinations()
     }
 
     /// Brings one message to its end: relayed, or given up. Whether the server has acknowledged that; if
@@ -166,7 +147,7 @@ impl Forward {
             headers: relayed_headers(delivery, stream_headers, max_payload)
                 .map_err(GivenUp::unpublishable)?,
         };
-        let posted = self.post(delivery, id).await?;
+        let posted = self.posting.post(delivery, id).await?;
         let delay = self.config.republish_delay;
         if !delay.is_zero() {
             sleep(delay).await;
@@ -183,80 +164,6 @@ impl Forward {
             posted,
             is_acknowledged,
         })
-    }
-
-    /// POSTs to all destinations at the same time, until each has succeeded or is to be given up.
-    async fn post(&self, delivery: &Delivery, id: &HeaderValue) -> Result<Vec<Posted>, GivenUp> {
-        let destinations = self.webhook.destinations().iter().zip(&self.metrics);
-        let ends =
-            join_all(destinations.map(|destination| self.post_to(destination, delivery, id))).await;
-        let (mut posted, mut given_up) = (Vec::new(), Vec::new());
-        for end in ends {
-            match end {
-                Ok(success) => posted.push(success),
-                Err(failure) => given_up.push(failure),
-            }
-        }
-        GivenUp::all(given_up).map_or(Ok(posted), Err)
-    }
-
-    /// POSTs to one destination until it succeeds, or is to be given up.
-    async fn post_to(
-        &self,
-        (destination, metrics): (&Destination, &DestinationMetrics),
-        delivery: &Delivery,
-        id: &HeaderValue,
-    ) -> Result<Posted, GivenUp> {
-        let name = |reason: String| match self.webhook.destinations() {
-            [_] => reason,
-            _ => format!("{}: {reason}", destination.url),
-        };
-        let max_attempts = self.config.webhook.max_attempts;
-        let mut attempts = 0;
-        loop {
-            attempts += 1;
-            let start = Instant::now();
-            let answer = self.webhook.post(destination, delivery, id).await;
-            metrics.add_attempt(&answer, start.elapsed());
-            let (reason, status, retry_after) = match answer {
-                Ok(status) => return Ok(Posted { status, attempts }),
-                Err(Failure::Permanent { reason, status }) => {
-                    let (reason, status) = (name(reason), Some(status.as_u16()));
-                    return Err(GivenUp {
-                        reason,
-                        status,
-                        attempts,
-                        cause: Cause::Refused,
-                    });
-                }
-                Err(Failure::Temporary {
-                    reason,
-                    status,
-                    retry_after,
-                }) => (
-                    name(reason),
-                    status.map(|status| status.as_u16()),
-                    retry_after,
-                ),
-            };
-            if Some(attempts) == max_attempts {
-                let reason = format!("given up after {attempts} attempts: {reason}");
-                return Err(GivenUp {
-                    reason,
-                    status,
-                    attempts,
-                    cause: Cause::AttemptsUsed,
-                });
-            }
-            let wait = BACKOFF.wait(attempts).max(retry_after.unwrap_or_default());
-            let failure = format!("{}, attempt {attempts}: {reason}", delivery.subject);
-            warn!(
-                subject:% = delivery.subject, status, attempts, reason;
-                "{failure}; next attempt in {wait:.1?}"
-            );
-            self.monitor.set_last_failure(failure);
-            sleep(wait).await;
-        }
     }
 
     /// Says that a message is not relayed, and why; publishes it on the failed prefix (promise 4). Whether

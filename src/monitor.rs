@@ -99,6 +99,12 @@ impl DestinationMetrics {
         }
         self.duration.observe(took.as_secs_f64());
     }
+
+    /// An attempt has failed before anything was POSTed: the destination's name does not resolve.
+    pub fn add_unresolved(&self, took: Duration) {
+        self.temporary.inc();
+        self.duration.observe(took.as_secs_f64());
+    }
 }
 
 impl Monitor {

@@ -3,29 +3,30 @@
 //! Headers follow Standard Webhooks
 //! (<https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md>).
 
+mod addresses;
 mod answer;
+mod endpoint;
 mod id;
 pub mod signing;
 
 use std::{
     error::Error,
-    io,
-    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    sync::atomic::Ordering::Relaxed,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::Context;
 use reqwest::{
-    Client, Proxy, Request, Response, StatusCode,
+    Request, Response, StatusCode,
     header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue, LOCATION, USER_AGENT},
-    redirect, retry,
 };
 use rustls::ClientConfig;
 use tokio::time::{Instant, timeout_at};
 
-pub use self::id::message_id;
+pub use self::{addresses::Addresses, endpoint::Endpoint, id::message_id};
 use self::{
     answer::{printable, read, retry_after},
+    endpoint::met_dead_connection,
     id::header,
     signing::SigningSecret,
 };
@@ -49,18 +50,11 @@ const PASSED_ON: [HeaderName; 3] = [
     HeaderName::from_static("tracestate"),
 ];
 
-/// An idle connection is closed before the usual server does it (Node.js after 5 s), so that no
-/// request runs into a connection that is just being closed.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
-
 /// How much of a successful answer is read so that its connection can be used again.
 const DRAIN_BYTES: usize = 64 * 1024;
 
 /// How much of a refusing answer is read for the log.
 const EXCERPT_BYTES: usize = 200;
-
-/// So many headers an answer may have; the HTTP client's own bound is 100.
-const MAX_HEADERS: usize = 256;
 
 /// Where and how to POST.
 pub struct Webhook {
@@ -74,10 +68,10 @@ pub struct Webhook {
 pub struct Destination {
     /// Its URL, as it may be shown.
     pub url: config::Destination,
-    /// Keeps the one connection to it.
-    client: Client,
-    /// Whether that connection waits for the next request, as far as we know.
-    is_idle: AtomicBool,
+    /// What reaches it.
+    pub endpoint: Endpoint,
+    /// What reaches each address of its name, if each is a destination of its own.
+    pub addresses: Option<Addresses>,
     /// What all requests to it have in common, with a place for each header that they have of their own: in a
     /// copy of it, nothing has to grow.
     template: Request,
@@ -138,10 +132,11 @@ impl Webhook {
     pub async fn post(
         &self,
         destination: &Destination,
+        endpoint: &Endpoint,
         delivery: &Delivery,
         id: &HeaderValue,
     ) -> Result<StatusCode, Failure> {
-        self.try_to_post(destination, delivery, id)
+        self.try_to_post(destination, endpoint, delivery, id)
             .await
             .map_err(|mut failure| {
                 // Some destinations quote what they were sent.
@@ -155,14 +150,15 @@ impl Webhook {
     async fn try_to_post(
         &self,
         destination: &Destination,
+        endpoint: &Endpoint,
         delivery: &Delivery,
         id: &HeaderValue,
     ) -> Result<StatusCode, Failure> {
         let deadline = Instant::now() + self.timeout;
         let response = loop {
-            let was_idle = destination.is_idle.swap(false, Relaxed);
+            let was_idle = endpoint.is_idle.swap(false, Relaxed);
             let request = self.request(destination, delivery, id);
-            match timeout_at(deadline, destination.client.execute(request)).await {
+            match timeout_at(deadline, endpoint.client.execute(request)).await {
                 Ok(Ok(response)) => break response,
                 // The destination closed the connection as the request went out, and saw nothing of it.
                 Ok(Err(error)) if was_idle && met_dead_connection(&error) => {}
@@ -175,7 +171,7 @@ impl Webhook {
             200..=299 => {
                 // The message has arrived, whatever becomes of the rest of the answer.
                 read(response, DRAIN_BYTES, deadline).await;
-                destination.is_idle.store(true, Relaxed);
+                endpoint.is_idle.store(true, Relaxed);
                 Ok(status)
             }
             300..=399 => Err(Failure::Permanent {
@@ -247,29 +243,9 @@ impl Destination {
         config: &config::Webhook,
         tls: Option<&ClientConfig>,
     ) -> anyhow::Result<Self> {
-        let mut builder = Client::builder()
-            .redirect(redirect::Policy::none())
-            // Attempts are counted, and waited between, by the relay alone.
-            .retry(retry::never().max_retries_per_request(0))
-            .http1_max_headers(MAX_HEADERS)
-            .pool_max_idle_per_host(1)
-            .pool_idle_timeout(IDLE_TIMEOUT)
-            .tcp_nodelay(true)
-            // The library's own idea of proxies includes them for localhost.
-            .no_proxy();
-        builder = match tls {
-            Some(tls) => builder.tls_backend_preconfigured(tls.clone()),
-            None => builder.tls_certs_only([]),
-        };
-        if let Some(proxy) = url.proxy() {
-            let through =
-                Proxy::all(proxy.expose_url().clone()).map_err(reqwest::Error::without_url);
-            builder =
-                builder.proxy(through.with_context(|| format!("cannot use the proxy {proxy}"))?);
-        }
-        let client = builder.build().context("cannot set up the HTTP client")?;
+        let endpoint = Endpoint::new(url, tls, None)?;
         // This turns what the URL has for logging in into a header.
-        let template = client.post(url.expose_url().clone()).build();
+        let template = endpoint.client.post(url.expose_url().clone()).build();
         let mut template = template
             .map_err(reqwest::Error::without_url)
             .with_context(|| format!("cannot POST to {url}"))?;
@@ -290,10 +266,15 @@ impl Destination {
                 .entry(name)
                 .or_insert(HeaderValue::from_static(value));
         }
+        let addresses = url.every_address().then(|| {
+            let (authority, url, tls) = (url.authority(), url.clone(), tls.cloned());
+            let open = move |address| Endpoint::new(&url, tls.as_ref(), Some(address));
+            Addresses::new(authority, config.timeout, Box::new(open))
+        });
         Ok(Self {
             url: url.clone(),
-            client,
-            is_idle: AtomicBool::new(false),
+            endpoint,
+            addresses,
             template,
         })
     }
@@ -336,27 +317,6 @@ impl Destination {
             }
         }
     }
-}
-
-/// Whether a request failed because its connection had been closed by then.
-fn met_dead_connection(error: &reqwest::Error) -> bool {
-    let mut cause: Option<&dyn Error> = Some(error);
-    while let Some(error) = cause {
-        if let Some(error) = error.downcast_ref::<hyper::Error>()
-            && (error.is_incomplete_message() || error.is_canceled())
-        {
-            return true;
-        }
-        if let Some(error) = error.downcast_ref::<io::Error>() {
-            use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset};
-            return matches!(
-                error.kind(),
-                BrokenPipe | ConnectionAborted | ConnectionReset
-            );
-        }
-        cause = error.source();
-    }
-    false
 }
 
 fn temporary(reason: String) -> Failure {

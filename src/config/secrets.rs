@@ -102,6 +102,7 @@ mod tests {
         let destination = Destination {
             url: url.parse().unwrap(),
             proxy: None,
+            every_address: false,
         };
         let mut headers = HeaderMap::new();
         headers.insert("authorization", "Bearer token-1234".parse().unwrap());

@@ -126,6 +126,7 @@ pub(crate) const RELAYED_STREAM: &str = "NATS_RELAYED_STREAM";
 pub(crate) const FAILED_STREAM: &str = "NATS_FAILED_STREAM";
 pub(super) const TIMEOUT: &str = "WEBHOOK_TIMEOUT";
 pub(super) const MAX_ATTEMPTS: &str = "WEBHOOK_MAX_ATTEMPTS";
+pub(super) const EVERY_ADDRESS: &str = "WEBHOOK_EVERY_ADDRESS";
 pub(super) const SECRET: &str = "WEBHOOK_SECRET";
 pub(super) const WEBHOOK_CA: &str = "WEBHOOK_CA";
 pub(super) const WEBHOOK_CERT: &str = "WEBHOOK_CERT";
@@ -221,6 +222,11 @@ pub const VARIABLES: &[Variable] = &[
     )
     .default("5")
     .note("in durable mode 0"),
+    Variable::optional(
+        EVERY_ADDRESS,
+        "true: every address of a destination's name is a replica, and has to be told",
+    )
+    .default("false"),
     Variable::optional(
         SECRET,
         "Standard Webhooks secrets whsec_..., separated by white space; signs every request",

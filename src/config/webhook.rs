@@ -17,9 +17,9 @@ use super::{
     Mode, Proxy, Secrets,
     environment::FILE_SUFFIX,
     proxies::Proxies,
-    reader::{Noted, Reader, parse_duration, parse_list},
+    reader::{Noted, Reader, parse_bool, parse_duration, parse_list},
     tls::{Tls, WEBHOOK_TLS},
-    variables::{DESTINATION, HEADER_PREFIX, MAX_ATTEMPTS, SECRET, TIMEOUT},
+    variables::{DESTINATION, EVERY_ADDRESS, HEADER_PREFIX, MAX_ATTEMPTS, SECRET, TIMEOUT},
 };
 use crate::webhook::signing::SigningSecret;
 
@@ -45,6 +45,7 @@ pub struct Webhook {
 pub struct Destination {
     pub(super) url: Url,
     pub(super) proxy: Option<Proxy>,
+    pub(super) every_address: bool,
 }
 
 impl Webhook {
@@ -82,12 +83,26 @@ impl Destination {
     fn read_all(reader: &mut Reader<'_>) -> Result<Vec<Self>, Noted> {
         let urls = reader.value(DESTINATION, |text| parse_list(text, parse_destination));
         let proxies = Proxies::read(reader);
-        let (urls, proxies) = (urls?, proxies?);
-        let through = |url| Self {
+        let every_address = reader.value(EVERY_ADDRESS, parse_bool);
+        let (urls, proxies, every_address) = (urls?, proxies?, every_address?);
+        let through = |url: Url| Self {
             proxy: proxies.choose(&url),
+            // What is written as an IP address is one.
+            every_address: every_address && url.domain().is_some(),
             url,
         };
-        Ok(urls.into_iter().map(through).collect())
+        let destinations: Vec<_> = urls.into_iter().map(through).collect();
+        for destination in &destinations {
+            if let (true, Some(proxy)) = (destination.every_address, &destination.proxy) {
+                let problem = format!(
+                    "is true, but {destination} is reached through the proxy {proxy}, which looks the \
+                     name up by itself; add {} to NO_PROXY, or unset it",
+                    destination.url.host_str().unwrap_or_default()
+                );
+                return Err(reader.note(EVERY_ADDRESS, &problem));
+            }
+        }
+        Ok(destinations)
     }
 
     /// The URL with all its secrets.
@@ -100,6 +115,12 @@ impl Destination {
     #[must_use]
     pub fn proxy(&self) -> Option<&Proxy> {
         self.proxy.as_ref()
+    }
+
+    /// Whether every address of its name is to be told.
+    #[must_use]
+    pub fn every_address(&self) -> bool {
+        self.every_address
     }
 
     /// Whether it is reached by TLS.
@@ -403,6 +424,28 @@ mod tests {
             (TIMEOUT, "500000000000y", "at most a day"),
             (MAX_ATTEMPTS, "many", "is no count"),
             (MAX_ATTEMPTS, "-1", "is no count"),
+            (EVERY_ADDRESS, "yes", "write true or false"),
         ]);
+    }
+
+    #[test]
+    fn every_address_is_for_names_that_no_proxy_looks_up() {
+        let urls = "http://app.example/ http://10.0.0.1/ http://[fd00::1]/ http://localhost/";
+        let set = |changes: &[(&'static str, &'static str)]| {
+            with(&[&[(DESTINATION, urls), (EVERY_ADDRESS, "true")], changes].concat())
+        };
+        let destinations = set(&[]).unwrap().webhook.destinations;
+        let every_address: Vec<_> = destinations.iter().map(|d| d.every_address()).collect();
+        assert_eq!(every_address, [true, false, false, true]);
+        let proxy = (HTTP_PROXY, "http://user:hunter2@proxy:3128");
+        assert_eq!(
+            set(&[proxy]).unwrap_err(),
+            [
+                "WEBHOOK_EVERY_ADDRESS is true, but http://app.example/ is reached through the proxy \
+                 http://proxy:3128/, which looks the name up by itself; add app.example to NO_PROXY, \
+                 or unset it"
+            ]
+        );
+        assert!(set(&[proxy, (NO_PROXY, "app.example")]).is_ok());
     }
 }

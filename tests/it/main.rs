@@ -4,6 +4,8 @@
 
 mod support;
 
+#[cfg(target_os = "linux")]
+mod addresses;
 mod alerts;
 mod buffer;
 mod certificates;

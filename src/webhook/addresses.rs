@@ -1,0 +1,153 @@
+//! Every address of a destination's name, each with a connection of its own (`WEBHOOK_EVERY_ADDRESS`): the
+//! replicas of a front end behind one name, such as a headless service.
+
+use std::{
+    collections::HashMap,
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use futures::future::BoxFuture;
+use tokio::{net::lookup_host, time::timeout};
+
+use super::Endpoint;
+
+/// Looks a host and port up.
+type Resolve = Box<dyn Fn() -> BoxFuture<'static, io::Result<Vec<SocketAddr>>> + Send + Sync>;
+
+/// Makes what reaches an address.
+type Open = Box<dyn Fn(IpAddr) -> anyhow::Result<Endpoint> + Send + Sync>;
+
+/// The addresses of a name, as they come and go.
+pub struct Addresses {
+    resolve: Resolve,
+    open: Open,
+    timeout: Duration,
+    /// Of the addresses that the name had when it was looked up last.
+    endpoints: Mutex<HashMap<IpAddr, Arc<Endpoint>>>,
+}
+
+impl Addresses {
+    /// The addresses of `authority`, which is `host:port`. Looking it up may take as long as `timeout`.
+    pub(super) fn new(authority: String, timeout: Duration, open: Open) -> Self {
+        let resolve = move || -> BoxFuture<'static, _> {
+            let authority = authority.clone();
+            Box::pin(async move { Ok(lookup_host(authority).await?.collect()) })
+        };
+        Self {
+            resolve: Box::new(resolve),
+            open,
+            timeout,
+            endpoints: Mutex::default(),
+        }
+    }
+
+    /// The addresses that the name has now; at least one. What reached others is closed.
+    ///
+    /// # Errors
+    /// With the reason why none is known.
+    pub async fn current(&self) -> Result<Vec<(IpAddr, Arc<Endpoint>)>, String> {
+        let found = timeout(self.timeout, (self.resolve)()).await;
+        let found = found
+            .map_err(|_| format!("its name was not resolved within {:?}", self.timeout))?
+            .map_err(|error| format!("its name does not resolve: {error}"))?;
+        let mut endpoints = self
+            .endpoints
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let mut current: Vec<(IpAddr, Arc<Endpoint>)> = Vec::new();
+        for address in found.iter().map(SocketAddr::ip) {
+            if current.iter().any(|(known, _)| *known == address) {
+                continue;
+            }
+            let endpoint = match endpoints.remove(&address) {
+                Some(endpoint) => endpoint,
+                None => Arc::new((self.open)(address).map_err(|error| format!("{error:#}"))?),
+            };
+            current.push((address, endpoint));
+        }
+        *endpoints = current.iter().cloned().collect();
+        if current.is_empty() {
+            return Err("its name resolves to no address".to_owned());
+        }
+        Ok(current)
+    }
+
+    /// Whether the name resolves, and this is no longer among its addresses.
+    pub async fn lost(&self, address: IpAddr) -> bool {
+        let current = self.current().await;
+        current.is_ok_and(|current| current.iter().all(|(known, _)| *known != address))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    const A: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 1));
+    const B: IpAddr = IpAddr::V6(std::net::Ipv6Addr::LOCALHOST);
+
+    /// The addresses of a name that resolves to what the list holds.
+    fn addresses(name: &Arc<Mutex<Vec<IpAddr>>>) -> Addresses {
+        let name = Arc::clone(name);
+        Addresses {
+            resolve: Box::new(move || {
+                let found = name.lock().unwrap().clone();
+                let found = found
+                    .into_iter()
+                    .map(|address| SocketAddr::new(address, 80));
+                Box::pin(std::future::ready(Ok(found.collect())))
+            }),
+            open: Box::new(|address| {
+                let variables = [
+                    ("WEBHOOK_DESTINATION", "http://name/"),
+                    ("NATS_HOST", "nats://localhost"),
+                    ("NATS_SUBJECT_PREFIX", "a"),
+                    ("NATS_RELAYED_SUBJECT_PREFIX", "b"),
+                ];
+                let config = Config::from_environment(&variables.into_iter().collect()).unwrap();
+                Endpoint::new(&config.webhook.destinations[0], None, Some(address))
+            }),
+            timeout: Duration::from_secs(1),
+            endpoints: Mutex::default(),
+        }
+    }
+
+    #[tokio::test]
+    async fn connections_last_as_long_as_their_addresses() {
+        crate::tls::install_provider();
+        let name = Arc::new(Mutex::new(vec![A, B, A]));
+        let addresses = addresses(&name);
+        let first = addresses.current().await.unwrap();
+        assert_eq!(
+            first
+                .iter()
+                .map(|(address, _)| *address)
+                .collect::<Vec<_>>(),
+            [A, B]
+        );
+        assert!(!addresses.lost(A).await && !addresses.lost(B).await);
+
+        *name.lock().unwrap() = vec![B];
+        assert!(addresses.lost(A).await && !addresses.lost(B).await);
+        *name.lock().unwrap() = vec![A, B];
+        let again = addresses.current().await.unwrap();
+        assert!(Arc::ptr_eq(&first[1].1, &again[1].1), "it was kept");
+        assert!(
+            !Arc::ptr_eq(&first[0].1, &again[0].1),
+            "it was closed meanwhile"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_name_without_addresses_tells_nothing_of_any() {
+        let addresses = addresses(&Arc::default());
+        let reason = addresses.current().await.err().unwrap();
+        assert_eq!(reason, "its name resolves to no address");
+        assert!(!addresses.lost(A).await);
+    }
+}

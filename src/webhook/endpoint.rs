@@ -1,0 +1,92 @@
+//! What reaches a destination, or one address of it: one kept-alive connection.
+
+use std::{
+    error::Error,
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::atomic::AtomicBool,
+    time::Duration,
+};
+
+use anyhow::Context;
+use reqwest::{Client, Proxy, redirect, retry};
+use rustls::ClientConfig;
+
+use crate::config;
+
+/// An idle connection is closed before the usual server does it (Node.js after 5 s), so that no
+/// request runs into a connection that is just being closed.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
+
+/// So many headers an answer may have; the HTTP client's own bound is 100.
+const MAX_HEADERS: usize = 256;
+
+/// What reaches a destination, or one address of it.
+pub struct Endpoint {
+    /// Keeps the one connection.
+    pub(super) client: Client,
+    /// Whether that connection waits for the next request, as far as we know.
+    pub(super) is_idle: AtomicBool,
+}
+
+impl Endpoint {
+    /// What reaches `url`, or only that one of its addresses.
+    ///
+    /// # Errors
+    /// If the HTTP client cannot be set up.
+    pub(super) fn new(
+        url: &config::Destination,
+        tls: Option<&ClientConfig>,
+        address: Option<IpAddr>,
+    ) -> anyhow::Result<Self> {
+        let mut builder = Client::builder()
+            .redirect(redirect::Policy::none())
+            // Attempts are counted, and waited between, by the relay alone.
+            .retry(retry::never().max_retries_per_request(0))
+            .http1_max_headers(MAX_HEADERS)
+            .pool_max_idle_per_host(1)
+            .pool_idle_timeout(IDLE_TIMEOUT)
+            .tcp_nodelay(true)
+            // The library's own idea of proxies includes them for localhost.
+            .no_proxy();
+        builder = match tls {
+            Some(tls) => builder.tls_backend_preconfigured(tls.clone()),
+            None => builder.tls_certs_only([]),
+        };
+        if let (Some(name), Some(address)) = (url.expose_url().host_str(), address) {
+            // The port is that of the URL, whatever stands here.
+            builder = builder.resolve(name, SocketAddr::new(address, 0));
+        }
+        if let Some(proxy) = url.proxy() {
+            let through =
+                Proxy::all(proxy.expose_url().clone()).map_err(reqwest::Error::without_url);
+            builder =
+                builder.proxy(through.with_context(|| format!("cannot use the proxy {proxy}"))?);
+        }
+        Ok(Self {
+            client: builder.build().context("cannot set up the HTTP client")?,
+            is_idle: AtomicBool::new(false),
+        })
+    }
+}
+
+/// Whether a request failed because its connection had been closed by then.
+pub(super) fn met_dead_connection(error: &reqwest::Error) -> bool {
+    let mut cause: Option<&dyn Error> = Some(error);
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<hyper::Error>()
+            && (error.is_incomplete_message() || error.is_canceled())
+        {
+            return true;
+        }
+        if let Some(error) = error.downcast_ref::<io::Error>() {
+            use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset};
+            return matches!(
+                error.kind(),
+                BrokenPipe | ConnectionAborted | ConnectionReset
+            );
+        }
+        cause = error.source();
+    }
+    false
+}

@@ -1,0 +1,188 @@
+//! Every address of a name is told (`WEBHOOK_EVERY_ADDRESS`). The relay sees a hosts file of the test's own.
+
+use std::{fs, path::PathBuf};
+
+use tempfile::TempDir;
+use tokio::{net::TcpListener, process::Command};
+
+use crate::support::{Answer, NatsServer, Relay, Webhook, next};
+
+/// A name whose addresses the test sets: what the relay sees as /etc/hosts.
+struct Name {
+    hosts: PathBuf,
+    _directory: TempDir,
+}
+
+impl Name {
+    fn with(addresses: &[&str]) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let hosts = directory.path().join("hosts");
+        let name = Self {
+            hosts,
+            _directory: directory,
+        };
+        name.set(addresses);
+        name
+    }
+
+    fn set(&self, addresses: &[&str]) {
+        let lines = addresses
+            .iter()
+            .map(|address| format!("{address} frontend.test\n"));
+        fs::write(&self.hosts, lines.collect::<String>()).unwrap();
+    }
+
+    /// What starts a program that sees it, with these variables beside the usual ones.
+    fn command(&self, port: u16) -> Vec<String> {
+        let mount = format!(
+            "/bin/mount --bind {} /etc/hosts && exec \"$0\" \"$@\"",
+            self.hosts.display()
+        );
+        let destination = format!("WEBHOOK_DESTINATION=http://frontend.test:{port}/hook");
+        ["/usr/bin/env", &destination, "WEBHOOK_EVERY_ADDRESS=true"]
+            .into_iter()
+            .chain([
+                "/usr/bin/unshare",
+                "--map-root-user",
+                "--mount",
+                "/bin/sh",
+                "-c",
+                &mount,
+            ])
+            .map(str::to_owned)
+            .collect()
+    }
+
+    async fn relay(&self, nats: &NatsServer, webhook: &Webhook) -> Relay {
+        let command = self.command(webhook.address().port());
+        let command: Vec<_> = command.iter().map(String::as_str).collect();
+        Relay::under(&command, nats, webhook).await
+    }
+}
+
+/// Replicas at these addresses, on one port; the `n`th answers its first request with the `n`th answer, and all
+/// later ones with 200.
+async fn replicas(addresses: &[&str], answers: &[Answer]) -> Vec<Webhook> {
+    let mut port = 0;
+    let mut replicas = Vec::new();
+    for (address, answer) in addresses.iter().zip(answers) {
+        let listener = TcpListener::bind((*address, port)).await.unwrap();
+        port = listener.local_addr().unwrap().port();
+        let answer = answer.clone();
+        let first = move |n, _: &_| if n == 0 { answer.clone() } else { Answer::OK };
+        replicas.push(Webhook::on(listener, first));
+    }
+    replicas
+}
+
+const ADDRESSES: [&str; 3] = ["127.0.0.1", "127.0.0.2", "127.0.0.3"];
+
+#[tokio::test]
+async fn every_address_is_told_before_the_message_is_republished() {
+    let nats = NatsServer::start().await;
+    let mut relayed = nats.client().await.subscribe("relayed.>").await.unwrap();
+    let answers = [Answer::OK, Answer::status(503), Answer::OK];
+    let replicas = replicas(&ADDRESSES, &answers).await;
+    let name = Name::with(&ADDRESSES);
+    let relay = name.relay(&nats, &replicas[0]).await;
+    nats.publish("cms.cache.a", "1").await;
+    next(&mut relayed).await;
+    let counts: Vec<_> = replicas.iter().map(Webhook::count).collect();
+    assert_eq!(counts, [1, 2, 1]);
+    let port = replicas[0].address().port();
+    for replica in &replicas {
+        let host = format!("frontend.test:{port}");
+        assert_eq!(replica.requests()[0].header("host"), Some(&host[..]));
+    }
+    let failed = relay.logged("attempt 1: ").await;
+    assert!(
+        failed.contains(&format!(
+            "http://frontend.test:{port}/hook at 127.0.0.2: answered 503"
+        )),
+        "{failed}"
+    );
+    let line = relay.logged(" -> ").await;
+    assert!(line.contains("(200, 200 after 2 attempts, 200, "), "{line}");
+}
+
+#[tokio::test]
+async fn addresses_come_and_go() {
+    let nats = NatsServer::start().await;
+    let mut relayed = nats.client().await.subscribe("relayed.>").await.unwrap();
+    let down = [Answer::OK, Answer::status(503), Answer::OK];
+    let replicas = replicas(&ADDRESSES, &down).await;
+    let name = Name::with(&ADDRESSES[..2]);
+    let relay = name.relay(&nats, &replicas[0]).await;
+
+    // One that is gone at the next attempt is not waited for.
+    nats.publish("cms.cache.a", "1").await;
+    replicas[1].received(1).await;
+    name.set(&ADDRESSES[..1]);
+    next(&mut relayed).await;
+    let line = relay.logged("its name has lost this address").await;
+    assert!(
+        line.contains("INFO") && line.contains(" at 127.0.0.2 "),
+        "{line}"
+    );
+    assert_eq!(replicas[1].count(), 1);
+
+    // Those that have come are told of what follows.
+    name.set(&ADDRESSES);
+    nats.publish("cms.cache.b", "2").await;
+    next(&mut relayed).await;
+    let counts: Vec<_> = replicas.iter().map(Webhook::count).collect();
+    assert_eq!(counts, [2, 2, 1]);
+    assert_eq!(replicas[2].bodies(), ["2"]);
+}
+
+#[tokio::test]
+async fn a_message_that_nobody_has_got_is_not_relayed() {
+    let nats = NatsServer::start().await;
+    let mut relayed = nats.client().await.subscribe("relayed.>").await.unwrap();
+    let replicas = replicas(&ADDRESSES[..2], &[Answer::OK, Answer::status(503)]).await;
+
+    // No address at first, then one that fails and is gone before its next attempt.
+    let name = Name::with(&[]);
+    let relay = name.relay(&nats, &replicas[0]).await;
+    nats.publish("cms.cache.a", "1").await;
+    relay.logged("its name does not resolve").await;
+    name.set(&ADDRESSES[1..2]);
+    replicas[1].received(1).await;
+    name.set(&ADDRESSES[..1]);
+    next(&mut relayed).await;
+    let counts: Vec<_> = replicas.iter().map(Webhook::count).collect();
+    assert_eq!(counts, [1, 1]);
+    relay
+        .logged("every address that its name had is gone")
+        .await;
+}
+
+#[tokio::test]
+async fn check_reaches_every_address() {
+    let nats = NatsServer::start().await;
+    let replicas = replicas(&ADDRESSES[..1], &[Answer::OK]).await;
+    let name = Name::with(&ADDRESSES[..2]);
+    let command = name.command(replicas[0].address().port());
+    let output = Command::new(&command[0])
+        .args(&command[1..])
+        .arg(Relay::program())
+        .arg("--check")
+        .env_clear()
+        .env("NATS_HOST", nats.url())
+        .env("NATS_SUBJECT_PREFIX", "cms.cache")
+        .env("NATS_RELAYED_SUBJECT_PREFIX", "relayed.cache")
+        .output()
+        .await
+        .unwrap();
+    let report = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{report}");
+    for (result, address, what) in [
+        ("ok      ", "127.0.0.1", "can be connected to"),
+        ("FAILED  ", "127.0.0.2", "cannot connect: "),
+    ] {
+        let place = format!("at {address}: {what}");
+        let is_told = |line: &str| line.starts_with(result) && line.contains(&place);
+        assert!(report.lines().any(is_told), "{report}");
+    }
+    assert_eq!(replicas[0].count(), 0);
+}
