@@ -546,9 +546,20 @@ in
             })
           );
           default = { };
+          example = lib.literalExpression ''
+            lib.genAttrs [ "0" "1" "2" "3" ] (lane: {
+              webhookDestination = "http://localhost:3000/api/cache/webhook";
+              natsAddress = "nats://localhost:4222";
+              natsSubjectPrefix = "lanes.4.''${lane}.cms.cache";
+              natsRelayedSubjectPrefix = "relayed.cache";
+              settings.NATS_STREAM = "CMS";
+              settings.NATS_CONSUMER = "lane-4-''${lane}";
+            })
+          '';
           description = ''
             Further relays on this host, by name. Each has the options of the unnamed one and a
-            service of its own, `nats-webhook-relay-<name>.service`.
+            service of its own, `nats-webhook-relay-<name>.service`. The example is four lanes: relays
+            between which NATS divides the messages (see docs/growing.md).
           '';
         };
       }

@@ -46,6 +46,29 @@ let
       lib.filter (assertion: !assertion.assertion) (evaluateWith changes).assertions
     );
 
+  # The lanes as the documentation has them: the example of the option, and that of docs/growing.md.
+  evaluateText = name: text: import (builtins.toFile name "{ lib }:\n${text}") { inherit lib; };
+  exampleOfOption =
+    evaluateText "option.nix"
+      (
+        (lib.evalModules {
+          modules = [
+            ../module.nix
+            {
+              _module.check = false;
+              _module.args = { inherit pkgs; };
+            }
+          ];
+        }).options.services.nats-webhook-relay.type.getSubOptions
+        [ ]
+      ).instances.example.text;
+  exampleOfPage =
+    let
+      afterFence = lib.elemAt (lib.splitString "```nix\n" (lib.readFile ../../docs/growing.md)) 1;
+      block = lib.head (lib.splitString "```" afterFence);
+    in
+    (evaluateText "page.nix" "{\n${block}}").services.nats-webhook-relay.instances;
+
   # A part of the one message that each change of the minimal configuration must lead to.
   refusals = [
     {
@@ -372,6 +395,43 @@ let
             }
           ];
           expected = [ ];
+        };
+        "test the lanes of the documentation are as many services, each with a consumer of its own" = {
+          expr =
+            let
+              inherit (evaluate { instances = exampleOfPage; }) assertions systemd;
+              settingsOf = service: {
+                inherit (service.environment) NATS_CONSUMER NATS_STREAM NATS_SUBJECT_PREFIX;
+              };
+            in
+            {
+              refused = lib.filter (assertion: !assertion.assertion) assertions;
+              services = lib.mapAttrs (_: settingsOf) systemd.services;
+            };
+          expected = {
+            refused = [ ];
+            services = lib.listToAttrs (
+              map
+                (lane: {
+                  name = "nats-webhook-relay-${lane}";
+                  value = {
+                    NATS_CONSUMER = "lane-4-${lane}";
+                    NATS_STREAM = "CMS";
+                    NATS_SUBJECT_PREFIX = "lanes.4.${lane}.cms.cache";
+                  };
+                })
+                [
+                  "0"
+                  "1"
+                  "2"
+                  "3"
+                ]
+            );
+          };
+        };
+        "test the option has the lanes of docs/growing.md as its example" = {
+          expr = exampleOfOption;
+          expected = exampleOfPage;
         };
         "test one service for each relay that is enabled" = {
           expr = lib.attrNames services;
