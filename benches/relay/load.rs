@@ -199,7 +199,8 @@ fn next_relayed(listener: &mut Connection, webhook: &Webhook, due: u64) -> anyho
     Ok(())
 }
 
-fn payload(number: u64, size: usize) -> Vec<u8> {
+/// A payload of this size that tells its number.
+pub fn payload(number: u64, size: usize) -> Vec<u8> {
     let mut payload = format!("{number:016x}").into_bytes();
     payload.resize(size, b'.');
     payload

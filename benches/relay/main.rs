@@ -4,7 +4,7 @@
 //!
 //! ```sh
 //! cargo bench
-//! cargo bench -- --quick --only core           # or memory, durable, confirmed
+//! cargo bench -- --quick --only core           # or memory, durable, confirmed, lanes
 //! cargo bench -- --vs 'other=/path/to/other'   # any relay that takes the same variables
 //! ```
 
@@ -12,6 +12,7 @@
 
 mod bare;
 mod floor;
+mod lanes;
 mod load;
 mod nats;
 mod process;
@@ -52,10 +53,18 @@ enum Stage {
     Durable,
     /// Durable mode, with a stream that confirms what is relayed.
     Confirmed,
+    /// Core mode, with one relay and with four.
+    Lanes,
 }
 
 impl Stage {
-    const ALL: [Self; 4] = [Self::Core, Self::Memory, Self::Durable, Self::Confirmed];
+    const ALL: [Self; 5] = [
+        Self::Core,
+        Self::Memory,
+        Self::Durable,
+        Self::Confirmed,
+        Self::Lanes,
+    ];
 
     fn is_durable(self) -> bool {
         matches!(self, Self::Durable | Self::Confirmed)
@@ -196,7 +205,7 @@ fn run(
         variables.push(("NATS_RELAYED_STREAM", RELAYED_STREAM));
     }
     let start = || Process::start(command, &variables, &log);
-    measure(stage, quick, &mut load, start).with_context(|| {
+    measure(stage, quick, command, &mut load, start).with_context(|| {
         let log = fs::read_to_string(&log).unwrap_or_default();
         let last = log.lines().next_back().unwrap_or_default();
         format!("the last line of its log is {last:?}")
@@ -230,6 +239,7 @@ async fn start_server(stage: Stage) -> anyhow::Result<NatsServer> {
 fn measure(
     stage: Stage,
     quick: bool,
+    command: &[OsString],
     load: &mut Load,
     start: impl FnOnce() -> anyhow::Result<Process>,
 ) -> anyhow::Result<Vec<(&'static str, f64)>> {
@@ -281,6 +291,13 @@ fn measure(
         Stage::Confirmed => {
             let rate = load.burst(20_000 / part, 256)?;
             figures.push(("burst, 256 B, confirmed by a stream, messages/s", rate));
+        }
+        Stage::Lanes => {
+            load.webhook.delay_millis.store(10, SeqCst);
+            let one = load.burst(200 / part, 256)?;
+            let four = lanes::rate(command, 800 / part)?;
+            figures.push(("4 lanes, webhook takes 10 ms, messages/s", four));
+            figures.push(("4 lanes, times as fast as one", four / one));
         }
     }
     // The relay still runs, and may just be about to acknowledge the last message.
