@@ -207,7 +207,9 @@ impl Posting {
             };
             self.wait_or_give_up(job, failure).await?;
             if let Route::Address(addresses, address, _) = route
-                && addresses.lost(address).await
+                && !self
+                    .has_address(job, addresses, address, &mut attempts)
+                    .await?
             {
                 info!(
                     subject:% = delivery.subject;
@@ -216,6 +218,33 @@ impl Posting {
                 );
                 return Ok(Vec::new());
             }
+        }
+    }
+
+    /// Whether a name still has an address. While it does not resolve, nobody knows whose that is now, so that
+    /// nothing is POSTed to it: that is a failed attempt.
+    async fn has_address(
+        &self,
+        job: Job<'_>,
+        addresses: &Addresses,
+        address: IpAddr,
+        attempts: &mut u32,
+    ) -> Result<bool, GivenUp> {
+        loop {
+            let start = Instant::now();
+            let reason = match addresses.current().await {
+                Ok(current) => return Ok(current.iter().any(|(known, _)| *known == address)),
+                Err(reason) => reason,
+            };
+            job.metrics.add_unresolved(start.elapsed());
+            *attempts += 1;
+            let failure = FailedAttempt {
+                attempts: *attempts,
+                reason: format!("{} at {address}: {reason}", job.destination.url),
+                status: None,
+                retry_after: None,
+            };
+            self.wait_or_give_up(job, failure).await?;
         }
     }
 

@@ -209,9 +209,9 @@ async fn a_cluster_sends_nobody_to_where_no_web_socket_is() {
     };
     let (mut first, address) = server("no_tls: true", &cluster(0)).await;
     let (second, other) = server("no_tls: true", &cluster(1)).await;
-    let client = first.client().await;
+    // A server tells whoever connects of those that it knows.
     until("the servers know each other", async || {
-        client.flush().await.unwrap();
+        let client = first.client().await;
         client.server_info().connect_urls.len() > 1
     })
     .await;
