@@ -2,6 +2,7 @@
   lib,
   nats-server,
   rustPlatform,
+  stdenv,
 }:
 let
   manifest = (lib.importTOML ../Cargo.toml).package;
@@ -17,6 +18,7 @@ rustPlatform.buildRustPackage {
       ../.env.example
       ../Cargo.lock
       ../Cargo.toml
+      ../LICENSE
       ../README.md
       ../benches
       ../examples/prometheus
@@ -26,11 +28,18 @@ rustPlatform.buildRustPackage {
       ./hardening.nix
       ./log-crates.json
       ./variables.json
+      ../scripts/licenses
       ../src
       ../tests
     ];
   };
   cargoLock.lockFile = ../Cargo.lock;
+
+  # The licences of the crates that are linked belong to the program, in the image as well.
+  postInstall = ''
+    bash scripts/licenses ${stdenv.hostPlatform.rust.rustcTarget} $out/share/licenses/${manifest.name}
+    cp LICENSE $out/share/licenses/${manifest.name}
+  '';
 
   # The tests run real servers and look at the clock. They are a check of the flake; a busy builder
   # must not keep a host from being deployed.
@@ -39,7 +48,7 @@ rustPlatform.buildRustPackage {
   __darwinAllowLocalNetworking = true;
 
   meta = {
-    inherit (manifest) description;
+    inherit (manifest) description homepage;
     license = lib.licenses.mit;
     mainProgram = manifest.name;
     platforms = lib.platforms.unix;
