@@ -13,25 +13,26 @@
 //! - Dropping it loses what it has fetched in advance. Another relay gets that only when the ack wait is
 //!   over, whereas we hand it back.
 
+mod opening;
+
 use std::{collections::VecDeque, pin::Pin, sync::Arc, time::Duration};
 
 use anyhow::bail;
 use async_nats::{Message, Subscriber};
 use futures::{FutureExt, StreamExt};
-use log::{info, warn};
+use log::info;
 use tokio::time::{Instant, Sleep, sleep, timeout};
 
 use super::{
     Ack, Delivery,
     ack::{HandedOut, Position},
-    consumer::{Consumer, ConsumerError},
+    consumer::Consumer,
     next_of,
     pull::Meaning,
     requests::Requests,
     unreadable,
 };
 use crate::{
-    backoff::Backoff,
     monitor::Monitor,
     nats::{Connection, ConnectionEvent, ConnectionEvents},
 };
@@ -41,12 +42,6 @@ const TICK: Duration = Duration::from_secs(1);
 
 /// How often the consumer is verified: its operator may edit it at any time.
 const VERIFY_EVERY: Duration = Duration::from_secs(5);
-
-/// Growing waits for a JetStream that does not answer, as without a leader.
-const BACKOFF: Backoff = Backoff {
-    first: Duration::from_millis(250),
-    longest: Duration::from_secs(5),
-};
 
 /// How long a stop waits for what it has handed back to be sent.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
@@ -101,58 +96,6 @@ impl Durable {
             current: None,
             acknowledged: None,
         }
-    }
-
-    pub(super) async fn open(&mut self) -> anyhow::Result<()> {
-        let mut failures = 0;
-        loop {
-            let epoch = self.connection.epoch();
-            self.subscribe().await;
-            let reason = tokio::select! {
-                biased;
-                reason = self.events.fatal(true) => return Err(reason),
-                ready = self.consumer.ensure() => match ready {
-                    Ok(()) => {
-                        // What it means that there is no answer was said where it became known.
-                        let _ = unreadable::try_to_look(&self.consumer).await;
-                        if let Some(warning) = self.consumer.stream_warning().await {
-                            warn!("{warning}");
-                        }
-                        self.find_unreadable().await;
-                        if self.connection.epoch().is_of_the_same_client(epoch) {
-                            return Ok(());
-                        }
-                        continue;
-                    }
-                    Err(ConsumerError::Fatal(reason) | ConsumerError::NobodyAnswers(reason)) => {
-                        return Err(reason);
-                    }
-                    // Deleted as soon as it was created; once more, then.
-                    Err(ConsumerError::Missing) => "the consumer is missing".to_owned(),
-                    Err(ConsumerError::Temporary(reason)) => reason,
-                },
-            };
-            failures += 1;
-            let wait = BACKOFF.wait(failures);
-            // Without a connection that is what the log says already.
-            if self.connection.is_up() {
-                warn!("JetStream is not ready: {reason}; next attempt in {wait:.1?}");
-            }
-            tokio::select! {
-                biased;
-                reason = self.events.fatal(true) => return Err(reason),
-                () = sleep(wait) => {}
-            }
-        }
-    }
-
-    async fn subscribe(&mut self) {
-        let client = self.connection.client();
-        // It only fails where the client has broken down, and then there will be another one.
-        self.subscriber = client
-            .subscribe(format!("{}.*", self.requests.inbox()))
-            .await
-            .ok();
     }
 
     pub(super) async fn next(&mut self) -> anyhow::Result<Option<Delivery>> {
@@ -342,10 +285,7 @@ impl Durable {
     async fn on_tick(&mut self) -> anyhow::Result<()> {
         let connected = self.connection.is_up();
         if connected {
-            let arrived = self
-                .arrived
-                .iter()
-                .filter_map(|delivery| delivery.ack.as_ref());
+            let arrived = self.arrived.iter().flat_map(|delivery| &delivery.ack);
             for ack in self.current.iter().chain(arrived) {
                 ack.in_progress().await;
             }

@@ -1,0 +1,72 @@
+//! How durable mode begins: the consumer is found or created, and the inbox subscribed to.
+
+use std::time::Duration;
+
+use log::warn;
+use tokio::time::sleep;
+
+use super::Durable;
+use crate::{
+    backoff::Backoff,
+    source::{ConsumerError, unreadable},
+};
+
+/// Growing waits for a JetStream that does not answer, as without a leader.
+const BACKOFF: Backoff = Backoff {
+    first: Duration::from_millis(250),
+    longest: Duration::from_secs(5),
+};
+
+impl Durable {
+    pub(in crate::source) async fn open(&mut self) -> anyhow::Result<()> {
+        let mut failures = 0;
+        loop {
+            let epoch = self.connection.epoch();
+            self.subscribe().await;
+            let reason = tokio::select! {
+                biased;
+                reason = self.events.fatal(true) => return Err(reason),
+                ready = self.consumer.ensure() => match ready {
+                    Ok(()) => {
+                        // What it means that there is no answer was said where it became known.
+                        let _ = unreadable::try_to_look(&self.consumer).await;
+                        if let Some(warning) = self.consumer.stream_warning().await {
+                            warn!("{warning}");
+                        }
+                        self.find_unreadable().await;
+                        if self.connection.epoch().is_of_the_same_client(epoch) {
+                            return Ok(());
+                        }
+                        continue;
+                    }
+                    Err(ConsumerError::Fatal(reason) | ConsumerError::NobodyAnswers(reason)) => {
+                        return Err(reason);
+                    }
+                    // Deleted as soon as it was created; once more, then.
+                    Err(ConsumerError::Missing) => "the consumer is missing".to_owned(),
+                    Err(ConsumerError::Temporary(reason)) => reason,
+                },
+            };
+            failures += 1;
+            let wait = BACKOFF.wait(failures);
+            // Without a connection that is what the log says already.
+            if self.connection.is_up() {
+                warn!("JetStream is not ready: {reason}; next attempt in {wait:.1?}");
+            }
+            tokio::select! {
+                biased;
+                reason = self.events.fatal(true) => return Err(reason),
+                () = sleep(wait) => {}
+            }
+        }
+    }
+
+    pub(super) async fn subscribe(&mut self) {
+        let client = self.connection.client();
+        // It only fails where the client has broken down, and then there will be another one.
+        self.subscriber = client
+            .subscribe(format!("{}.*", self.requests.inbox()))
+            .await
+            .ok();
+    }
+}
