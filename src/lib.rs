@@ -35,6 +35,9 @@ mod backoff;
 mod check;
 mod config;
 mod forward;
+#[cfg(any(fuzzing, test))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod monitor;
 mod nats;
 mod publish;

@@ -30,6 +30,8 @@ pub use self::{
     core::Core,
     durable::Durable,
 };
+#[cfg(any(fuzzing, test))]
+pub(crate) use self::{buffer::Buffer, pull::Meaning};
 pub(crate) use self::{
     consumer::{Consumer, ConsumerError},
     unreadable::try_to_look,

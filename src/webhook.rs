@@ -23,6 +23,8 @@ use reqwest::{
 use rustls::ClientConfig;
 use tokio::time::{Instant, timeout_at};
 
+#[cfg(any(fuzzing, test))]
+pub(crate) use self::answer::parse_retry_after;
 pub use self::{addresses::Addresses, endpoint::Endpoint, id::message_id};
 use self::{
     answer::{printable, read, retry_after},

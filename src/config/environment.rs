@@ -163,6 +163,11 @@ fn read_dotenv(path: &Path) -> Result<Option<BTreeMap<String, OsString>>, String
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(format!(": cannot be read: {error}")),
     };
+    parse_dotenv(&text).map(Some)
+}
+
+/// The variables in the text of a dotenv file.
+pub(crate) fn parse_dotenv(text: &str) -> Result<BTreeMap<String, OsString>, String> {
     let text = text.trim_start_matches('\u{feff}');
     if let Some(line) = substituted_line(text) {
         return Err(format!(
@@ -179,7 +184,7 @@ fn read_dotenv(path: &Path) -> Result<Option<BTreeMap<String, OsString>>, String
             ),
             error => format!(": cannot be read: {error}"),
         })?;
-    Ok(Some(Environment::from_iter(variables).variables))
+    Ok(Environment::from_iter(variables).variables)
 }
 
 /// The number, from 1, of the first line in which the parser would replace a `$` and what follows it by

@@ -20,7 +20,7 @@ const KEPT_BYTES: usize = 64 * 1024;
 
 /// Messages that wait.
 #[derive(Default)]
-pub(super) struct Buffer {
+pub(crate) struct Buffer {
     waiting: VecDeque<Waiting>,
     /// Their subjects, headers and payloads, one after the other.
     contents: VecDeque<u8>,
@@ -50,7 +50,7 @@ impl Buffer {
     }
 
     /// Keeps a message; whether it fits. A single one always does.
-    pub(super) fn push(&mut self, message: Message) -> bool {
+    pub(crate) fn push(&mut self, message: Message) -> bool {
         let headers = encode(message.headers.unwrap_or_default());
         let waiting = Waiting {
             subject_bytes: message.subject.len(),
@@ -77,7 +77,7 @@ impl Buffer {
     }
 
     /// The message that has waited longest.
-    pub(super) fn pop(&mut self) -> Option<Delivery> {
+    pub(crate) fn pop(&mut self) -> Option<Delivery> {
         let waiting = self.waiting.pop_front()?;
         self.bytes -= waiting.cost();
         let subject = self.contents.copy_to_bytes(waiting.subject_bytes);

@@ -7,7 +7,7 @@ use async_nats::{Message, StatusCode};
 
 /// What a message from the server means.
 #[derive(Debug, PartialEq)]
-pub(super) enum Meaning {
+pub(crate) enum Meaning {
     /// It is a message of the stream.
     Delivery,
     /// A pull request is still with the server.
@@ -28,7 +28,7 @@ pub(super) enum Meaning {
 impl Meaning {
     /// What this message means, where request `n` is answered on `<inbox>.<n>`, and the current one, if
     /// any, is with the server.
-    pub(super) fn of(message: &Message, inbox: &str, current: Option<u64>) -> Self {
+    pub(crate) fn of(message: &Message, inbox: &str, current: Option<u64>) -> Self {
         let request = message.subject.strip_prefix(inbox);
         let Some(request) = request.and_then(|rest| rest.strip_prefix('.')) else {
             // A publisher can put a status into headers, but not an ack subject into a reply. So the

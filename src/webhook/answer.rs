@@ -38,7 +38,7 @@ pub(super) fn retry_after(response: &Response) -> Option<Duration> {
     parse_retry_after(value, SystemTime::now())
 }
 
-fn parse_retry_after(value: &str, now: SystemTime) -> Option<Duration> {
+pub(crate) fn parse_retry_after(value: &str, now: SystemTime) -> Option<Duration> {
     let value = value.trim();
     let wait = if !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit()) {
         // A number that is too large to be read is a long wait as well.

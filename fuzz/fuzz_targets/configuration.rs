@@ -1,0 +1,6 @@
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use nats_webhook_relay::fuzzing;
+
+fuzz_target!(|settings: Vec<(u8, String)>| fuzzing::configuration(&settings));
