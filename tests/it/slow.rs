@@ -1,5 +1,5 @@
-//! Durable mode through everything that takes its time. `cargo test --test it slow` runs these
-//! alone.
+//! Durable mode through everything that takes its time. `cargo test --test it slow -- --include-ignored`
+//! runs these alone.
 
 use std::time::{Duration, Instant};
 
@@ -134,6 +134,7 @@ async fn a_server_that_is_killed_and_restarted_loses_nothing() {
 }
 
 #[tokio::test]
+#[ignore = "starts a cluster; scripts/test --all runs it"]
 async fn a_cluster_that_loses_the_consumer_s_leader_goes_on_within_fifteen_seconds() {
     const COUNT: usize = 200;
     let mut servers = NatsServer::cluster().await;
@@ -257,6 +258,7 @@ async fn a_new_message_with_the_sequence_of_a_lost_one_is_relayed() {
 }
 
 #[tokio::test]
+#[ignore = "takes a minute; scripts/test --all runs it"]
 async fn an_outage_of_a_minute_holds_the_messages_and_their_order() {
     const OUTAGE: Duration = Duration::from_secs(60);
     let nats = NatsServer::with_stream().await;
@@ -312,6 +314,7 @@ async fn a_replica_that_was_suspended_abandons_what_another_has_relayed_meanwhil
 }
 
 #[tokio::test]
+#[ignore = "starts a cluster; scripts/test --all runs it"]
 async fn a_consumer_that_moves_to_another_server_is_not_taken_for_deleted() {
     let servers = NatsServer::cluster().await;
     servers[0].create_stream("CMS", "cms.cache.>", 3).await;

@@ -287,6 +287,7 @@ async fn a_stream_that_goes_away_is_waited_for_and_a_stop_leaves_the_message_to_
 }
 
 #[tokio::test]
+#[ignore = "starts a cluster; scripts/test --all runs it"]
 async fn nothing_is_missing_in_the_streams_of_a_cluster_that_loses_their_leaders() {
     const COUNT: usize = 600;
     let mut servers = NatsServer::cluster().await;
