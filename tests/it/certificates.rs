@@ -3,9 +3,8 @@
 use tokio::net::TcpListener;
 
 use crate::{
-    operating::check,
     receivers::proxy_to,
-    support::{Authority, NatsServer, Relay, Webhook, next, usual},
+    support::{Authority, NatsServer, Relay, Webhook, check, next, usual},
 };
 
 /// A webhook that demands a client certificate, with its https URL.

@@ -235,6 +235,20 @@ async fn slow_webhook() -> Webhook {
     Webhook::start(|_, _| Answer::ok_after(Duration::from_millis(5))).await
 }
 
+/// A relay with edits under way, a listener, and its webhook.
+async fn traffic(nats: &NatsServer, mode: Mode) -> (Subscriber, Webhook, Relay, Publisher) {
+    let client = nats.client().await;
+    let subscriber = client.subscribe("relayed.>").await.unwrap();
+    let webhook = slow_webhook().await;
+    let relay = match mode {
+        Mode::Core => Relay::listening(nats, &webhook, &[]).await,
+        Mode::Durable => Relay::durable(nats, &webhook, &[]).await,
+    };
+    let publisher = Publisher::start(nats.client().await, 0);
+    more(&webhook).await;
+    (subscriber, webhook, relay, publisher)
+}
+
 /// More requests come, so that there is traffic at what comes next.
 async fn more(webhook: &Webhook) {
     webhook.received(webhook.count() + PAGES).await;
@@ -252,6 +266,12 @@ async fn drained(nats: &NatsServer, consumers: impl IntoIterator<Item = String>)
     }
 }
 
+/// All these edits were relayed and POSTed, each once, and those of each page in order.
+async fn assert_all_arrived(subscriber: &mut Subscriber, webhook: &Webhook, count: usize) {
+    assert_complete(&relayed(subscriber, count).await, 0..count);
+    assert_complete(&webhook.bodies(), 0..count);
+}
+
 /// Stops a relay, which finishes what it has.
 async fn stop(relay: Relay) {
     relay.signal("TERM");
@@ -261,12 +281,7 @@ async fn stop(relay: Relay) {
 #[tokio::test]
 async fn in_durable_mode_lanes_are_added_while_messages_are_published() {
     let nats = server("").await;
-    let client = nats.client().await;
-    let mut subscriber = client.subscribe("relayed.>").await.unwrap();
-    let webhook = slow_webhook().await;
-    let one = Relay::durable(&nats, &webhook, &[]).await;
-    let publisher = Publisher::start(nats.client().await, 0);
-    more(&webhook).await;
+    let (mut subscriber, webhook, one, publisher) = traffic(&nats, Mode::Durable).await;
 
     reload(&nats, &Lanes::mappings(4)).await;
     publisher.heard().await;
@@ -290,19 +305,13 @@ async fn in_durable_mode_lanes_are_added_while_messages_are_published() {
     more(&webhook).await;
 
     let count = publisher.stop().await;
-    assert_complete(&relayed(&mut subscriber, count).await, 0..count);
-    assert_complete(&webhook.bodies(), 0..count);
+    assert_all_arrived(&mut subscriber, &webhook, count).await;
 }
 
 #[tokio::test]
 async fn in_core_mode_lanes_are_added_while_publishers_pause() {
     let nats = server("").await;
-    let client = nats.client().await;
-    let mut subscriber = client.subscribe("relayed.>").await.unwrap();
-    let webhook = slow_webhook().await;
-    let one = Relay::listening(&nats, &webhook, &[]).await;
-    let publisher = Publisher::start(nats.client().await, 0);
-    more(&webhook).await;
+    let (mut subscriber, webhook, one, publisher) = traffic(&nats, Mode::Core).await;
 
     let count = publisher.stop().await;
     stop(one).await;
@@ -319,19 +328,13 @@ async fn in_core_mode_lanes_are_added_while_publishers_pause() {
     more(&webhook).await;
 
     let count = publisher.stop().await;
-    assert_complete(&relayed(&mut subscriber, count).await, 0..count);
-    assert_complete(&webhook.bodies(), 0..count);
+    assert_all_arrived(&mut subscriber, &webhook, count).await;
 }
 
 #[tokio::test]
 async fn in_core_mode_nothing_is_lost_where_publishers_cannot_pause() {
     let nats = server("").await;
-    let client = nats.client().await;
-    let mut subscriber = client.subscribe("relayed.>").await.unwrap();
-    let webhook = slow_webhook().await;
-    let one = Relay::listening(&nats, &webhook, &[]).await;
-    let publisher = Publisher::start(nats.client().await, 0);
-    more(&webhook).await;
+    let (mut subscriber, webhook, one, publisher) = traffic(&nats, Mode::Core).await;
 
     let four = Lanes::start(&nats, &webhook, Mode::Core, 4).await;
     reload(&nats, &Lanes::mappings(4)).await;

@@ -11,10 +11,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{
-    operating::check,
-    support::{Authority, NatsServer, Relay, Webhook, usual},
-};
+use crate::support::{Authority, NatsServer, Relay, Webhook, check, usual};
 
 async fn accepted(nats: &NatsServer, variables: &[(&str, &str)]) {
     let webhook = Webhook::ok().await;

@@ -15,7 +15,8 @@ use tokio::{
 };
 
 use crate::support::{
-    Answer, Mode, NatsServer, PATIENCE, Relay, Scene, Webhook, next, publish_all, until, until_ok,
+    Answer, Mode, NatsServer, PATIENCE, Relay, Scene, Webhook, check, next, publish_all, until,
+    until_ok,
 };
 
 pub const STATUS: (&str, &str) = ("STATUS_LISTEN", "127.0.0.1:0");
@@ -333,29 +334,6 @@ async fn an_address_that_cannot_be_listened_on_may_get_better() {
         let found = lines.iter().any(|line| line.starts_with(&expected));
         assert!(found, "{expected}: {lines:#?}");
     }
-}
-
-/// What `--check` prints, line by line, and its exit code.
-pub async fn check(variables: &[(&str, &str)]) -> (Option<i32>, Vec<String>) {
-    let output = tokio::process::Command::new(Relay::program())
-        .arg("--check")
-        .env_clear()
-        .envs(variables.iter().copied())
-        .current_dir(std::env::temp_dir())
-        .stdin(Stdio::null())
-        .output()
-        .await
-        .unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
-    assert!(
-        output.stderr.is_empty(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    (
-        output.status.code(),
-        text.lines().map(str::to_owned).collect(),
-    )
 }
 
 #[tokio::test]

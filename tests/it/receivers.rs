@@ -12,10 +12,7 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 
-use crate::{
-    operating::check,
-    support::{Answer, Authority, NatsServer, Relay, Scene, Webhook, next, usual},
-};
+use crate::support::{Answer, Authority, NatsServer, Relay, Scene, Webhook, check, next, usual};
 
 const SECRETS: [&str; 2] = [
     "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",

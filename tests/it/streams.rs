@@ -435,7 +435,8 @@ async fn a_stream_that_cannot_keep_what_is_published_ends_it_and_check_says_so()
             assert_eq!(code, Some(1), "{log:#?}");
             assert!(log.last().unwrap().contains(reason), "{log:#?}");
             assert!(!log.concat().contains("listening on"), "{log:#?}");
-            let report = check(nats, &webhook, &changes);
+            let (_, report) = Relay::check(nats, &webhook, &changes).await;
+            let report = report.join("\n");
             let stream = changes[changes.len() - mode.len() - 1].1;
             let line = format!("FAILED  stream {stream}: {reason}");
             if !mode.is_empty() && std::ptr::eq(nats, &plain) {
@@ -444,26 +445,12 @@ async fn a_stream_that_cannot_keep_what_is_published_ends_it_and_check_says_so()
             assert!(report.contains(&line), "{report}");
         }
     }
-    let report = check(&nats, &webhook, &failed("FAILED"));
+    let (_, report) = Relay::check(&nats, &webhook, &failed("FAILED")).await;
+    let report = report.join("\n");
     assert!(
         report.contains("ok      stream FAILED: is there, and keeps failed.cache.>"),
         "{report}"
     );
-}
-
-/// What `--check` prints.
-fn check(nats: &NatsServer, webhook: &Webhook, changes: &[(&str, &str)]) -> String {
-    let output = std::process::Command::new(Relay::program())
-        .arg("--check")
-        .env_clear()
-        .env("WEBHOOK_DESTINATION", webhook.url())
-        .env("NATS_HOST", nats.url())
-        .env("NATS_SUBJECT_PREFIX", "cms.cache")
-        .env("NATS_RELAYED_SUBJECT_PREFIX", "relayed.cache")
-        .envs(changes.iter().copied())
-        .output()
-        .unwrap();
-    String::from_utf8(output.stdout).unwrap()
 }
 
 #[tokio::test]

@@ -25,7 +25,7 @@ use std::{
 
 pub use lanes::{Lanes, out_of_order};
 pub use nats::{NatsServer, next, publish_all};
-pub use relay::{Relay, usual};
+pub use relay::{Relay, check, usual};
 pub use scene::{Mode, Scene};
 pub use tls::Authority;
 pub use webhook::{Answer, Received, Webhook};

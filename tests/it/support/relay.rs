@@ -108,21 +108,7 @@ impl Relay {
         changes: &[(&str, &str)],
     ) -> (Option<i32>, Vec<String>) {
         let (url, webhook) = (nats.url(), webhook.url());
-        let output = Command::new(Self::program())
-            .arg("--check")
-            .env_clear()
-            .envs(usual(&url, &webhook))
-            .envs(changes.iter().copied())
-            .current_dir(std::env::temp_dir())
-            .stdin(Stdio::null())
-            .output()
-            .await
-            .unwrap();
-        let text = String::from_utf8(output.stdout).unwrap();
-        (
-            output.status.code(),
-            text.lines().map(str::to_owned).collect(),
-        )
+        check(&[&usual(&url, &webhook), changes].concat()).await
     }
 
     pub fn directory(&self) -> &Path {
@@ -207,6 +193,29 @@ pub fn usual<'a>(nats: &'a str, webhook: &'a str) -> [(&'a str, &'a str); 4] {
         ("NATS_SUBJECT_PREFIX", "cms.cache"),
         ("NATS_RELAYED_SUBJECT_PREFIX", "relayed.cache"),
     ]
+}
+
+/// What `--check` prints, line by line, and its exit code.
+pub async fn check(variables: &[(&str, &str)]) -> (Option<i32>, Vec<String>) {
+    let output = Command::new(Relay::program())
+        .arg("--check")
+        .env_clear()
+        .envs(variables.iter().copied())
+        .current_dir(std::env::temp_dir())
+        .stdin(Stdio::null())
+        .output()
+        .await
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        output.stderr.is_empty(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    (
+        output.status.code(),
+        text.lines().map(str::to_owned).collect(),
+    )
 }
 
 fn collect(from: impl AsyncRead + Send + Unpin + 'static, log: &Arc<Mutex<Vec<String>>>) {
