@@ -270,12 +270,10 @@ async fn look_refused(events: &mut ConnectionEvents, consumer: &Consumer) -> any
 async fn reach(destination: &Destination, tls: Option<&ClientConfig>) -> anyhow::Result<String> {
     let url = destination.expose_url();
     let Some(proxy) = destination.proxy() else {
-        connect(url, &look_up(url).await?, tls).await?;
+        connect_by_name(url, tls).await?;
         return Ok(connected(destination));
     };
-    let proxy_url = proxy.expose_url();
-    let addresses = look_up(proxy_url).await;
-    let stream = async { connect(proxy_url, &addresses?, tls).await }
+    let stream = connect_by_name(proxy.expose_url(), tls)
         .await
         .with_context(|| format!("the proxy {proxy}"))?;
     if !destination.is_https() {
@@ -308,6 +306,14 @@ async fn look_up(url: &Url) -> anyhow::Result<Vec<SocketAddr>> {
         }
     }
     Ok(addresses)
+}
+
+/// A connection to the host of `url`.
+async fn connect_by_name(
+    url: &Url,
+    tls: Option<&ClientConfig>,
+) -> anyhow::Result<Box<dyn Connected>> {
+    connect(url, &look_up(url).await?, tls).await
 }
 
 /// A connection to the host of `url` at one of its `addresses`.

@@ -38,6 +38,7 @@ mod forward;
 #[cfg(any(fuzzing, test))]
 #[doc(hidden)]
 pub mod fuzzing;
+mod lock;
 mod monitor;
 mod nats;
 mod publish;

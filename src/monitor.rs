@@ -10,7 +10,7 @@ pub mod logging;
 use std::{
     fmt::Write,
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Mutex,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
     time::{Duration, Instant, SystemTime},
@@ -20,11 +20,10 @@ use prometheus::{
     Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts,
     Registry, TextEncoder,
 };
-use reqwest::StatusCode;
 
 use self::current::{Current, Working};
 pub use self::heartbeat::Heartbeat;
-use crate::{nats::Refusals, republish::Cause, text, webhook::Failure};
+use crate::{lock::lock, nats::Refusals, republish::Cause, text, webhook::Failure};
 
 /// What all names of metrics begin with.
 const NAMESPACE: &str = "nats_webhook_relay";
@@ -90,19 +89,18 @@ pub struct DestinationMetrics {
 }
 
 impl DestinationMetrics {
-    /// An attempt to POST has ended.
-    pub fn add_attempt(&self, answer: &Result<StatusCode, Failure>, took: Duration) {
-        match answer {
-            Ok(_) => self.success.inc(),
-            Err(Failure::Temporary { .. }) => self.temporary.inc(),
-            Err(Failure::Permanent { .. }) => self.permanent.inc(),
-        }
+    /// An attempt has succeeded.
+    pub fn add_success(&self, took: Duration) {
+        self.success.inc();
         self.duration.observe(took.as_secs_f64());
     }
 
-    /// An attempt has failed before anything was POSTed: the destination's name does not resolve.
-    pub fn add_unresolved(&self, took: Duration) {
-        self.temporary.inc();
+    /// An attempt has failed.
+    pub fn add_failure(&self, failure: &Failure, took: Duration) {
+        match failure {
+            Failure::Temporary { .. } => self.temporary.inc(),
+            Failure::Permanent { .. } => self.permanent.inc(),
+        }
         self.duration.observe(took.as_secs_f64());
     }
 }
@@ -358,8 +356,4 @@ impl Monitor {
         }
         text::one_line(&line, text::LONGEST_NOTE).into_owned()
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

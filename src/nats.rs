@@ -14,7 +14,7 @@ use secrecy::ExposeSecret;
 use tokio::sync::mpsc;
 
 pub use self::{
-    api::Api,
+    api::{Api, Silence},
     connection::{ClientEnded, Connection, Epoch, Refusals},
     events::{ConnectionEvent, ConnectionEvents},
     observer::cannot_look,

@@ -70,13 +70,19 @@ pub struct Webhook {
 pub struct Destination {
     /// Its URL, as it may be shown.
     pub url: config::Destination,
-    /// What reaches it.
-    pub endpoint: Endpoint,
-    /// What reaches each address of its name, if each is a destination of its own.
-    pub addresses: Option<Addresses>,
+    /// How it is reached.
+    pub reach: Reach,
     /// What all requests to it have in common, with a place for each header that they have of their own: in a
     /// copy of it, nothing has to grow.
     template: Request,
+}
+
+/// How a destination is reached.
+pub enum Reach {
+    /// By its name, wherever that leads.
+    Name(Endpoint),
+    /// At every address of its name, each of which is a destination of its own.
+    EveryAddress(Addresses),
 }
 
 /// Why an attempt did not succeed.
@@ -268,15 +274,17 @@ impl Destination {
                 .entry(name)
                 .or_insert(HeaderValue::from_static(value));
         }
-        let addresses = url.every_address().then(|| {
-            let (authority, url, tls) = (url.authority(), url.clone(), tls.cloned());
-            let open = move |address| Endpoint::new(&url, tls.as_ref(), Some(address));
-            Addresses::new(authority, config.timeout, Box::new(open))
-        });
+        let reach = match url.every_address() {
+            false => Reach::Name(endpoint),
+            true => {
+                let (authority, url, tls) = (url.authority(), url.clone(), tls.cloned());
+                let open = move |address| Endpoint::new(&url, tls.as_ref(), Some(address));
+                Reach::EveryAddress(Addresses::new(authority, config.timeout, Box::new(open)))
+            }
+        };
         Ok(Self {
             url: url.clone(),
-            endpoint,
-            addresses,
+            reach,
             template,
         })
     }
@@ -321,7 +329,9 @@ impl Destination {
     }
 }
 
-fn temporary(reason: String) -> Failure {
+/// A failure without an answer.
+#[must_use]
+pub fn temporary(reason: String) -> Failure {
     Failure::Temporary {
         reason,
         status: None,

@@ -25,7 +25,7 @@ use crate::{config::WEBHOOK_TLS, tls};
 
 /// How long a server that has asked for a client certificate may take to refuse it. From TLS 1.3 on it
 /// does so only after the handshake, and says nothing if it does not.
-const VERDICT_TIMEOUT: Duration = Duration::from_secs(1);
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A connection, by TLS or not.
 pub(super) trait Connected: AsyncRead + AsyncWrite + Unpin {}
@@ -54,7 +54,7 @@ pub(super) async fn secure(
     let mut stream = connecting.await.map_err(|error| failed(&error))?;
     if observed.is_asked.load(Relaxed) {
         // Who accepts it waits for a request.
-        match timeout(VERDICT_TIMEOUT, stream.read_u8()).await {
+        match timeout(REFUSAL_TIMEOUT, stream.read_u8()).await {
             Err(_) => {}
             // Which is how the TLS library hands on an alert.
             Ok(Err(error)) if error.kind() == io::ErrorKind::InvalidData => {

@@ -17,7 +17,7 @@ use crate::{
     monitor::{DestinationMetrics, Monitor},
     republish::{Cause, GivenUp},
     source::Delivery,
-    webhook::{Addresses, Destination, Endpoint, Failure, Webhook},
+    webhook::{Addresses, Destination, Endpoint, Failure, Reach, Webhook, temporary},
 };
 
 /// Growing waits between attempts to POST one message.
@@ -44,31 +44,6 @@ struct Job<'a> {
     id: &'a HeaderValue,
 }
 
-/// How it is POSTed.
-#[derive(Clone, Copy)]
-enum Route<'a> {
-    /// To whatever its name leads to.
-    Name(&'a Endpoint),
-    /// To one of the addresses of its name.
-    Address(&'a Addresses, IpAddr, &'a Endpoint),
-}
-
-impl<'a> Route<'a> {
-    fn endpoint(self) -> &'a Endpoint {
-        match self {
-            Self::Name(endpoint) | Self::Address(_, _, endpoint) => endpoint,
-        }
-    }
-}
-
-/// An attempt that has failed, and that another one may make good.
-struct FailedAttempt {
-    attempts: u32,
-    reason: String,
-    status: Option<u16>,
-    retry_after: Option<Duration>,
-}
-
 /// A destination has succeeded.
 pub(super) struct Posted {
     /// How it answered.
@@ -92,9 +67,11 @@ impl Posting {
     pub(super) fn destinations(&self) -> String {
         let destinations = self.webhook.destinations().iter();
         let names: Vec<_> = destinations
-            .map(|destination| match destination.addresses {
-                None => destination.url.to_string(),
-                Some(_) => format!("{} at every address of its name", destination.url),
+            .map(|destination| match destination.reach {
+                Reach::Name(_) => destination.url.to_string(),
+                Reach::EveryAddress(_) => {
+                    format!("{} at every address of its name", destination.url)
+                }
             })
             .collect();
         names.join(" and ")
@@ -114,9 +91,9 @@ impl Posting {
                 delivery,
                 id,
             };
-            match &destination.addresses {
-                None => self.post_to(job, Route::Name(&destination.endpoint)).await,
-                Some(addresses) => self.post_to_every(job, addresses).await,
+            match &destination.reach {
+                Reach::Name(endpoint) => self.post_to(job, endpoint, None).await,
+                Reach::EveryAddress(addresses) => self.post_to_every(job, addresses).await,
             }
         }));
         all_of(ends.await)
@@ -131,86 +108,79 @@ impl Posting {
     ) -> Result<Vec<Posted>, GivenUp> {
         let mut attempts = 0;
         loop {
+            let current = self.look_up(job, addresses, None, &mut attempts).await?;
+            let ends = join_all(current.iter().map(|(address, endpoint)| {
+                self.post_to(job, endpoint, Some((addresses, *address)))
+            }));
+            let posted = all_of(ends.await)?;
+            if !posted.is_empty() {
+                return Ok(posted);
+            }
             attempts += 1;
-            let start = Instant::now();
-            let reason = match addresses.current().await {
-                Ok(current) => {
-                    let ends = join_all(current.iter().map(|(address, endpoint)| {
-                        let route = Route::Address(addresses, *address, endpoint);
-                        self.post_to(job, route)
-                    }));
-                    let posted = all_of(ends.await)?;
-                    if !posted.is_empty() {
-                        return Ok(posted);
-                    }
-                    "every address that its name had is gone".to_owned()
-                }
-                Err(reason) => {
-                    job.metrics.add_unresolved(start.elapsed());
-                    reason
-                }
-            };
-            let reason = format!("{}: {reason}", job.destination.url);
-            let failure = FailedAttempt {
-                attempts,
-                reason,
-                status: None,
-                retry_after: None,
-            };
-            self.wait_or_give_up(job, failure).await?;
+            let failure = temporary("every address that its name had is gone".to_owned());
+            self.wait_or_give_up(job, None, attempts, failure).await?;
         }
     }
 
-    /// POSTs along one route until that succeeds, or is to be given up; nothing if its address is gone.
-    async fn post_to(&self, job: Job<'_>, route: Route<'_>) -> Result<Vec<Posted>, GivenUp> {
+    /// The addresses that a name has now. As long as it has none, nobody knows whose any address is, so that
+    /// nothing is POSTed to it: that is a failed attempt.
+    async fn look_up(
+        &self,
+        job: Job<'_>,
+        addresses: &Addresses,
+        address: Option<IpAddr>,
+        attempts: &mut u32,
+    ) -> Result<Vec<(IpAddr, Arc<Endpoint>)>, GivenUp> {
+        loop {
+            let start = Instant::now();
+            let failure = match addresses.current().await {
+                Ok(current) => return Ok(current),
+                Err(failure) => failure,
+            };
+            job.metrics.add_failure(&failure, start.elapsed());
+            *attempts += 1;
+            self.wait_or_give_up(job, address, *attempts, failure)
+                .await?;
+        }
+    }
+
+    /// POSTs to one endpoint until that succeeds, or is to be given up; nothing if it is one address of
+    /// several, and gone.
+    async fn post_to(
+        &self,
+        job: Job<'_>,
+        endpoint: &Endpoint,
+        one_of: Option<(&Addresses, IpAddr)>,
+    ) -> Result<Vec<Posted>, GivenUp> {
         let Job {
             destination,
             metrics,
             delivery,
             id,
         } = job;
-        let endpoint = route.endpoint();
-        let name = |reason: String| match (route, self.webhook.destinations()) {
-            (Route::Address(_, address, _), _) => {
-                format!("{} at {address}: {reason}", destination.url)
-            }
-            (Route::Name(_), [_]) => reason,
-            (Route::Name(_), _) => format!("{}: {reason}", destination.url),
-        };
+        let address = one_of.map(|(_, address)| address);
         let mut attempts = 0;
         loop {
             attempts += 1;
             let start = Instant::now();
             let answer = self.webhook.post(destination, endpoint, delivery, id).await;
-            metrics.add_attempt(&answer, start.elapsed());
             let failure = match answer {
-                Ok(status) => return Ok(vec![Posted { status, attempts }]),
-                Err(Failure::Permanent { reason, status }) => {
-                    let (reason, status) = (name(reason), Some(status.as_u16()));
-                    return Err(GivenUp {
-                        reason,
-                        status,
-                        attempts,
-                        cause: Cause::Refused,
-                    });
+                Ok(status) => {
+                    metrics.add_success(start.elapsed());
+                    return Ok(vec![Posted { status, attempts }]);
                 }
-                Err(Failure::Temporary {
-                    reason,
-                    status,
-                    retry_after,
-                }) => FailedAttempt {
-                    attempts,
-                    reason: name(reason),
-                    status: status.map(|status| status.as_u16()),
-                    retry_after,
-                },
+                Err(failure) => failure,
             };
-            self.wait_or_give_up(job, failure).await?;
-            if let Route::Address(addresses, address, _) = route
-                && !self
-                    .has_address(job, addresses, address, &mut attempts)
-                    .await?
-            {
+            metrics.add_failure(&failure, start.elapsed());
+            self.wait_or_give_up(job, address, attempts, failure)
+                .await?;
+            let Some((addresses, address)) = one_of else {
+                continue;
+            };
+            let current = self
+                .look_up(job, addresses, Some(address), &mut attempts)
+                .await?;
+            if current.iter().all(|(known, _)| *known != address) {
                 info!(
                     subject:% = delivery.subject;
                     "{} is not POSTed to {} at {address} any more: its name has lost this address",
@@ -221,44 +191,42 @@ impl Posting {
         }
     }
 
-    /// Whether a name still has an address. While it does not resolve, nobody knows whose that is now, so that
-    /// nothing is POSTed to it: that is a failed attempt.
-    async fn has_address(
-        &self,
-        job: Job<'_>,
-        addresses: &Addresses,
-        address: IpAddr,
-        attempts: &mut u32,
-    ) -> Result<bool, GivenUp> {
-        loop {
-            let start = Instant::now();
-            let reason = match addresses.current().await {
-                Ok(current) => return Ok(current.iter().any(|(known, _)| *known == address)),
-                Err(reason) => reason,
-            };
-            job.metrics.add_unresolved(start.elapsed());
-            *attempts += 1;
-            let failure = FailedAttempt {
-                attempts: *attempts,
-                reason: format!("{} at {address}: {reason}", job.destination.url),
-                status: None,
-                retry_after: None,
-            };
-            self.wait_or_give_up(job, failure).await?;
-        }
-    }
-
-    /// Waits for the time of the next attempt.
+    /// An attempt has failed, maybe at one address of several: waits for the time of the next one.
     ///
     /// # Errors
     /// If there is to be none.
-    async fn wait_or_give_up(&self, job: Job<'_>, failure: FailedAttempt) -> Result<(), GivenUp> {
-        let FailedAttempt {
-            attempts,
-            reason,
-            status,
-            retry_after,
-        } = failure;
+    async fn wait_or_give_up(
+        &self,
+        job: Job<'_>,
+        address: Option<IpAddr>,
+        attempts: u32,
+        failure: Failure,
+    ) -> Result<(), GivenUp> {
+        let Destination { url, reach, .. } = job.destination;
+        let name = |reason: String| match (address, reach, self.webhook.destinations()) {
+            (Some(address), ..) => format!("{url} at {address}: {reason}"),
+            (None, Reach::Name(_), [_]) => reason,
+            (None, ..) => format!("{url}: {reason}"),
+        };
+        let (reason, status, retry_after) = match failure {
+            Failure::Permanent { reason, status } => {
+                return Err(GivenUp {
+                    reason: name(reason),
+                    status: Some(status.as_u16()),
+                    attempts,
+                    cause: Cause::Refused,
+                });
+            }
+            Failure::Temporary {
+                reason,
+                status,
+                retry_after,
+            } => (
+                name(reason),
+                status.map(|status| status.as_u16()),
+                retry_after,
+            ),
+        };
         if Some(attempts) == self.max_attempts {
             let reason = format!("given up after {attempts} attempts: {reason}");
             return Err(GivenUp {

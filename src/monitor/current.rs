@@ -1,9 +1,11 @@
 //! The message being worked on, and how long it has been waiting.
 
 use std::{
-    sync::{Mutex, PoisonError},
+    sync::Mutex,
     time::{Duration, SystemTime},
 };
+
+use crate::lock::lock;
 
 /// Since when the current message has been waiting to be relayed, if there is one.
 #[derive(Default)]
@@ -20,7 +22,7 @@ impl Current {
 
     /// How long the message has been waiting; none at all if there is no message.
     pub(super) fn age(&self) -> Duration {
-        let since = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let since = *lock(&self.0);
         // Clocks differ between machines: a message can seem to come from the future.
         since
             .and_then(|since| since.elapsed().ok())
@@ -28,7 +30,7 @@ impl Current {
     }
 
     fn set(&self, since: Option<SystemTime>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = since;
+        *lock(&self.0) = since;
     }
 }
 

@@ -1,18 +1,13 @@
 //! Signs of life of the main loop: for the status endpoints, and for systemd along with readiness and
 //! a status line (sd_notify(3)). Where neither wants them, all of this does nothing.
 
-use std::{
-    convert::Infallible,
-    future::pending,
-    sync::{Mutex, PoisonError},
-    time::Duration,
-};
+use std::{convert::Infallible, future::pending, sync::Mutex, time::Duration};
 
 use log::warn;
 use sd_notify::NotifyState;
 use tokio::time::{MissedTickBehavior, interval};
 
-use crate::monitor::Monitor;
+use crate::{lock::lock, monitor::Monitor};
 
 /// A sign of life is given at least this often.
 const LONGEST_BEAT: Duration = Duration::from_secs(1);
@@ -73,7 +68,7 @@ impl Heartbeat {
     /// Sends `state`, and the status line if it has changed.
     fn tell(&self, state: Option<NotifyState<'_>>, monitor: &Monitor) {
         let line = monitor.line();
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = lock(&self.known);
         let changed = (line != *known).then_some(NotifyState::Status(&line));
         let states: Vec<_> = state.into_iter().chain(changed).collect();
         if !states.is_empty() {

@@ -1,6 +1,7 @@
 //! How a log line looks: to a person, in systemd's journal, or to a program that reads JSON.
 
 use std::{
+    borrow::Cow,
     env,
     fmt::Write as _,
     io::{self, IsTerminal, Write},
@@ -20,7 +21,7 @@ pub(super) struct LogLine {
     format: LogFormat,
     goes_to_journal: bool,
     is_coloured: bool,
-    /// The text of the line that is being written, kept because a new one each time costs more.
+    /// The text of the last line, kept because a new one each time costs more.
     text: String,
 }
 
@@ -37,13 +38,15 @@ impl LogLine {
 
     /// Writes a record as one line.
     pub(super) fn write(&mut self, out: &mut impl Write, record: &Record<'_>) -> io::Result<()> {
-        self.text.clear();
-        match self.format {
-            // It never fails: a string takes anything.
-            LogFormat::Text => drop(write!(self.text, "{}", record.args())),
-            LogFormat::Json => self.text = json(record),
-        }
-        let line = text::one_line(&self.text, text::LONGEST_LINE);
+        let line = match self.format {
+            LogFormat::Text => {
+                self.text.clear();
+                // It never fails: a string takes anything.
+                let _ = write!(self.text, "{}", record.args());
+                text::one_line(&self.text, text::LONGEST_LINE)
+            }
+            LogFormat::Json => Cow::Owned(json(record)),
+        };
         match (self.goes_to_journal, self.format) {
             // The journal keeps the time itself and takes the priority from this prefix (sd-daemon(3)).
             (true, _) => writeln!(out, "<{}>{line}", priority(record.level())),

@@ -3,7 +3,7 @@
 use std::{
     io,
     sync::{
-        Mutex, PoisonError,
+        Mutex,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
@@ -17,7 +17,7 @@ use rustix::{
 };
 
 use super::log_line::LogLine;
-use crate::config::Log;
+use crate::{config::Log, lock::lock};
 
 /// How long a line waits for a reader that is behind, so that a burst is logged as a whole.
 const ROOM_TIMEOUT: Timespec = Timespec {
@@ -44,7 +44,7 @@ pub fn start(settings: &Log) {
     let mut builder = Builder::new();
     builder.parse_filters(&settings.filter);
     builder.format(move |out, record| {
-        let (room, line) = &mut *state.lock().unwrap_or_else(PoisonError::into_inner);
+        let (room, line) = &mut *lock(&state);
         if !room.is_there() {
             DROPPED.fetch_add(1, Relaxed);
             return Ok(());

@@ -55,13 +55,27 @@ impl Api {
         }
     }
 
-    /// Why nobody answers, where that is no lasting state: a leaf node loses its hub, and finds it again.
+    /// Why nobody answers a request, and whether that lasts: a leaf node loses its hub, and finds it again.
+    /// `variable` names the stream.
     #[must_use]
-    pub fn is_away(&self) -> Option<String> {
-        let domain = self.domain()?;
-        Some(format!(
-            "nobody answers for the domain {domain}; check NATS_JS_DOMAIN, and that the leaf node is \
-             connected to it"
-        ))
+    pub fn silence(&self, variable: &str) -> Silence {
+        match self.domain() {
+            Some(domain) => Silence::Passing(format!(
+                "nobody answers for the domain {domain}; check NATS_JS_DOMAIN, and that the leaf node is \
+                 connected to it"
+            )),
+            None => Silence::Lasting(format!(
+                "JetStream is not enabled on the NATS server; enable it (behind a leaf node: set \
+                 NATS_JS_DOMAIN to the domain of the stream), or unset {variable}"
+            )),
+        }
     }
+}
+
+/// Why nobody answers a request to JetStream.
+pub enum Silence {
+    /// Somebody may answer the next one.
+    Passing(String),
+    /// Nobody ever will.
+    Lasting(String),
 }

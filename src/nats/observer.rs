@@ -3,7 +3,7 @@
 
 use std::{
     fmt::Display,
-    sync::{Arc, Mutex, OnceLock, PoisonError, atomic::Ordering::Relaxed},
+    sync::{Arc, Mutex, OnceLock, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 use super::{Api, BACKOFF, LASTING, Refusals, events::ConnectionEvent, show};
 use crate::{
     config::{Config, Mode, NATS_TLS, WEB_SOCKET_TLS},
+    lock::lock,
     monitor::Monitor,
     subject::Prefix,
     tls,
@@ -156,7 +157,7 @@ impl Observer {
 
     /// One server after the other; at once in the first round, then with growing waits.
     pub(super) fn choose(&self, servers: &[Server]) -> Option<ReconnectToServer> {
-        let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut progress = lock(&self.progress);
         if let Some(since) = progress.connected.take()
             && since.elapsed() > LASTING
         {
@@ -202,7 +203,7 @@ impl Observer {
     pub(super) fn observe(&self, event: Event) {
         match event {
             Event::Connected => {
-                let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut progress = lock(&self.progress);
                 progress.connected = Some(Instant::now());
                 let server = self.server(&progress);
                 info!("connected to NATS at {server}");
@@ -225,7 +226,7 @@ impl Observer {
             Event::SlowConsumer(_) => error!("the NATS client dropped a message (slow consumer)"),
             Event::ServerError(error) => self.observe_server_error(&error),
             Event::ClientError(ClientError::Other(kind)) if is_refusal(&kind) => {
-                let progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+                let progress = lock(&self.progress);
                 let refusal = refusal(kind, self.hint);
                 self.fatal(anyhow!("NATS at {} {refusal}", self.server(&progress)));
             }

@@ -22,7 +22,7 @@ use tokio::{
 use crate::{
     backoff::Backoff,
     monitor::Monitor,
-    nats::{ClientEnded, Connection, Epoch},
+    nats::{ClientEnded, Connection, Epoch, Silence},
     source::Delivery,
     subject::Prefix,
 };
@@ -120,13 +120,12 @@ impl ConfirmingStream {
             }
             Err(error) => {
                 return Err(match error.kind() {
-                    RequestErrorKind::NoResponders => match self.connection.api().is_away() {
-                        Some(reason) => Failure::Temporary(reason),
-                        None => Failure::Permanent(format!(
-                            "JetStream is not enabled on the NATS server; enable it (behind a leaf \
-                             node: set NATS_JS_DOMAIN to the domain of the stream), or unset {variable}"
-                        )),
-                    },
+                    RequestErrorKind::NoResponders => {
+                        match self.connection.api().silence(variable) {
+                            Silence::Passing(reason) => Failure::Temporary(reason),
+                            Silence::Lasting(reason) => Failure::Permanent(reason),
+                        }
+                    }
                     _ => Failure::Temporary(error.to_string()),
                 });
             }

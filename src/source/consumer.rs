@@ -12,7 +12,7 @@ use async_nats::jetstream::{
 };
 use log::{info, warn};
 
-use crate::nats::Connection;
+use crate::nats::{Connection, Silence};
 
 /// How long the server waits for a sign of life about a message before it hands it out again. It
 /// bounds how long a dead replica holds up the others.
@@ -73,13 +73,12 @@ impl Consumer {
             ConsumerInfoErrorKind::StreamNotFound => ConsumerError::Fatal(anyhow!(
                 "there is no stream {stream}; create it, or set NATS_STREAM to one that exists"
             )),
-            ConsumerInfoErrorKind::NoResponders => match self.connection.api().is_away() {
-                Some(reason) => ConsumerError::Temporary(reason),
-                None => ConsumerError::NobodyAnswers(anyhow!(
-                    "JetStream is not enabled on the NATS server; enable it (behind a leaf node: set \
-                     NATS_JS_DOMAIN to the domain of the stream), or unset NATS_STREAM"
-                )),
-            },
+            ConsumerInfoErrorKind::NoResponders => {
+                match self.connection.api().silence("NATS_STREAM") {
+                    Silence::Passing(reason) => ConsumerError::Temporary(reason),
+                    Silence::Lasting(reason) => ConsumerError::NobodyAnswers(anyhow!(reason)),
+                }
+            }
             ConsumerInfoErrorKind::JetStream(error) => self.judge(&error),
             ConsumerInfoErrorKind::InvalidName => ConsumerError::Fatal(anyhow!(
                 "{stream} or {name} is no name for a stream or a consumer"

@@ -5,14 +5,15 @@ use std::{
     collections::HashMap,
     io,
     net::{IpAddr, SocketAddr},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
 use futures::future::BoxFuture;
 use tokio::{net::lookup_host, time::timeout};
 
-use super::Endpoint;
+use super::{Endpoint, Failure, temporary};
+use crate::lock::lock;
 
 /// Looks a host and port up.
 type Resolve = Box<dyn Fn() -> BoxFuture<'static, io::Result<Vec<SocketAddr>>> + Send + Sync>;
@@ -47,16 +48,17 @@ impl Addresses {
     /// The addresses that the name has now; at least one. What reached others is closed.
     ///
     /// # Errors
-    /// With the reason why none is known.
-    pub async fn current(&self) -> Result<Vec<(IpAddr, Arc<Endpoint>)>, String> {
+    /// If none is known.
+    pub async fn current(&self) -> Result<Vec<(IpAddr, Arc<Endpoint>)>, Failure> {
+        self.try_current().await.map_err(temporary)
+    }
+
+    async fn try_current(&self) -> Result<Vec<(IpAddr, Arc<Endpoint>)>, String> {
         let found = timeout(self.timeout, (self.resolve)()).await;
         let found = found
             .map_err(|_| format!("its name was not resolved within {:?}", self.timeout))?
             .map_err(|error| format!("its name does not resolve: {error}"))?;
-        let mut endpoints = self
-            .endpoints
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut endpoints = lock(&self.endpoints);
         let mut current: Vec<(IpAddr, Arc<Endpoint>)> = Vec::new();
         for address in found.iter().map(SocketAddr::ip) {
             if current.iter().any(|(known, _)| *known == address) {
@@ -77,7 +79,7 @@ impl Addresses {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
+#[allow(clippy::unwrap_used, clippy::panic)]
 mod tests {
     use super::*;
     use crate::config::Config;
@@ -139,7 +141,9 @@ mod tests {
     #[tokio::test]
     async fn a_name_without_addresses_is_told_as_such() {
         let addresses = addresses(&Arc::default());
-        let reason = addresses.current().await.err().unwrap();
+        let Err(Failure::Temporary { reason, .. }) = addresses.current().await else {
+            panic!("it is no temporary failure");
+        };
         assert_eq!(reason, "its name resolves to no address");
     }
 }
