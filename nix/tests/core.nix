@@ -88,7 +88,7 @@ in
     assert machine.succeed(f"cat {credential}") == "${password}"
     machine.fail(f"runuser -u nobody -- cat {credential}")
 
-    # The message in hand is finished before the relay stops.
+    # The current message is finished before the relay stops.
     machine.succeed(f"{nats} publish cms.cache.page.slow slow")
     machine.wait_until_succeeds("test -e /run/webhook/slow", 30)
     machine.succeed(f"systemctl stop {unit}")

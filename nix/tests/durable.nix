@@ -71,7 +71,7 @@ in
     publish(range(1, 21))
     wait_for_relayed(20)
 
-    # One is stopped while a message is in hand, its own or the other's: it is finished, and the other
+    # One is stopped while it works on a message, its own or the other's: it is finished, and the other
     # takes what follows.
     machine.succeed(f"{nats} publish cms.cache.page.slow slow")
     machine.wait_until_succeeds("test -e /run/webhook/slow", 30)
