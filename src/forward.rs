@@ -47,7 +47,7 @@ impl Relayed {
         self.posted.first().map(|posted| posted.status.as_u16())
     }
 
-    /// How many attempts it took where it took most.
+    /// The most attempts that one destination took.
     fn attempts(&self) -> Option<u32> {
         self.posted.iter().map(|posted| posted.attempts).max()
     }
