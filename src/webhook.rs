@@ -16,6 +16,7 @@ use std::{
 };
 
 use anyhow::Context;
+use futures::TryFutureExt;
 use reqwest::{
     Request, Response, StatusCode,
     header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue, LOCATION, USER_AGENT},
@@ -137,22 +138,21 @@ impl Webhook {
     ///
     /// # Errors
     /// If the destination did not answer with success in time.
-    pub async fn post(
+    pub fn post(
         &self,
         destination: &Destination,
         endpoint: &Endpoint,
         delivery: &Delivery,
         id: &HeaderValue,
-    ) -> Result<StatusCode, Failure> {
-        self.try_to_post(destination, endpoint, delivery, id)
-            .await
-            .map_err(|mut failure| {
-                // Some destinations quote what they were sent.
-                let (Failure::Temporary { reason, .. } | Failure::Permanent { reason, .. }) =
-                    &mut failure;
-                *reason = self.sent_secrets.blot_out(reason).into_owned();
-                failure
-            })
+    ) -> impl Future<Output = Result<StatusCode, Failure>> {
+        let posted = self.try_to_post(destination, endpoint, delivery, id);
+        posted.map_err(|mut failure| {
+            // Some destinations quote what they were sent.
+            let (Failure::Temporary { reason, .. } | Failure::Permanent { reason, .. }) =
+                &mut failure;
+            *reason = self.sent_secrets.blot_out(reason).into_owned();
+            failure
+        })
     }
 
     async fn try_to_post(

@@ -39,6 +39,8 @@ pub(super) struct Posting {
 #[derive(Clone, Copy)]
 struct Job<'a> {
     destination: &'a Destination,
+    /// The one of its addresses that is to get it, where each is a destination of its own.
+    address: Option<IpAddr>,
     metrics: &'a DestinationMetrics,
     delivery: &'a Delivery,
     id: &'a HeaderValue,
@@ -85,15 +87,19 @@ impl Posting {
     ) -> Result<Vec<Posted>, GivenUp> {
         let destinations = self.webhook.destinations().iter().zip(&self.metrics);
         let ends = join_all(destinations.map(async |(destination, metrics)| {
-            let job = Job {
+            let job = &Job {
                 destination,
+                address: None,
                 metrics,
                 delivery,
                 id,
             };
             match &destination.reach {
-                Reach::Name(endpoint) => self.post_to(job, endpoint, None).await,
-                Reach::EveryAddress(addresses) => self.post_to_every(job, addresses).await,
+                Reach::Name(endpoint) => self.post_to(job, endpoint).await,
+                // In a box: what few relays do must not enlarge the future that all allocate for each message.
+                Reach::EveryAddress(addresses) => {
+                    Box::pin(self.post_to_every(job, addresses)).await
+                }
             }
         }));
         all_of(ends.await)
@@ -103,14 +109,15 @@ impl Posting {
     /// attempt are not waited for; where all are, those that have come instead are told.
     async fn post_to_every(
         &self,
-        job: Job<'_>,
+        job: &Job<'_>,
         addresses: &Addresses,
     ) -> Result<Vec<Posted>, GivenUp> {
         let mut attempts = 0;
         loop {
-            let current = self.look_up(job, addresses, None, &mut attempts).await?;
-            let ends = join_all(current.iter().map(|(address, endpoint)| {
-                self.post_to(job, endpoint, Some((addresses, *address)))
+            let current = self.look_up(job, addresses, &mut attempts).await?;
+            let ends = join_all(current.iter().map(async |(address, endpoint)| {
+                let address = Some(*address);
+                self.post_to(&Job { address, ..*job }, endpoint).await
             }));
             let posted = all_of(ends.await)?;
             if !posted.is_empty() {
@@ -118,7 +125,7 @@ impl Posting {
             }
             attempts += 1;
             let failure = temporary("every address that its name had is gone".to_owned());
-            self.wait_or_give_up(job, None, attempts, failure).await?;
+            self.wait_or_give_up(job, attempts, failure).await?;
         }
     }
 
@@ -126,9 +133,8 @@ impl Posting {
     /// nothing is POSTed to it: that is a failed attempt.
     async fn look_up(
         &self,
-        job: Job<'_>,
+        job: &Job<'_>,
         addresses: &Addresses,
-        address: Option<IpAddr>,
         attempts: &mut u32,
     ) -> Result<Vec<(IpAddr, Arc<Endpoint>)>, GivenUp> {
         loop {
@@ -139,52 +145,41 @@ impl Posting {
             };
             job.metrics.add_failure(&failure, start.elapsed());
             *attempts += 1;
-            self.wait_or_give_up(job, address, *attempts, failure)
-                .await?;
+            self.wait_or_give_up(job, *attempts, failure).await?;
         }
     }
 
     /// POSTs to one endpoint until that succeeds, or is to be given up; nothing if it is one address of
     /// several, and gone.
-    async fn post_to(
-        &self,
-        job: Job<'_>,
-        endpoint: &Endpoint,
-        one_of: Option<(&Addresses, IpAddr)>,
-    ) -> Result<Vec<Posted>, GivenUp> {
-        let Job {
-            destination,
-            metrics,
-            delivery,
-            id,
-        } = job;
-        let address = one_of.map(|(_, address)| address);
+    async fn post_to(&self, job: &Job<'_>, endpoint: &Endpoint) -> Result<Vec<Posted>, GivenUp> {
         let mut attempts = 0;
         loop {
             attempts += 1;
             let start = Instant::now();
-            let answer = self.webhook.post(destination, endpoint, delivery, id).await;
+            let answer = self
+                .webhook
+                .post(job.destination, endpoint, job.delivery, job.id)
+                .await;
             let failure = match answer {
                 Ok(status) => {
-                    metrics.add_success(start.elapsed());
+                    job.metrics.add_success(start.elapsed());
                     return Ok(vec![Posted { status, attempts }]);
                 }
                 Err(failure) => failure,
             };
-            metrics.add_failure(&failure, start.elapsed());
-            self.wait_or_give_up(job, address, attempts, failure)
-                .await?;
-            let Some((addresses, address)) = one_of else {
+            job.metrics.add_failure(&failure, start.elapsed());
+            self.wait_or_give_up(job, attempts, failure).await?;
+            let (Reach::EveryAddress(addresses), Some(address)) =
+                (&job.destination.reach, job.address)
+            else {
                 continue;
             };
-            let current = self
-                .look_up(job, addresses, Some(address), &mut attempts)
-                .await?;
+            let current = Box::pin(self.look_up(job, addresses, &mut attempts)).await?;
             if current.iter().all(|(known, _)| *known != address) {
                 info!(
-                    subject:% = delivery.subject;
+                    subject:% = job.delivery.subject;
                     "{} is not POSTed to {} at {address} any more: its name has lost this address",
-                    delivery.subject, destination.url
+                    job.delivery.subject, job.destination.url
                 );
                 return Ok(Vec::new());
             }
@@ -197,13 +192,12 @@ impl Posting {
     /// If there is to be none.
     async fn wait_or_give_up(
         &self,
-        job: Job<'_>,
-        address: Option<IpAddr>,
+        job: &Job<'_>,
         attempts: u32,
         failure: Failure,
     ) -> Result<(), GivenUp> {
         let Destination { url, reach, .. } = job.destination;
-        let name = |reason: String| match (address, reach, self.webhook.destinations()) {
+        let name = |reason: String| match (job.address, reach, self.webhook.destinations()) {
             (Some(address), ..) => format!("{url} at {address}: {reason}"),
             (None, Reach::Name(_), [_]) => reason,
             (None, ..) => format!("{url}: {reason}"),
