@@ -1,5 +1,5 @@
-//! The one table of all environment variables. `--help`, the README, `.env.example` and the NixOS
-//! module are tested against it.
+//! The one table of all environment variables. `--help`, docs/settings.md, `.env.example` and the
+//! NixOS module are tested against it.
 
 use std::fmt;
 
@@ -218,7 +218,7 @@ pub const VARIABLES: &[Variable] = &[
     Variable::optional(TIMEOUT, "longest time for one attempt, connecting included").default("15s"),
     Variable::optional(
         MAX_ATTEMPTS,
-        "attempts per message before it is given up; 0 is without end",
+        "attempts per message before it is given up; 0 means no limit",
     )
     .default("5")
     .note("in durable mode 0"),
