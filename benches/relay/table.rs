@@ -1,4 +1,4 @@
-//! Figures of many rounds → a table for the README.
+//! Figures of many rounds → a table for docs/speed.md.
 
 use std::process::Command;
 

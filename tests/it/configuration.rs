@@ -230,7 +230,7 @@ fn help_and_version_need_no_configuration_and_other_arguments_are_refused() {
 
 #[test]
 fn documents_agree_with_the_table_of_variables() {
-    let readme = include_str!("../../README.md");
+    let page = include_str!("../../docs/settings.md");
     let example = include_str!("../../.env.example");
     let module: HashMap<String, String> =
         serde_json::from_str(include_str!("../../nix/variables.json")).unwrap();
@@ -242,13 +242,13 @@ fn documents_agree_with_the_table_of_variables() {
             "{}",
             variable.name
         );
-        let row = readme
+        let row = page
             .lines()
             .find(|line| {
                 let first = line.split('|').nth(1).unwrap_or_default();
                 first.contains(&format!("`{}`", variable.name))
             })
-            .unwrap_or_else(|| panic!("the README's table lacks {}", variable.name));
+            .unwrap_or_else(|| panic!("docs/settings.md lacks {}", variable.name));
         if let Default::Value(value) = variable.default {
             assert!(
                 row.contains(&format!("`{value}`")),

@@ -1,4 +1,4 @@
-//! The smallest permissions for a NATS user, as the README has them.
+//! The smallest permissions for a NATS user, as docs/permissions.md has them.
 
 use crate::support::{Answer, Mode, NatsServer, Relay, Webhook, until, until_ok};
 
@@ -10,14 +10,14 @@ const STREAMS: [(&str, &str); 2] = [
     ("NATS_FAILED_STREAM", "FAILED"),
 ];
 
-/// The lines of the README's block for a mode, without those that these settings do not need.
+/// The lines of the page's block for a mode, without those that these settings do not need.
 pub fn block(mode: Mode, settings: &[(&str, &str)]) -> Vec<&'static str> {
     let title = match mode {
-        Mode::Core => "In core mode:\n\n```\n",
-        Mode::Durable => "In durable mode:\n\n```\n",
+        Mode::Core => "## Core mode\n\n```\n",
+        Mode::Durable => "## Durable mode\n\n```\n",
     };
-    let readme = include_str!("../../README.md");
-    let (_, rest) = readme.split_once(title).expect("the block is there");
+    let page = include_str!("../../docs/permissions.md");
+    let (_, rest) = page.split_once(title).expect("the block is there");
     let (block, _) = rest.split_once("```").expect("the block ends");
     let is_set = |text: &str| {
         let mut names = text.split(" or ").map(|name| name.split('=').next());
