@@ -10,6 +10,7 @@ mod alerts;
 mod buffer;
 mod certificates;
 mod configuration;
+mod documentation;
 mod domains;
 mod durable;
 mod lanes;
