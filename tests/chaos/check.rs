@@ -200,8 +200,8 @@ impl Evidence {
         }
     }
 
-    /// Requests overlap only where one of their relays was struck, or the webhook was while they are of the
-    /// same one.
+    /// Requests overlap only where one of their relays was struck, or where the webhook was, and the relay of
+    /// the earlier one has stopped waiting for it and tried again.
     fn check_overlaps(&self, findings: &mut Findings) {
         /// How long the effects of a fault last: the ack wait, and what it takes to notice a dead connection.
         const AFTERMATH: Duration = Duration::from_secs(20);
@@ -210,13 +210,20 @@ impl Evidence {
             open.retain(|earlier| earlier.ended.is_none_or(|ended| ended > request.at));
             for earlier in &open {
                 findings.overlapping += 1;
-                let relays = [earlier, request].map(|r| r.header("x-relay").unwrap_or_default());
+                let relay = |r: &Received| r.header("x-relay").unwrap_or_default().to_owned();
+                let relays = [relay(earlier), relay(request)];
+                let was_tried_again = self.requests.iter().any(|again| {
+                    earlier.at < again.at
+                        && again.at <= request.at
+                        && again.header("webhook-id") == earlier.header("webhook-id")
+                        && relay(again) == relays[0]
+                });
                 let is_explained = self.episodes.iter().any(|episode| {
                     let over = episode.recovered.unwrap_or(episode.ended) + AFTERMATH;
                     let is_then = episode.began <= request.at && over >= earlier.at;
-                    let is_struck = |name: &&str| episode.struck.iter().any(|s| s == name);
-                    let is_same = relays[0] == relays[1] && episode.is_of_webhook();
-                    is_then && (is_same || relays.iter().any(is_struck))
+                    let is_struck = |name: &String| episode.struck.contains(name);
+                    let is_of_webhook = was_tried_again && episode.is_of_webhook();
+                    is_then && (is_of_webhook || relays.iter().any(is_struck))
                 });
                 if !is_explained {
                     let ids = [earlier, request].map(|r| r.header("webhook-id"));

@@ -1,0 +1,99 @@
+//! Questions to NATS, and what is answered: messages with a reply subject of ours.
+//!
+//! async-nats's own `send_request` takes the first answer, whoever's it is, and needs a channel, a random
+//! subject and an entry in a map for each question. Here one subscription takes all answers, and whoever asks
+//! says what is one.
+
+use std::time::Duration;
+
+use async_nats::{HeaderMap, Message, Subject, Subscriber};
+use bytes::Bytes;
+use futures::StreamExt;
+use tokio::time::timeout;
+
+use super::{ClientEnded, Connection, connection::Epoch};
+
+/// How long an answer may take.
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Where the answers come, to one question at a time.
+pub(super) struct Inbox {
+    /// Question `n` is answered on `<prefix>.<n>`, so that a late answer is not taken for another one.
+    prefix: String,
+    /// The number of the last question.
+    last: u64,
+    /// With the epoch in which it was made.
+    subscription: Option<(Subscriber, Epoch)>,
+}
+
+/// Why there is no answer.
+#[derive(Debug)]
+pub enum NoAnswer {
+    /// The client has broken down; there will be another one.
+    ClientEnded,
+    /// The client refuses to publish the question, for this reason.
+    Refused(String),
+    /// There was none within [`ANSWER_TIMEOUT`].
+    TimedOut,
+}
+
+impl Inbox {
+    pub(super) fn new(prefix: String) -> Self {
+        Self {
+            prefix,
+            last: 0,
+            subscription: None,
+        }
+    }
+
+    /// Publishes a message, and waits for its answer: the first that `read` makes something of.
+    pub(super) async fn ask<T>(
+        &mut self,
+        connection: &Connection,
+        subject: Subject,
+        headers: HeaderMap,
+        payload: Bytes,
+        read: impl Fn(&Message) -> Option<T>,
+    ) -> Result<T, NoAnswer> {
+        self.last += 1;
+        let reply = Subject::from(format!("{}.{}", self.prefix, self.last));
+        let subscriber = self.subscriber(connection).await?;
+        connection
+            .publish(subject, Some(reply.clone()), headers, payload)
+            .await
+            .map_err(|error| match error.is::<ClientEnded>() {
+                true => NoAnswer::ClientEnded,
+                false => NoAnswer::Refused(error.to_string()),
+            })?;
+        let answer = async {
+            loop {
+                let message = subscriber.next().await.ok_or(NoAnswer::ClientEnded)?;
+                if message.subject == reply
+                    && let Some(answer) = read(&message)
+                {
+                    return Ok(answer);
+                }
+            }
+        };
+        timeout(ANSWER_TIMEOUT, answer)
+            .await
+            .unwrap_or(Err(NoAnswer::TimedOut))
+    }
+
+    /// The subscription of the client that there is now.
+    async fn subscriber(&mut self, connection: &Connection) -> Result<&mut Subscriber, NoAnswer> {
+        let epoch = connection.epoch();
+        let known = self.subscription.take();
+        let known = known.filter(|(_, of)| of.is_of_the_same_client(epoch));
+        let subscription = match known {
+            Some(subscription) => subscription,
+            None => {
+                let subject = format!("{}.*", self.prefix);
+                let subscriber = connection.client().subscribe(subject).await;
+                (subscriber.map_err(|_| NoAnswer::ClientEnded)?, epoch)
+            }
+        };
+        let (subscriber, _) = self.subscription.insert(subscription);
+        Ok(subscriber)
+    }
+}
