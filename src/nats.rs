@@ -4,6 +4,7 @@
 mod api;
 mod connection;
 mod events;
+mod inbox;
 mod observer;
 
 use std::{sync::Arc, time::Duration};
@@ -15,8 +16,9 @@ use tokio::sync::mpsc;
 
 pub use self::{
     api::{Api, Silence},
-    connection::{ClientEnded, Connection, Epoch, Refusals},
+    connection::{ClientEnded, Connection, Refusals},
     events::{ConnectionEvent, ConnectionEvents},
+    inbox::{ANSWER_TIMEOUT, NoAnswer},
     observer::cannot_look,
 };
 use self::{

@@ -64,7 +64,7 @@ impl Publication<'_> {
     /// # Errors
     /// If the client refuses it; [`ClientEnded`](crate::nats::ClientEnded) if there is none just now.
     pub async fn send(&self, connection: &Connection, delivery: &Delivery) -> anyhow::Result<()> {
-        let (subject, headers) = (self.subject.to_owned(), self.headers.clone());
+        let (subject, headers) = (self.subject.into(), self.headers.clone());
         connection
             .publish(subject, None, headers, delivery.payload.clone())
             .await

@@ -107,8 +107,7 @@ impl Source {
                     name: consumer,
                     filter: subject,
                 };
-                let asks_ahead = !config.nats.has_web_socket();
-                let durable = Durable::new(connection, events, monitor, consumer, asks_ahead);
+                let durable = Durable::new(connection, events, monitor, consumer);
                 Self::Durable(Box::new(durable))
             }
         }

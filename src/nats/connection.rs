@@ -12,15 +12,18 @@ use std::{
 };
 
 use async_nats::{
-    Client, HeaderMap, PublishError,
+    Client, HeaderMap, Message, PublishError, Subject,
     client::PublishErrorKind,
     connection::State,
     jetstream::{Context, context::RequestError, response::Response, stream::Info},
 };
 use bytes::Bytes;
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 
-use super::Api;
+use super::{
+    Api,
+    inbox::{Inbox, NoAnswer},
+};
 
 /// How long a request to the JetStream API may take.
 const API_TIMEOUT: Duration = Duration::from_secs(2);
@@ -31,6 +34,7 @@ pub struct Connection {
     current: watch::Receiver<Current>,
     api: Api,
     refusals: Refusals,
+    inbox: Arc<Mutex<Inbox>>,
 }
 
 /// The client that there is now.
@@ -95,11 +99,13 @@ impl Connection {
         api: Api,
         refusals: Refusals,
     ) -> (watch::Sender<Current>, Self) {
+        let inbox = Inbox::new(client.new_inbox());
         let (sender, current) = watch::channel(Current::new(client, &api, 0));
         let connection = Self {
             current,
             api,
             refusals,
+            inbox: Arc::new(Mutex::new(inbox)),
         };
         (sender, connection)
     }
@@ -170,14 +176,14 @@ impl Connection {
             .await;
     }
 
-    /// Publishes a message.
+    /// Publishes a message, with where it is to be answered.
     ///
     /// # Errors
     /// If the client refuses it; [`ClientEnded`] if there is none just now.
     pub async fn publish(
         &self,
-        subject: String,
-        reply: Option<String>,
+        subject: Subject,
+        reply: Option<Subject>,
         headers: HeaderMap,
         payload: Bytes,
     ) -> anyhow::Result<()> {
@@ -194,6 +200,22 @@ impl Connection {
             PublishErrorKind::Send => ClientEnded.into(),
             PublishErrorKind::MaxPayloadExceeded | PublishErrorKind::InvalidSubject => error.into(),
         })
+    }
+
+    /// Publishes a message, and waits for its answer: the first that `read` makes something of. One question
+    /// at a time; another one waits.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub async fn ask<T>(
+        &self,
+        subject: Subject,
+        headers: HeaderMap,
+        payload: Bytes,
+        read: impl Fn(&Message) -> Option<T>,
+    ) -> Result<T, NoAnswer> {
+        let mut inbox = self.inbox.lock().await;
+        inbox.ask(self, subject, headers, payload, read).await
     }
 }
 

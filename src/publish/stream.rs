@@ -6,29 +6,22 @@ use std::{sync::Arc, time::Duration};
 
 use anyhow::bail;
 use async_nats::{
-    HeaderMap, Message, StatusCode, Subscriber,
+    HeaderMap, Message, StatusCode,
     jetstream::{
         ErrorCode, context::RequestErrorKind, publish::PublishAck, response::Response, stream::Info,
     },
 };
-use futures::StreamExt;
 use log::warn;
 use serde_json::Value;
-use tokio::{
-    sync::Mutex,
-    time::{sleep, timeout},
-};
+use tokio::time::sleep;
 
 use crate::{
     backoff::Backoff,
     monitor::Monitor,
-    nats::{ClientEnded, Connection, Epoch, Silence},
+    nats::{ANSWER_TIMEOUT, ClientEnded, Connection, NoAnswer, Silence},
     source::Delivery,
     subject::Prefix,
 };
-
-/// How long a stream may take to confirm a message.
-const CONFIRMATION_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Growing waits for a stream that does not confirm, as without a leader, or that is full.
 pub const BACKOFF: Backoff = Backoff {
@@ -44,17 +37,6 @@ pub struct ConfirmingStream {
     variable: &'static str,
     /// The stream.
     stream: String,
-    answers: Mutex<Answers>,
-}
-
-/// The stream's answers. Others that listen to the prefix may answer as well, so one subscription takes
-/// them all, and what is no confirmation is left aside.
-struct Answers {
-    /// Message `n` is answered on `<inbox>.<n>`.
-    inbox: String,
-    last: u64,
-    /// With the epoch in which it was made.
-    subscription: Option<(Subscriber, Epoch)>,
 }
 
 /// Why a stream cannot be used, or does not confirm a message.
@@ -75,17 +57,11 @@ impl ConfirmingStream {
         variable: &'static str,
         stream: String,
     ) -> Self {
-        let answers = Answers {
-            inbox: connection.client().new_inbox(),
-            last: 0,
-            subscription: None,
-        };
         Self {
             connection,
             monitor,
             variable,
             stream,
-            answers: Mutex::new(answers),
         }
     }
 
@@ -189,56 +165,25 @@ impl ConfirmingStream {
         subject: &str,
         headers: &HeaderMap,
     ) -> Result<(), Failure> {
-        // There will be another one.
-        let ended = || Failure::Temporary(ClientEnded.to_string());
         self.connection.up().await;
-        let mut answers = self.answers.lock().await;
-        let Answers {
-            inbox,
-            last,
-            subscription,
-        } = &mut *answers;
-        let epoch = self.connection.epoch();
-        if subscription
-            .as_ref()
-            .is_none_or(|(_, of)| !of.is_of_the_same_client(epoch))
-        {
-            let client = self.connection.client();
-            let subscriber = client.subscribe(format!("{inbox}.*")).await;
-            *subscription = Some((subscriber.map_err(|_| ended())?, epoch));
-        }
-        let Some((subscriber, _)) = subscription else {
-            return Err(ended());
-        };
-        *last += 1;
-        let reply = format!("{inbox}.{last}");
         let refusals = self.connection.refusals();
         let (headers, payload) = (headers.clone(), delivery.payload.clone());
-        self.connection
-            .publish(subject.to_owned(), Some(reply.clone()), headers, payload)
-            .await
-            .map_err(|error| match error.is::<ClientEnded>() {
-                true => ended(),
-                false => Failure::Permanent(error.to_string()),
-            })?;
-        let answer = async {
-            loop {
-                let message = subscriber.next().await.ok_or_else(ended)?;
-                if message.subject.as_str() == reply
-                    && let Some(confirmed) =
-                        judge(&message, &self.stream, self.connection.api().domain())
-                {
-                    return confirmed;
-                }
-            }
-        };
-        match timeout(CONFIRMATION_TIMEOUT, answer).await {
+        let domain = self.connection.api().domain();
+        // Others that listen to the prefix may answer as well.
+        let confirmation = |answer: &Message| judge(answer, &self.stream, domain);
+        let confirmed = self
+            .connection
+            .ask(subject.into(), headers, payload, confirmation);
+        match confirmed.await {
             Ok(confirmed) => confirmed,
-            Err(_) if self.connection.refusals() > refusals => {
+            Err(NoAnswer::Refused(reason)) => Err(Failure::Permanent(reason)),
+            // There will be another one.
+            Err(NoAnswer::ClientEnded) => Err(Failure::Temporary(ClientEnded.to_string())),
+            Err(NoAnswer::TimedOut) if self.connection.refusals() > refusals => {
                 Err(Failure::Permanent("NATS refuses it".to_owned()))
             }
-            Err(_) => Err(Failure::Temporary(format!(
-                "not confirmed within {CONFIRMATION_TIMEOUT:?}"
+            Err(NoAnswer::TimedOut) => Err(Failure::Temporary(format!(
+                "not confirmed within {ANSWER_TIMEOUT:?}"
             ))),
         }
     }

@@ -11,14 +11,15 @@ use std::{
 };
 
 use anyhow::Context as _;
-use async_nats::{Message, Request, Subject, jetstream};
+use async_nats::{HeaderMap, Message, StatusCode, Subject, jetstream};
+use bytes::Bytes;
 use log::warn;
-use tokio::time::{Instant, sleep};
+use tokio::{
+    sync::Notify,
+    time::{Instant, sleep},
+};
 
 use super::Consumer;
-
-/// How long the server may take to confirm.
-const CONFIRMATION_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// After this long the server is no longer asked to confirm.
 const CONFIRM_WITHIN: Duration = Duration::from_secs(6);
@@ -43,7 +44,7 @@ pub struct Ack {
     subject: Subject,
     taken: SystemTime,
     consumer: Arc<Consumer>,
-    handed_out: HandedOut,
+    progress: Progress,
 }
 
 /// The position of a message in its stream. The sequence alone does not tell: a stream that was restored
@@ -63,16 +64,26 @@ impl Position {
     }
 }
 
-/// How far the consumer has come with handing out, by the numbers of its deliveries; shared by all of them.
+/// How far the consumer has come; shared by all its deliveries.
 #[derive(Clone, Default)]
-pub(super) struct HandedOut(Arc<Numbers>);
+pub(super) struct Progress(Arc<Steps>);
 
 #[derive(Default)]
-struct Numbers {
-    /// The last one to us.
+struct Steps {
+    /// The number of the last delivery to us.
     to_us: AtomicU64,
-    /// The last one to another relay that we know of.
+    /// The number of the last delivery to another relay that we know of.
     to_another: AtomicU64,
+    /// The current message is being acknowledged.
+    acked: Notify,
+}
+
+impl Progress {
+    /// Resolves once the current message is being acknowledged: what is sent then goes out along with the
+    /// ack, in one write.
+    pub(super) async fn acked(&self) {
+        self.0.acked.notified().await;
+    }
 }
 
 /// What has become of a message.
@@ -92,7 +103,7 @@ impl Ack {
     pub(super) fn of(
         message: &Message,
         consumer: &Arc<Consumer>,
-        handed_out: &HandedOut,
+        progress: &Progress,
     ) -> anyhow::Result<(Self, u64)> {
         let subject = message
             .reply
@@ -123,7 +134,7 @@ impl Ack {
             position,
             info.consumer_sequence,
             consumer,
-            handed_out,
+            progress,
         );
         Ok((ack, info.pending))
     }
@@ -133,7 +144,7 @@ impl Ack {
         position: Position,
         consumer_sequence: u64,
         consumer: &Arc<Consumer>,
-        handed_out: &HandedOut,
+        progress: &Progress,
     ) -> Self {
         let Consumer { stream, name, .. } = &**consumer;
         let sequence = position.sequence;
@@ -143,7 +154,7 @@ impl Ack {
             position,
             consumer_sequence,
             consumer,
-            handed_out,
+            progress,
         )
     }
 
@@ -152,9 +163,9 @@ impl Ack {
         position: Position,
         consumer_sequence: u64,
         consumer: &Arc<Consumer>,
-        handed_out: &HandedOut,
+        progress: &Progress,
     ) -> Self {
-        handed_out.0.to_us.fetch_max(consumer_sequence, Relaxed);
+        progress.0.to_us.fetch_max(consumer_sequence, Relaxed);
         Self {
             id: format!(
                 "{}-{}-{}",
@@ -165,7 +176,7 @@ impl Ack {
             subject,
             taken: SystemTime::now(),
             consumer: Arc::clone(consumer),
-            handed_out: handed_out.clone(),
+            progress: progress.clone(),
         }
     }
 
@@ -185,23 +196,24 @@ impl Ack {
     /// the consumer (503) too.
     pub async fn confirm(&self, outcome: Outcome<'_>) -> bool {
         let connection = &self.consumer.connection;
-        let client = connection.client();
-        let word = match outcome {
-            Outcome::Relayed => "+ACK".to_owned(),
+        let word: Bytes = match outcome {
+            Outcome::Relayed => "+ACK".into(),
             // Older servers do not know a `+TERM` with a reason.
-            Outcome::GivenUp(reason) if client.is_server_compatible(2, 10, 4) => {
-                format!("+TERM {reason}")
+            Outcome::GivenUp(reason) if connection.client().is_server_compatible(2, 10, 4) => {
+                format!("+TERM {reason}").into()
             }
-            Outcome::GivenUp(_) => "+TERM".to_owned(),
+            Outcome::GivenUp(_) => "+TERM".into(),
         };
+        let is_confirmation =
+            |answer: &Message| Some(answer.status != Some(StatusCode::NO_RESPONDERS));
         let (epoch, start) = (connection.epoch(), Instant::now());
         loop {
-            let request = Request::new()
-                .payload(word.clone().into())
-                .timeout(Some(CONFIRMATION_TIMEOUT));
-            let confirmed = client.send_request(self.subject.clone(), request).await;
-            if confirmed.is_ok() || connection.epoch() != epoch {
-                return confirmed.is_ok();
+            let (subject, word) = (self.subject.clone(), word.clone());
+            let answer = connection.ask(subject, HeaderMap::new(), word, is_confirmation);
+            self.progress.0.acked.notify_one();
+            let is_confirmed = matches!(answer.await, Ok(true));
+            if is_confirmed || connection.epoch() != epoch {
+                return is_confirmed;
             }
             if start.elapsed() > CONFIRM_WITHIN {
                 warn!("{} may come again: NATS does not confirm its ack", self.id);
@@ -246,7 +258,9 @@ impl Ack {
         }
         // Where nobody answers, nobody hands out anything either.
         let last = self.consumer.last_delivery().await.unwrap_or_default();
-        let Numbers { to_us, to_another } = &*self.handed_out.0;
+        let Steps {
+            to_us, to_another, ..
+        } = &*self.progress.0;
         if last <= to_us.load(Relaxed) {
             return true;
         }
@@ -257,7 +271,7 @@ impl Ack {
     /// Whether the message had been handed out to us before it, or what follows it, was handed out to
     /// another relay: it reached us late, and is that one's now.
     pub(super) fn is_late(&self) -> bool {
-        self.consumer_sequence <= self.handed_out.0.to_another.load(Relaxed)
+        self.consumer_sequence <= self.progress.0.to_another.load(Relaxed)
     }
 }
 

@@ -25,7 +25,7 @@ use tokio::time::{Instant, Sleep, sleep, timeout};
 
 use super::{
     Ack, Delivery,
-    ack::{HandedOut, Position},
+    ack::{Position, Progress},
     consumer::Consumer,
     next_of,
     pull::Meaning,
@@ -52,12 +52,8 @@ pub struct Durable {
     events: ConnectionEvents,
     monitor: Arc<Monitor>,
     consumer: Arc<Consumer>,
-    handed_out: HandedOut,
+    progress: Progress,
     requests: Requests,
-    /// Whether the next message is asked for while one is worked on, so that no time is lost. Not on a web
-    /// socket, which the client leaves with Nagle's algorithm (RFC 1122, 4.2.3.4): a pull request that the
-    /// server has no answer to yet would hold back what is sent after it, the ack, for 40 ms.
-    asks_ahead: bool,
     subscriber: Option<Subscriber>,
     /// Whether the subscription has been ended by ourselves.
     is_stopped: bool,
@@ -78,13 +74,11 @@ impl Durable {
         events: ConnectionEvents,
         monitor: Arc<Monitor>,
         consumer: Consumer,
-        asks_ahead: bool,
     ) -> Self {
         Self {
-            asks_ahead,
             requests: Requests::new(connection.client().new_inbox()),
             consumer: Arc::new(consumer),
-            handed_out: HandedOut::default(),
+            progress: Progress::default(),
             connection,
             events,
             monitor,
@@ -103,7 +97,7 @@ impl Durable {
             if self.is_stopped {
                 return Ok(None);
             }
-            if self.asks_ahead || self.arrived.is_empty() {
+            if self.arrived.is_empty() {
                 self.request_next().await;
             }
             let is_strange = |delivery: &Delivery| !self.consumer.wants(&delivery.subject);
@@ -127,10 +121,6 @@ impl Durable {
                 continue;
             }
             self.current = delivery.ack.clone();
-            if self.asks_ahead {
-                // The next request is with the server before the ack is.
-                self.request_next().await;
-            }
             return Ok(Some(delivery));
         }
     }
@@ -145,7 +135,7 @@ impl Durable {
 
     /// Takes the message that is out and not acked, if no client can read it.
     async fn find_unreadable(&mut self) {
-        let found = unreadable::find(&self.consumer, &self.handed_out).await;
+        let found = unreadable::find(&self.consumer, &self.progress).await;
         self.arrived.extend(found);
     }
 
@@ -186,8 +176,11 @@ impl Durable {
         }
     }
 
-    /// Sends a pull request if none is under way.
+    /// Sends a pull request if none is under way, and another message is wanted.
     async fn request_next(&mut self) {
+        if self.is_stopped {
+            return;
+        }
         let Some((answers, request)) = self.requests.next() else {
             return;
         };
@@ -205,6 +198,9 @@ impl Durable {
     async fn step(&mut self) -> anyhow::Result<()> {
         tokio::select! {
             biased;
+            // Not earlier: on a web socket, which the client leaves with Nagle's algorithm (RFC 1122,
+            // 4.2.3.4), a request that the server has no answer to yet would hold back the ack for 40 ms.
+            () = self.progress.acked() => self.request_next().await,
             event = self.events.next() => match event {
                 ConnectionEvent::Fatal(reason) | ConnectionEvent::InboxRefused(reason) => {
                     return Err(reason);
@@ -263,7 +259,7 @@ impl Durable {
     }
 
     fn take(&mut self, message: Message) -> anyhow::Result<()> {
-        let (ack, pending) = Ack::of(&message, &self.consumer, &self.handed_out)?;
+        let (ack, pending) = Ack::of(&message, &self.consumer, &self.progress)?;
         self.monitor.set_waiting(pending, 0);
         let position = ack.position;
         let delivery = Delivery {
