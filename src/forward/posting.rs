@@ -85,24 +85,30 @@ impl Posting {
         delivery: &Delivery,
         id: &HeaderValue,
     ) -> Result<Vec<Posted>, GivenUp> {
-        let destinations = self.webhook.destinations().iter().zip(&self.metrics);
-        let ends = join_all(destinations.map(async |(destination, metrics)| {
-            let job = &Job {
-                destination,
-                address: None,
-                metrics,
-                delivery,
-                id,
-            };
-            match &destination.reach {
-                Reach::Name(endpoint) => self.post_to(job, endpoint).await,
-                // In a box: what few relays do must not enlarge the future that all allocate for each message.
-                Reach::EveryAddress(addresses) => {
-                    Box::pin(self.post_to_every(job, addresses)).await
-                }
-            }
-        }));
+        let job = |(destination, metrics)| Job {
+            destination,
+            address: None,
+            metrics,
+            delivery,
+            id,
+        };
+        let mut jobs = self.webhook.destinations().iter().zip(&self.metrics);
+        if jobs.len() == 1
+            && let Some(only) = jobs.next()
+        {
+            // With nothing to join it by, its future need not be allocated.
+            return self.post_to_destination(&job(only)).await;
+        }
+        let ends = join_all(jobs.map(async |each| self.post_to_destination(&job(each)).await));
         all_of(ends.await)
+    }
+
+    async fn post_to_destination(&self, job: &Job<'_>) -> Result<Vec<Posted>, GivenUp> {
+        match &job.destination.reach {
+            Reach::Name(endpoint) => self.post_to(job, endpoint).await,
+            // In a box: what few relays do must not enlarge the future that all others have.
+            Reach::EveryAddress(addresses) => Box::pin(self.post_to_every(job, addresses)).await,
+        }
     }
 
     /// POSTs to every address that a name has now, at the same time. Those that are gone from it by the next
