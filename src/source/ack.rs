@@ -62,6 +62,11 @@ impl Position {
     pub(super) fn covers(self, other: Self) -> bool {
         other.sequence <= self.sequence && other.time <= self.time
     }
+
+    /// Its time as the server has it, which fits.
+    fn nanoseconds(self) -> u64 {
+        u64::try_from(self.time).unwrap_or_default()
+    }
 }
 
 /// How far the consumer has come; shared by all its deliveries.
@@ -169,7 +174,9 @@ impl Ack {
         Self {
             id: format!(
                 "{}-{}-{}",
-                consumer.stream, position.sequence, position.time
+                consumer.stream,
+                position.sequence,
+                position.nanoseconds()
             ),
             position,
             consumer_sequence,
@@ -182,8 +189,7 @@ impl Ack {
 
     /// When the stream got the message.
     pub fn stored(&self) -> SystemTime {
-        let nanoseconds = u64::try_from(self.position.time).unwrap_or_default();
-        SystemTime::UNIX_EPOCH + Duration::from_nanos(nanoseconds)
+        SystemTime::UNIX_EPOCH + Duration::from_nanos(self.position.nanoseconds())
     }
 
     /// Tells the server what has become of the message, until it has confirmed that; whether it has.

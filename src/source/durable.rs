@@ -75,8 +75,11 @@ impl Durable {
         monitor: Arc<Monitor>,
         consumer: Consumer,
     ) -> Self {
+        let Consumer { stream, name, .. } = &consumer;
+        let request = format_args!("CONSUMER.MSG.NEXT.{stream}.{name}");
+        let subject = connection.api().subject(request);
         Self {
-            requests: Requests::new(connection.client().new_inbox()),
+            requests: Requests::new(subject.into(), connection.client().new_inbox()),
             consumer: Arc::new(consumer),
             progress: Progress::default(),
             connection,
@@ -181,16 +184,13 @@ impl Durable {
         if self.is_stopped {
             return;
         }
-        let Some((answers, request)) = self.requests.next() else {
+        let Some(request) = self.requests.next() else {
             return;
         };
-        let Consumer { stream, name, .. } = &*self.consumer;
-        let api = self.connection.api();
-        let subject = api.subject(format_args!("CONSUMER.MSG.NEXT.{stream}.{name}"));
         // Were there no client to send it, it would be sent anew by the next one.
         let client = self.connection.client();
         let _ = client
-            .publish_with_reply(subject, answers, request.into())
+            .publish_with_reply(request.subject, request.reply, request.text)
             .await;
     }
 

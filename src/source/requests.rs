@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+use async_nats::Subject;
+use bytes::Bytes;
 use log::{debug, warn};
 use tokio::time::Instant;
 
@@ -21,6 +23,10 @@ const REPORT_EVERY: Duration = Duration::from_secs(60);
 
 /// All pull requests of a relay.
 pub(super) struct Requests {
+    /// Where the server takes them.
+    subject: Subject,
+    /// What they all say (NATS ADR-13).
+    text: Bytes,
     /// Request `n` is answered on `<inbox>.<n>`.
     inbox: String,
     current: Request,
@@ -30,6 +36,13 @@ pub(super) struct Requests {
     failures: u32,
     /// When that was last reported.
     reported: Option<Instant>,
+}
+
+/// A request to be sent.
+pub(super) struct PullRequest {
+    pub(super) subject: Subject,
+    pub(super) reply: Subject,
+    pub(super) text: Bytes,
 }
 
 /// What has become of the current request.
@@ -44,8 +57,15 @@ enum Request {
 }
 
 impl Requests {
-    pub(super) fn new(inbox: String) -> Self {
+    pub(super) fn new(subject: Subject, inbox: String) -> Self {
+        let text = format!(
+            r#"{{"batch":1,"expires":{},"idle_heartbeat":{}}}"#,
+            EXPIRES.as_nanos(),
+            HEARTBEAT.as_nanos()
+        );
         Self {
+            subject,
+            text: text.into(),
             inbox,
             current: Request::Ended(0),
             last_answer: Instant::now(),
@@ -67,20 +87,19 @@ impl Requests {
         }
     }
 
-    /// The next request, if the last one has ended: where it is answered, and its text (NATS ADR-13).
-    pub(super) fn next(&mut self) -> Option<(String, String)> {
+    /// The next request, if the last one has ended.
+    pub(super) fn next(&mut self) -> Option<PullRequest> {
         let Request::Ended(last) = self.current else {
             return None;
         };
         let n = last + 1;
         self.current = Request::UnderWay(n);
         self.last_answer = Instant::now();
-        let request = format!(
-            r#"{{"batch":1,"expires":{},"idle_heartbeat":{}}}"#,
-            EXPIRES.as_nanos(),
-            HEARTBEAT.as_nanos()
-        );
-        Some((format!("{}.{n}", self.inbox), request))
+        Some(PullRequest {
+            subject: self.subject.clone(),
+            reply: format!("{}.{n}", self.inbox).into(),
+            text: self.text.clone(),
+        })
     }
 
     /// The server has said something.
