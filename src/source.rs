@@ -107,7 +107,8 @@ impl Source {
                     name: consumer,
                     filter: subject,
                 };
-                let durable = Durable::new(connection, events, monitor, consumer);
+                let asks_ahead = !config.nats.has_web_socket();
+                let durable = Durable::new(connection, events, monitor, consumer, asks_ahead);
                 Self::Durable(Box::new(durable))
             }
         }

@@ -14,10 +14,7 @@ use anyhow::Context as _;
 use async_nats::{HeaderMap, Message, StatusCode, Subject, jetstream};
 use bytes::Bytes;
 use log::warn;
-use tokio::{
-    sync::Notify,
-    time::{Instant, sleep},
-};
+use tokio::time::{Instant, sleep};
 
 use super::Consumer;
 
@@ -44,7 +41,7 @@ pub struct Ack {
     subject: Subject,
     taken: SystemTime,
     consumer: Arc<Consumer>,
-    progress: Progress,
+    handed_out: HandedOut,
 }
 
 /// The position of a message in its stream. The sequence alone does not tell: a stream that was restored
@@ -63,32 +60,22 @@ impl Position {
         other.sequence <= self.sequence && other.time <= self.time
     }
 
-    /// Its time as the server has it, which fits.
+    /// Its time in nanoseconds since 1970, which the server counts in 64 bits.
     fn nanoseconds(self) -> u64 {
         u64::try_from(self.time).unwrap_or_default()
     }
 }
 
-/// How far the consumer has come; shared by all its deliveries.
+/// How far the consumer has come with handing out, by the numbers of its deliveries; shared by all of them.
 #[derive(Clone, Default)]
-pub(super) struct Progress(Arc<Steps>);
+pub(super) struct HandedOut(Arc<Numbers>);
 
 #[derive(Default)]
-struct Steps {
-    /// The number of the last delivery to us.
+struct Numbers {
+    /// The last one to us.
     to_us: AtomicU64,
-    /// The number of the last delivery to another relay that we know of.
+    /// The last one to another relay that we know of.
     to_another: AtomicU64,
-    /// The current message is being acknowledged.
-    acked: Notify,
-}
-
-impl Progress {
-    /// Resolves once the current message is being acknowledged: what is sent then goes out along with the
-    /// ack, in one write.
-    pub(super) async fn acked(&self) {
-        self.0.acked.notified().await;
-    }
 }
 
 /// What has become of a message.
@@ -108,7 +95,7 @@ impl Ack {
     pub(super) fn of(
         message: &Message,
         consumer: &Arc<Consumer>,
-        progress: &Progress,
+        handed_out: &HandedOut,
     ) -> anyhow::Result<(Self, u64)> {
         let subject = message
             .reply
@@ -139,7 +126,7 @@ impl Ack {
             position,
             info.consumer_sequence,
             consumer,
-            progress,
+            handed_out,
         );
         Ok((ack, info.pending))
     }
@@ -149,7 +136,7 @@ impl Ack {
         position: Position,
         consumer_sequence: u64,
         consumer: &Arc<Consumer>,
-        progress: &Progress,
+        handed_out: &HandedOut,
     ) -> Self {
         let Consumer { stream, name, .. } = &**consumer;
         let sequence = position.sequence;
@@ -159,7 +146,7 @@ impl Ack {
             position,
             consumer_sequence,
             consumer,
-            progress,
+            handed_out,
         )
     }
 
@@ -168,9 +155,9 @@ impl Ack {
         position: Position,
         consumer_sequence: u64,
         consumer: &Arc<Consumer>,
-        progress: &Progress,
+        handed_out: &HandedOut,
     ) -> Self {
-        progress.0.to_us.fetch_max(consumer_sequence, Relaxed);
+        handed_out.0.to_us.fetch_max(consumer_sequence, Relaxed);
         Self {
             id: format!(
                 "{}-{}-{}",
@@ -183,7 +170,7 @@ impl Ack {
             subject,
             taken: SystemTime::now(),
             consumer: Arc::clone(consumer),
-            progress: progress.clone(),
+            handed_out: handed_out.clone(),
         }
     }
 
@@ -216,7 +203,6 @@ impl Ack {
         loop {
             let (subject, word) = (self.subject.clone(), word.clone());
             let answer = connection.ask(subject, HeaderMap::new(), word, is_confirmation);
-            self.progress.0.acked.notify_one();
             let is_confirmed = matches!(answer.await, Ok(true));
             if is_confirmed || connection.epoch() != epoch {
                 return is_confirmed;
@@ -264,9 +250,7 @@ impl Ack {
         }
         // Where nobody answers, nobody hands out anything either.
         let last = self.consumer.last_delivery().await.unwrap_or_default();
-        let Steps {
-            to_us, to_another, ..
-        } = &*self.progress.0;
+        let Numbers { to_us, to_another } = &*self.handed_out.0;
         if last <= to_us.load(Relaxed) {
             return true;
         }
@@ -277,7 +261,7 @@ impl Ack {
     /// Whether the message had been handed out to us before it, or what follows it, was handed out to
     /// another relay: it reached us late, and is that one's now.
     pub(super) fn is_late(&self) -> bool {
-        self.consumer_sequence <= self.progress.0.to_another.load(Relaxed)
+        self.consumer_sequence <= self.handed_out.0.to_another.load(Relaxed)
     }
 }
 

@@ -25,7 +25,7 @@ use tokio::time::{Instant, Sleep, sleep, timeout};
 
 use super::{
     Ack, Delivery,
-    ack::{Position, Progress},
+    ack::{HandedOut, Position},
     consumer::Consumer,
     next_of,
     pull::Meaning,
@@ -52,8 +52,12 @@ pub struct Durable {
     events: ConnectionEvents,
     monitor: Arc<Monitor>,
     consumer: Arc<Consumer>,
-    progress: Progress,
+    handed_out: HandedOut,
     requests: Requests,
+    /// Whether the next message is asked for while one is worked on, so that no time is lost. Not on a web
+    /// socket, which the client leaves with Nagle's algorithm (RFC 1122, 4.2.3.4): a pull request that the
+    /// server has no answer to yet would hold back what is sent after it, the ack, for 40 ms.
+    asks_ahead: bool,
     subscriber: Option<Subscriber>,
     /// Whether the subscription has been ended by ourselves.
     is_stopped: bool,
@@ -74,14 +78,16 @@ impl Durable {
         events: ConnectionEvents,
         monitor: Arc<Monitor>,
         consumer: Consumer,
+        asks_ahead: bool,
     ) -> Self {
         let Consumer { stream, name, .. } = &consumer;
         let request = format_args!("CONSUMER.MSG.NEXT.{stream}.{name}");
         let subject = connection.api().subject(request);
         Self {
+            asks_ahead,
             requests: Requests::new(subject.into(), connection.client().new_inbox()),
             consumer: Arc::new(consumer),
-            progress: Progress::default(),
+            handed_out: HandedOut::default(),
             connection,
             events,
             monitor,
@@ -100,7 +106,7 @@ impl Durable {
             if self.is_stopped {
                 return Ok(None);
             }
-            if self.arrived.is_empty() {
+            if self.asks_ahead || self.arrived.is_empty() {
                 self.request_next().await;
             }
             let is_strange = |delivery: &Delivery| !self.consumer.wants(&delivery.subject);
@@ -124,6 +130,10 @@ impl Durable {
                 continue;
             }
             self.current = delivery.ack.clone();
+            if self.asks_ahead {
+                // The next request is with the server before the ack is.
+                self.request_next().await;
+            }
             return Ok(Some(delivery));
         }
     }
@@ -138,7 +148,7 @@ impl Durable {
 
     /// Takes the message that is out and not acked, if no client can read it.
     async fn find_unreadable(&mut self) {
-        let found = unreadable::find(&self.consumer, &self.progress).await;
+        let found = unreadable::find(&self.consumer, &self.handed_out).await;
         self.arrived.extend(found);
     }
 
@@ -179,11 +189,8 @@ impl Durable {
         }
     }
 
-    /// Sends a pull request if none is under way, and another message is wanted.
+    /// Sends a pull request if none is under way.
     async fn request_next(&mut self) {
-        if self.is_stopped {
-            return;
-        }
         let Some(request) = self.requests.next() else {
             return;
         };
@@ -198,9 +205,6 @@ impl Durable {
     async fn step(&mut self) -> anyhow::Result<()> {
         tokio::select! {
             biased;
-            // Not earlier: on a web socket, which the client leaves with Nagle's algorithm (RFC 1122,
-            // 4.2.3.4), a request that the server has no answer to yet would hold back the ack for 40 ms.
-            () = self.progress.acked() => self.request_next().await,
             event = self.events.next() => match event {
                 ConnectionEvent::Fatal(reason) | ConnectionEvent::InboxRefused(reason) => {
                     return Err(reason);
@@ -259,7 +263,7 @@ impl Durable {
     }
 
     fn take(&mut self, message: Message) -> anyhow::Result<()> {
-        let (ack, pending) = Ack::of(&message, &self.consumer, &self.progress)?;
+        let (ack, pending) = Ack::of(&message, &self.consumer, &self.handed_out)?;
         self.monitor.set_waiting(pending, 0);
         let position = ack.position;
         let delivery = Delivery {

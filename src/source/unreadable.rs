@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::{
     Ack, Consumer, Delivery,
-    ack::{Position, Progress},
+    ack::{HandedOut, Position},
 };
 
 /// Asks for a message that is not there, so that a missing permission to ask shows at once.
@@ -36,7 +36,7 @@ async fn ask(consumer: &Consumer, sequence: u64) -> Result<Value, RequestError> 
 }
 
 /// The message that is out and not acked, if it cannot be read.
-pub(super) async fn find(consumer: &Arc<Consumer>, progress: &Progress) -> Option<Delivery> {
+pub(super) async fn find(consumer: &Arc<Consumer>, handed_out: &HandedOut) -> Option<Delivery> {
     let context = consumer.connection.jetstream();
     let stream = context.get_stream_no_info(&consumer.stream).await.ok()?;
     let info = stream.consumer_info(&consumer.name).await.ok()?;
@@ -73,7 +73,7 @@ pub(super) async fn find(consumer: &Arc<Consumer>, progress: &Progress) -> Optio
             position,
             consumer_sequence,
             consumer,
-            progress,
+            handed_out,
         )),
         unrelayable: Some(unrelayable),
     })
