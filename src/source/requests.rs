@@ -8,8 +8,9 @@ use bytes::Bytes;
 use log::{debug, warn};
 use tokio::time::Instant;
 
-/// How long a pull request stays with the server.
-const EXPIRES: Duration = Duration::from_secs(30);
+/// How long a pull request stays with the server. Shorter than the ack wait: a relay that is suspended with a
+/// message gets no other one in the meantime, and so holds up only that one.
+const EXPIRES: Duration = Duration::from_secs(4);
 
 /// How often the server says that a pull request is still with it.
 const HEARTBEAT: Duration = Duration::from_secs(1);

@@ -274,6 +274,7 @@ async fn a_consumer_that_would_break_the_order_is_refused_and_tuning_is_left_alo
         filter_subject: "cms.cache.>".to_owned(),
         max_ack_pending: 1,
         ack_wait: Duration::from_secs(7),
+        max_batch: 1,
         ..Default::default()
     };
     let webhook = Webhook::ok().await;
@@ -326,9 +327,11 @@ async fn a_consumer_that_would_break_the_order_is_refused_and_tuning_is_left_alo
         let stream = nats.jetstream().await.get_stream("CMS").await.unwrap();
         stream.create_consumer(config).await.unwrap();
         if field.is_empty() {
-            Relay::durable(&nats, &webhook, &[]).await;
+            let _relay = Relay::durable(&nats, &webhook, &[]).await;
             let info = stream.consumer_info("relay").await.unwrap();
             assert_eq!(info.config.ack_wait, Duration::from_secs(7));
+            publish(&nats, 0..3).await;
+            webhook.received(3).await;
             continue;
         }
         let durable = [("NATS_STREAM", "CMS"), ("NATS_CONSUMER", "relay")];

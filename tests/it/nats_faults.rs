@@ -316,7 +316,7 @@ async fn a_message_that_no_client_can_read_costs_nothing_that_came_before_and_is
         &b"NATS/1.0\r\nno colon\r\n\r\n"[..],
         b"NATS/1.0\r\nA: \xff\r\n\r\n",
     ] {
-        let webhook = Webhook::script([Answer::ok_after(Duration::from_millis(300))]).await;
+        let webhook = Webhook::script([Answer::ok_after(Duration::from_millis(1500))]).await;
         let mut scene = Scene::core(webhook, &[STATUS]).await;
         let address = address(&scene.relay).await;
         for n in 0..COUNT {

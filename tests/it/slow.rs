@@ -303,14 +303,23 @@ async fn a_replica_that_was_suspended_abandons_what_another_has_relayed_meanwhil
     webhook.received(1).await;
     suspended.signal("STOP");
     let _other = Relay::durable(&nats, &webhook, &[]).await;
-    client.publish("cms.cache.x", "v2".into()).await.unwrap();
-    for payload in ["v1", "v2"] {
-        assert_eq!(next(&mut relayed).await.payload, payload);
+    let more = ["v2", "v3", "v4", "v5", "v6"];
+    for payload in more {
+        client.publish("cms.cache.x", payload.into()).await.unwrap();
     }
+    for payload in ["v1"].iter().chain(&more) {
+        assert_eq!(next(&mut relayed).await.payload, *payload);
+    }
+    let stream = nats.jetstream().await.get_stream("CMS").await.unwrap();
+    let info = stream.consumer_info("relay").await.unwrap();
+    assert_eq!(
+        info.delivered.consumer_sequence, 7,
+        "only v1 was handed out to the suspended one"
+    );
     suspended.signal("CONT");
     suspended.logged("cms.cache.x is abandoned").await;
-    client.publish("cms.cache.x", "v3".into()).await.unwrap();
-    assert_eq!(next(&mut relayed).await.payload, "v3", "v1 came once more");
+    client.publish("cms.cache.x", "v7".into()).await.unwrap();
+    assert_eq!(next(&mut relayed).await.payload, "v7", "v1 came once more");
 }
 
 #[tokio::test]
