@@ -96,7 +96,7 @@ impl Posting {
         if jobs.len() == 1
             && let Some(only) = jobs.next()
         {
-            // With nothing to join it by, its future need not be allocated.
+            // The usual case: there is nothing to join, and so no future to allocate.
             return self.post_to_destination(&job(only)).await;
         }
         let ends = join_all(jobs.map(async |each| self.post_to_destination(&job(each)).await));

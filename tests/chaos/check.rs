@@ -210,18 +210,17 @@ impl Evidence {
             open.retain(|earlier| earlier.ended.is_none_or(|ended| ended > request.at));
             for earlier in &open {
                 findings.overlapping += 1;
-                let relay = |r: &Received| r.header("x-relay").unwrap_or_default().to_owned();
-                let relays = [relay(earlier), relay(request)];
+                let relays = [relay_of(earlier), relay_of(request)];
                 let was_tried_again = self.requests.iter().any(|again| {
                     earlier.at < again.at
                         && again.at <= request.at
                         && again.header("webhook-id") == earlier.header("webhook-id")
-                        && relay(again) == relays[0]
+                        && relay_of(again) == relays[0]
                 });
                 let is_explained = self.episodes.iter().any(|episode| {
                     let over = episode.recovered.unwrap_or(episode.ended) + AFTERMATH;
                     let is_then = episode.began <= request.at && over >= earlier.at;
-                    let is_struck = |name: &String| episode.struck.contains(name);
+                    let is_struck = |name: &&str| episode.struck.iter().any(|s| s == name);
                     let is_of_webhook = was_tried_again && episode.is_of_webhook();
                     is_then && (is_of_webhook || relays.iter().any(is_struck))
                 });
@@ -244,6 +243,11 @@ impl Evidence {
             }
         }
     }
+}
+
+/// The relay that made a request.
+fn relay_of(request: &Received) -> &str {
+    request.header("x-relay").unwrap_or_default()
 }
 
 impl Findings {
