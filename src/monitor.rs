@@ -357,3 +357,20 @@ impl Monitor {
         text::one_line(&line, text::LONGEST_NOTE).into_owned()
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_main_loop_that_does_not_come_around_is_not_alive() {
+        let monitor = Monitor::new(Refusals::default()).unwrap();
+        assert_eq!(monitor.alive(), Ok(()));
+        *lock(&monitor.last_turn) -= LONGEST_TURN + Duration::from_secs(2);
+        let reason = monitor.alive().unwrap_err();
+        assert_eq!(reason, "the main loop has not come around for 12s");
+        monitor.add_turn();
+        assert_eq!(monitor.alive(), Ok(()));
+    }
+}

@@ -1,15 +1,7 @@
 //! `/livez`, `/readyz` and `/metrics` over HTTP, apart from the main loop.
 
 use std::{
-    collections::VecDeque,
-    convert::Infallible,
-    io,
-    net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
-    time::Duration,
+    collections::VecDeque, convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration,
 };
 
 use anyhow::Context;
@@ -31,8 +23,8 @@ use tokio::{
 
 use crate::monitor::Monitor;
 
-/// So many clients are served at the same time. For a further one the oldest of those that have not
-/// asked for anything yet has to go: silent clients must not keep a probe waiting.
+/// So many clients are served at the same time. For a further one the oldest has to go, which is a silent
+/// one, for whoever asks is answered at once: silent clients must not keep a probe waiting.
 const MAX_CLIENTS: usize = 64;
 
 /// A client gets this long for its one request, and its answer.
@@ -81,15 +73,8 @@ pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-/// A connection that is being served.
-struct Client {
-    task: AbortHandle,
-    /// Whether it has sent a whole request.
-    has_asked: Arc<AtomicBool>,
-}
-
 async fn serve(listener: TcpListener, monitor: Arc<Monitor>) {
-    let mut clients: VecDeque<Client> = VecDeque::new();
+    let mut clients: VecDeque<AbortHandle> = VecDeque::new();
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -99,26 +84,21 @@ async fn serve(listener: TcpListener, monitor: Arc<Monitor>) {
                 continue;
             }
         };
-        clients.retain(|client| !client.task.is_finished());
-        if clients.len() >= MAX_CLIENTS {
-            let silent = |client: &Client| !client.has_asked.load(Relaxed);
-            let oldest = clients.iter().position(silent).unwrap_or_default();
-            if let Some(client) = clients.remove(oldest) {
-                client.task.abort();
-            }
+        clients.retain(|client| !client.is_finished());
+        if clients.len() >= MAX_CLIENTS
+            && let Some(oldest) = clients.pop_front()
+        {
+            oldest.abort();
         }
-        let has_asked = Arc::new(AtomicBool::new(false));
-        let client = serve_client(stream, Arc::clone(&monitor), Arc::clone(&has_asked));
-        let task = tokio::spawn(client).abort_handle();
-        clients.push_back(Client { task, has_asked });
+        let client = serve_client(stream, Arc::clone(&monitor));
+        clients.push_back(tokio::spawn(client).abort_handle());
         // However many connect at once, everything else gets its turn, and whoever had to go is gone.
         yield_now().await;
     }
 }
 
-async fn serve_client(stream: TcpStream, monitor: Arc<Monitor>, has_asked: Arc<AtomicBool>) {
+async fn serve_client(stream: TcpStream, monitor: Arc<Monitor>) {
     let service = service_fn(|request| {
-        has_asked.store(true, Relaxed);
         let response = answer(&request, &monitor);
         async { Ok::<_, Infallible>(response) }
     });

@@ -30,8 +30,12 @@ pub async fn address(relay: &Relay) -> String {
 
 /// Status and body of an answer.
 async fn get(address: &str, path: &str) -> (u16, String) {
-    let mut stream = TcpStream::connect(address).await.unwrap();
-    let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n");
+    let stream = TcpStream::connect(address).await.unwrap();
+    ask(stream, "GET", path).await
+}
+
+async fn ask(mut stream: TcpStream, method: &str, path: &str) -> (u16, String) {
+    let request = format!("{method} {path} HTTP/1.1\r\nhost: x\r\n\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut answer = String::new();
     let read = timeout(PATIENCE, stream.read_to_string(&mut answer));
@@ -104,6 +108,27 @@ async fn readiness_follows_the_connection() {
     let after = metrics(&address).await;
     assert_eq!((after["connected"], after["reconnects_total"]), (1.0, 1.0));
     assert_eq!(get(&address, "/other").await.0, 404);
+}
+
+#[tokio::test]
+async fn the_port_answers_who_takes_a_while_and_nothing_but_get_and_head() {
+    let nats = NatsServer::start().await;
+    let relay = Relay::between(&nats, "http://localhost:1", &[STATUS]);
+    let address = address(&relay).await;
+    let mut clients = Vec::new();
+    for _ in 0..3 {
+        clients.push(TcpStream::connect(&address).await.unwrap());
+    }
+    // By now all that connected before it have been accepted.
+    assert_eq!(get(&address, "/livez").await.0, 200);
+    for (stream, (method, status, text)) in clients.into_iter().zip([
+        ("GET", 200, "ok\n"),
+        ("HEAD", 200, ""),
+        ("POST", 405, "only GET and HEAD\n"),
+    ]) {
+        let answer = ask(stream, method, "/livez").await;
+        assert_eq!(answer, (status, text.to_owned()), "{method}");
+    }
 }
 
 #[tokio::test]
