@@ -45,8 +45,9 @@ pub fn start(settings: &Log) {
     builder.parse_filters(&settings.filter);
     builder.format(move |out, record| {
         let (room, line) = &mut *lock(&state);
-        if !room.is_there() {
-            DROPPED.fetch_add(1, Relaxed);
+        if !room.is_there(stderr_takes_a_line) {
+            room.dropped += 1;
+            DROPPED.store(room.dropped, Relaxed);
             return Ok(());
         }
         if let Some(dropped) = room.unreported() {
@@ -66,22 +67,25 @@ pub fn start(settings: &Log) {
 /// later: then, on Linux, [`open_stderr_anew`] makes the write fail, and cuts the line.
 #[derive(Default)]
 struct Room {
-    /// How many of the dropped lines were reported.
+    /// How many lines were dropped.
+    dropped: u64,
+    /// How many of them were reported.
     reported: u64,
     /// When a line waited in vain.
     in_vain: Option<Instant>,
 }
 
 impl Room {
-    fn is_there(&mut self) -> bool {
-        if stderr_takes_a_line(&Timespec::default()) {
+    /// Whether there is room, where `takes_a_line` tells whether there is some within a time.
+    fn is_there(&mut self, takes_a_line: impl Fn(&Timespec) -> bool) -> bool {
+        if takes_a_line(&Timespec::default()) {
             return true;
         }
-        let is_dropping = dropped() > self.reported;
+        let is_dropping = self.dropped != self.reported;
         if is_dropping || self.in_vain.is_some_and(|since| since.elapsed() < PAUSE) {
             return false;
         }
-        if stderr_takes_a_line(&ROOM_TIMEOUT) {
+        if takes_a_line(&ROOM_TIMEOUT) {
             return true;
         }
         self.in_vain = Some(Instant::now());
@@ -90,10 +94,9 @@ impl Room {
 
     /// How many lines were dropped since this was asked last, if any.
     fn unreported(&mut self) -> Option<u64> {
-        let dropped = dropped();
-        let since = dropped - self.reported;
-        self.reported = dropped;
-        (since > 0).then_some(since)
+        let since = self.dropped - self.reported;
+        self.reported = self.dropped;
+        (since != 0).then_some(since)
     }
 }
 
@@ -126,3 +129,55 @@ fn open_stderr_anew() {
 
 #[cfg(not(target_os = "linux"))]
 fn open_stderr_anew() {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    /// Standard error that has room never, after a wait, or at once.
+    #[derive(Clone, Copy, PartialEq)]
+    enum Stderr {
+        Full,
+        Slow,
+        Free,
+    }
+
+    #[test]
+    fn a_line_waits_for_a_slow_reader_but_not_for_one_that_has_stopped() {
+        use Stderr::{Free, Full, Slow};
+
+        let mut room = Room::default();
+        for (stderr, is_there, waits, unreported) in [
+            (Free, true, false, None),
+            (Slow, true, true, None),
+            (Full, false, true, None),
+            // Until the lost ones are reported, no line waits.
+            (Slow, false, false, None),
+            (Free, true, false, Some(2)),
+            (Free, true, false, None),
+            // Nor for a while after that.
+            (Slow, false, false, None),
+            (Full, false, false, None),
+            (Full, false, false, None),
+            (Free, true, false, Some(3)),
+        ] {
+            let waited = Cell::new(false);
+            let found = room.is_there(|timeout| {
+                let may_wait = *timeout != Timespec::default();
+                waited.set(waited.get() || may_wait);
+                stderr == Free || (stderr == Slow && may_wait)
+            });
+            assert_eq!((found, waited.get()), (is_there, waits));
+            match found {
+                true => assert_eq!(room.unreported(), unreported),
+                false => room.dropped += 1,
+            }
+        }
+        room.in_vain = room.in_vain.map(|since| since - PAUSE);
+        assert!(
+            room.is_there(|timeout| *timeout == ROOM_TIMEOUT),
+            "it waits again"
+        );
+    }
+}

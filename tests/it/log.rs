@@ -145,6 +145,20 @@ async fn what_nobody_reads_is_dropped_and_counted_and_stops_nothing() {
 }
 
 #[tokio::test]
+async fn a_log_file_goes_on_where_it_was() {
+    let nats = NatsServer::start().await;
+    let webhook = Webhook::ok().await;
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(b"before\n").unwrap();
+    let stderr = file.as_file().try_clone().unwrap();
+    let (_relay, _) = start(&nats, &webhook, stderr.into()).await;
+    let log = std::fs::read_to_string(file.path()).unwrap();
+    let (first, rest) = log.split_once('\n').unwrap();
+    assert_eq!(first, "before");
+    assert!(rest.contains("listening on cms.cache.>"), "{log}");
+}
+
+#[tokio::test]
 async fn a_log_that_nobody_reads_delays_no_end() {
     let nats = NatsServer::start().await;
     let webhook = Webhook::script([Answer::Hang]).await;
