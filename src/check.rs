@@ -344,7 +344,7 @@ async fn tunnel(
     // Byte by byte, for what follows the head belongs to the destination already.
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
-        if head.len() > MAX_HEAD_BYTES {
+        if head.len() == MAX_HEAD_BYTES {
             bail!("the proxy {proxy} gives no valid answer");
         }
         head.push(

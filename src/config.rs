@@ -423,6 +423,11 @@ mod tests {
     }
 
     #[test]
+    fn an_inbox_prefix_may_be_as_long_as_it_says() {
+        assert_eq!(problems(&[(INBOX_PREFIX, &"x".repeat(256))]), [""; 0]);
+    }
+
+    #[test]
     fn all_problems_are_reported_at_once() {
         let nothing = Config::from_environment(&Environment::default()).unwrap_err();
         assert_eq!(nothing.len(), 4, "{nothing:?}");
@@ -444,9 +449,16 @@ mod tests {
             ),
             (USER, "u"),
             (PASS, "hunter2"),
+            (SECRET, "whsec_aHVudGVyMmh1bnRlcjJodW50ZXIyaHVudGVyMg=="),
         ])
         .unwrap();
-        assert!(!format!("{config:?}").contains("hunter2"), "{config:?}");
+        let shown = format!("{config:?}");
+        for secret in ["hunter2", "aHVudGVyMm"] {
+            assert!(!shown.contains(secret), "{shown}");
+        }
+        for harmless in ["http://host/path", "SigningSecret"] {
+            assert!(shown.contains(harmless), "{shown}");
+        }
         assert_eq!(
             config.webhook.destinations[0].to_string(),
             "http://host/path"

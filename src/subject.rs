@@ -77,7 +77,7 @@ fn covers<'a>(subjects: &'a [String], tokens: &mut Vec<&'a str>, longest: usize)
         return true;
     }
     // No subject is long enough to tell the tokens that would follow.
-    if !with_last("*") || tokens.len() > longest {
+    if !with_last("*") || tokens.len() >= longest {
         return false;
     }
     tokens.push("*");
@@ -202,10 +202,12 @@ mod tests {
             ("cms\tcache", InvalidPrefix::WhiteSpace),
             ("cms\u{a0}cache", InvalidPrefix::WhiteSpace),
             ("cms\0cache", InvalidPrefix::WhiteSpace),
-            (&"x".repeat(5000), InvalidPrefix::TooLong),
+            (&"x".repeat(LONGEST_SUBJECT - 1), InvalidPrefix::TooLong),
         ] {
             assert_eq!(text.parse::<Prefix>(), Err(problem), "{text:?}");
         }
+        let longest = "x".repeat(LONGEST_SUBJECT - 2);
+        assert!(longest.parse::<Prefix>().is_ok());
     }
 
     #[test]

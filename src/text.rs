@@ -112,6 +112,7 @@ mod tests {
     #[test]
     fn long_text_keeps_its_beginning_and_its_end() {
         assert_eq!(one_line("0123456789abcdef", 16), "0123456789abcdef");
+        assert_eq!(one_line("0123456789abcde\n", 16), "0123456789abcde ");
         assert_eq!(one_line("0123456789abcdef\n", 16), "0123456…bcdef ");
         assert_eq!(one_line("ääääääää", 12), "ää…ää");
     }

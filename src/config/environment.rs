@@ -269,6 +269,8 @@ mod tests {
             ("A=\\\\$word", 1),
             ("A='$a'$b", 1),
             ("A=\"'$a'\"", 1),
+            // In single quotes a backslash stands for itself.
+            ("A='\\'$b", 1),
         ] {
             let problem = dotenv(text.as_bytes()).unwrap_err();
             let expected = format!(", line {line}: has a $ ");

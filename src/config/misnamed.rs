@@ -147,4 +147,16 @@ mod tests {
             assert_eq!(found, Vec::from_iter(expected), "{set:?}");
         }
     }
+
+    #[test]
+    fn an_abbreviation_has_three_letters_at_least() {
+        for (word, expected) in [
+            ("deb", Some("debug")),
+            ("debugging", Some("debug")),
+            ("debgu", Some("debug")),
+            ("de", None),
+        ] {
+            assert_eq!(nearest(word, ["trace", "debug"]), expected, "{word}");
+        }
+    }
 }

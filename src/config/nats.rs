@@ -264,6 +264,18 @@ mod tests {
     }
 
     #[test]
+    fn web_sockets_are_told_by_their_scheme() {
+        for (hosts, expected) in [
+            ("nats://a, tls://b", false),
+            ("nats://a, ws://b", true),
+            ("wss://a", true),
+        ] {
+            let nats = with(&[(HOST, hosts)]).unwrap().nats;
+            assert_eq!(nats.has_web_socket(), expected, "{hosts}");
+        }
+    }
+
+    #[test]
     fn a_file_that_cannot_be_read_is_one_problem() {
         for changes in [
             &[(HOST, ""), ("NATS_HOST_FILE", "/nowhere")][..],

@@ -11,7 +11,7 @@ use super::{
     without_secrets,
 };
 
-/// A proxy for requests. `Display` and `Debug` show neither its userinfo nor its query.
+/// A proxy for requests. `Display` shows neither its userinfo nor its query.
 #[derive(Clone)]
 pub struct Proxy {
     url: Url,
@@ -35,12 +35,6 @@ impl Proxy {
 impl fmt::Display for Proxy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&without_secrets(&self.url))
-    }
-}
-
-impl fmt::Debug for Proxy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
     }
 }
 

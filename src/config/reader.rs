@@ -95,10 +95,7 @@ impl<'a> Reader<'a> {
 
     /// The whole, or all problems on the way to it.
     pub(super) fn finish<T>(self, whole: Result<T, Noted>) -> Result<T, Vec<String>> {
-        match whole {
-            Ok(whole) if self.problems.is_empty() => Ok(whole),
-            _ => Err(self.problems),
-        }
+        whole.map_err(|Noted(())| self.problems)
     }
 
     /// What the environment has for a variable.

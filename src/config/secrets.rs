@@ -123,4 +123,21 @@ mod tests {
         }
         assert_eq!(format!("{secrets:?}"), "Secrets");
     }
+
+    #[test]
+    fn a_user_without_a_password_is_a_login_too() {
+        let destination = |url: &str| Destination {
+            url: url.parse().unwrap(),
+            proxy: None,
+            every_address: false,
+        };
+        let sent = |url| Secrets::of(&[destination(url)], &HeaderMap::new());
+        // api-key:
+        let answer = "got Basic YXBpLWtleTo=";
+        assert_eq!(
+            sent("http://api-key@host").blot_out(answer),
+            "got Basic ***"
+        );
+        assert!(sent("http://host").0.is_empty());
+    }
 }

@@ -310,7 +310,7 @@ pub fn help() -> String {
         let mut name = variable.name;
         let mut line = String::new();
         for word in format!("{}{default}", variable.meaning).split(' ') {
-            if "    ".len() + width + line.len() + 1 + word.len() > HELP_WIDTH {
+            if "   ".len() + width + line.len() + 1 + word.len() > HELP_WIDTH {
                 help += &format!("  {name:width$} {line}\n");
                 (name, line) = ("", String::new());
             }
@@ -320,4 +320,23 @@ pub fn help() -> String {
         help += &format!("  {name:width$} {line}\n");
     }
     help
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lines_of_the_help_are_as_long_as_they_may_be() {
+        let help = help();
+        let lines: Vec<_> = help.lines().collect();
+        assert!(lines.iter().all(|line| line.len() <= HELP_WIDTH), "{help}");
+        for pair in lines.windows(2) {
+            // The second of these goes on with the text of the first.
+            if pair[1].starts_with("   ") {
+                let word = pair[1].split_whitespace().next().unwrap_or_default();
+                assert!(pair[0].len() + 1 + word.len() > HELP_WIDTH, "{help}");
+            }
+        }
+    }
 }

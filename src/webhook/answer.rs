@@ -55,7 +55,26 @@ pub(crate) fn parse_retry_after(value: &str, now: SystemTime) -> Option<Duration
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::UNIX_EPOCH;
+    use std::{convert::Infallible, time::UNIX_EPOCH};
+
+    use bytes::Bytes;
+    use futures::stream;
+    use http_body_util::StreamBody;
+    use hyper::body::Frame;
+    use reqwest::Body;
+
+    #[tokio::test]
+    async fn a_body_is_read_up_to_its_bound_however_it_is_cut() {
+        for (bound, expected) in [(2, "ab"), (5, "abcde"), (7, "abcdefg"), (100, "abcdefghij")] {
+            let chunks = ["abc", "defg", "hij"].map(|chunk| {
+                Ok::<_, Infallible>(Frame::data(Bytes::from_static(chunk.as_bytes())))
+            });
+            let body = Body::wrap(StreamBody::new(stream::iter(chunks)));
+            let deadline = Instant::now() + Duration::from_secs(10);
+            let read = read(hyper::Response::new(body).into(), bound, deadline).await;
+            assert_eq!(read, expected.as_bytes(), "{bound}");
+        }
+    }
 
     #[test]
     fn retry_after_is_seconds_or_a_date_and_bounded() {

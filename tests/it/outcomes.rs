@@ -112,6 +112,18 @@ async fn what_is_no_answer_is_tried_again() {
 }
 
 #[tokio::test]
+async fn what_is_no_answer_counts_on_a_connection_that_was_good_before_too() {
+    let nonsense = Answer::Raw(b"SSH-2.0-OpenSSH_9.2\r\n\r\n".to_vec());
+    let mut scene = Scene::script([Answer::OK, nonsense], &[]).await;
+    scene.relayed().await;
+    scene.publish("second").await;
+    assert_eq!(scene.next().await.payload, "second");
+    scene.relay.logged("attempt 1: no valid answer: ").await;
+    let requests = scene.webhook.requests();
+    assert_eq!((requests.len(), requests[1].connection), (3, 0));
+}
+
+#[tokio::test]
 async fn a_front_end_that_is_not_up_yet_is_waited_for() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();

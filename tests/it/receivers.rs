@@ -293,13 +293,13 @@ async fn proxies_are_used_said_and_never_asked_for_loopback_addresses() {
     nats.publish("cms.cache.x", "far away").await;
     assert_eq!(next(&mut relayed).await.payload, "far away");
     assert_eq!((plain.count(), secure.count()), (2, 1));
+    let login = "proxy-authorization: basic dxnlcjpodw50zxiy"; // user:hunter2
     for (heads, line) in [
         (&http_heads, "POST http://app.invalid/hook HTTP/1.1"),
         (&https_heads, "CONNECT app.invalid:443 HTTP/1.1"),
     ] {
         let heads = heads.lock().unwrap();
         assert!(heads[0].starts_with(line), "{heads:?}");
-        let login = "proxy-authorization: basic dxnlcjpodw50zxiy"; // user:hunter2
         assert!(heads[0].to_lowercase().contains(login), "{heads:?}");
     }
     assert_eq!(relay.lines("hunter2"), [""; 0]);
@@ -327,6 +327,9 @@ async fn proxies_are_used_said_and_never_asked_for_loopback_addresses() {
         shown(&https_proxy)
     );
     assert!(lines.last().unwrap().contains(&through), "{lines:#?}");
+    let heads = https_heads.lock().unwrap();
+    assert_eq!(heads.len(), 2);
+    assert!(heads[1].to_lowercase().contains(login), "{heads:?}");
     assert_eq!(
         (plain.count(), secure.count()),
         (2, 1),
