@@ -1,4 +1,5 @@
 use std::{
+    ffi::OsString,
     path::{Path, PathBuf},
     process::{Command as StdCommand, Stdio},
     sync::{Arc, Mutex},
@@ -39,6 +40,7 @@ impl Relay {
     ) -> Self {
         let mut process = command
             .env_clear()
+            .envs(profile())
             .envs(variables)
             .current_dir(directory.path())
             .stdin(Stdio::null())
@@ -195,11 +197,19 @@ pub fn usual<'a>(nats: &'a str, webhook: &'a str) -> [(&'a str, &'a str); 4] {
     ]
 }
 
+/// Where `cargo llvm-cov`, if it runs the tests, wants to find what was executed.
+fn profile() -> Option<(&'static str, OsString)> {
+    const FILE: &str = "LLVM_PROFILE_FILE";
+
+    std::env::var_os(FILE).map(|file| (FILE, file))
+}
+
 /// What `--check` prints, line by line, and its exit code.
 pub async fn check(variables: &[(&str, &str)]) -> (Option<i32>, Vec<String>) {
     let output = Command::new(Relay::program())
         .arg("--check")
         .env_clear()
+        .envs(profile())
         .envs(variables.iter().copied())
         .current_dir(std::env::temp_dir())
         .stdin(Stdio::null())
