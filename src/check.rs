@@ -24,9 +24,10 @@ use crate::{
     config::{self, Config, Destination, Login, Mode, Proxy},
     monitor::{Monitor, endpoints},
     nats::{
-        Connection, ConnectionEvent, ConnectionEvents, Refusals, cannot_look, connect_once, show,
+        Connection, ConnectionEvent, ConnectionEvents, Failure, Refusals, cannot_look,
+        connect_once, show,
     },
-    publish::{Failure, Publishers},
+    publish::Publishers,
     source::{Consumer, ConsumerError, try_to_look},
     text::{self, count, reasons},
     tls,
@@ -197,7 +198,7 @@ async fn check_consumer(
     let Consumer { stream, name, .. } = consumer;
     let found = tokio::select! {
         biased;
-        reason = events.fatal(true) => Err(reason),
+        reason = events.fatal() => Err(reason),
         found = consumer.verify() => match found {
             Ok(waiting) => Ok(format!(
                 "is there and as it must be; waiting in the stream: {}", count(waiting, "message")
@@ -235,7 +236,7 @@ async fn check_confirming_streams(
     for (prefix, stream) in publishers.confirming_streams() {
         let found = tokio::select! {
             biased;
-            reason = events.fatal(true) => Err(reason),
+            reason = events.fatal() => Err(reason),
             found = stream.open(prefix) => match found {
                 Ok(_) => Ok(format!("is there, and keeps {prefix}.>")),
                 Err(Failure::Permanent(reason) | Failure::Temporary(reason)) => {

@@ -406,6 +406,8 @@ mod tests {
             (STREAM, "CMS", "NATS_CONSUMER is not set"),
             (CONSUMER, "relay", "NATS_STREAM is not set"),
             (STREAM, "C.M.S", "is no name"),
+            (STREAM, "C M", "is no name"),
+            (STREAM, "C\u{1}M", "is no name"),
             (RELAYED_STREAM, "RELAYED.>", "is no name"),
             (DOMAIN, "h.ub", "is no name"),
             (DOMAIN, "hub", "is set, but none of NATS_STREAM"),

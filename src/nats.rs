@@ -15,7 +15,7 @@ use secrecy::ExposeSecret;
 use tokio::sync::mpsc;
 
 pub use self::{
-    api::{Api, Silence},
+    api::{Api, Failure, refused},
     connection::{ClientEnded, Connection, Refusals},
     events::{ConnectionEvent, ConnectionEvents},
     inbox::{ANSWER_TIMEOUT, NoAnswer},

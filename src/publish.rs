@@ -12,11 +12,11 @@ use reqwest::header::HeaderValue;
 use tokio::{time::sleep, try_join};
 
 use self::stream::BACKOFF;
-pub use self::stream::{ConfirmingStream, Failure};
+pub use self::stream::ConfirmingStream;
 use crate::{
     config::{Config, FAILED_STREAM, Mode, RELAYED_STREAM},
     monitor::Monitor,
-    nats::Connection,
+    nats::{Connection, Failure},
     republish::StreamHeaders,
     source::Delivery,
     subject::Prefix,
@@ -109,15 +109,14 @@ impl Publishers {
     /// # Errors
     /// If one of them cannot be used.
     pub async fn open(&mut self) -> anyhow::Result<()> {
-        let mut failures = 0;
+        let mut waits = BACKOFF.waits();
         loop {
             let reason = match self.try_open().await {
                 Ok(()) => return Ok(()),
                 Err(Failure::Permanent(reason)) => bail!(reason),
                 Err(Failure::Temporary(reason)) => reason,
             };
-            failures += 1;
-            let wait = BACKOFF.wait(failures);
+            let wait = waits.next();
             // Without a connection that is what the log says already.
             if self.connection.is_up() {
                 warn!("JetStream is not ready: {reason}; next attempt in {wait:.1?}");

@@ -265,8 +265,31 @@ fn fits(headers: &HeaderMap, delivery: &Delivery, max_payload: usize) -> bool {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_subject_may_be_as_long_as_nats_takes_it() {
+        let (from, to): (Prefix, Prefix) = ("a".parse().unwrap(), "relayed".parse().unwrap());
+        let relayed = |length| {
+            let rest = "x".repeat(length - "relayed.".len());
+            let message = Delivery {
+                subject: format!("a.{rest}").into(),
+                headers: HeaderMap::new(),
+                payload: Default::default(),
+                ack: None,
+                unrelayable: None,
+            };
+            relayed_subject(&message, &from, &to)
+        };
+        assert_eq!(relayed(LONGEST_SUBJECT).unwrap().len(), LONGEST_SUBJECT);
+        let reason = relayed(LONGEST_SUBJECT + 1).unwrap_err();
+        assert!(
+            reason.starts_with("below relayed its subject has "),
+            "{reason}"
+        );
+    }
 
     #[test]
     fn what_speaks_to_a_stream_or_of_one_is_told_from_other_headers() {

@@ -38,7 +38,6 @@ pub(crate) use self::{
 };
 
 /// A message to relay.
-#[derive(Debug)]
 pub struct Delivery {
     /// The subject on which it was published.
     pub subject: Subject,

@@ -121,6 +121,9 @@ mod tests {
             (&["WEBHOOK_DESTINATON"][..], Some(DESTINATION)),
             (&["NATS_HOSTS"], Some(HOST)),
             (&["NATS_PASSS_FILE"], Some("NATS_PASS_FILE")),
+            // Two letters may be wrong in a name that is as long as this.
+            (&["WEBHOK_CERTS"], Some("WEBHOOK_CERT")),
+            (&["WEBHOK_CAS"], None),
             // It names a file itself.
             (&["NATS_NKEY_FILE"], Some("NATS_NKEY")),
             (&["NATS_CA_FILE"], Some("NATS_CA")),

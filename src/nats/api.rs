@@ -5,7 +5,7 @@ use std::{fmt, sync::Arc};
 
 use async_nats::{
     Client,
-    jetstream::{self, Context},
+    jetstream::{self, Context, ErrorCode},
 };
 
 use crate::config::Config;
@@ -55,16 +55,16 @@ impl Api {
         }
     }
 
-    /// Why nobody answers a request, and whether that lasts: a leaf node loses its hub, and finds it again.
+    /// What it means that nobody answers a request: a leaf node loses its hub, and finds it again.
     /// `variable` names the stream.
     #[must_use]
-    pub fn silence(&self, variable: &str) -> Silence {
+    pub fn silence(&self, variable: &str) -> Failure {
         match self.domain() {
-            Some(domain) => Silence::Passing(format!(
+            Some(domain) => Failure::Temporary(format!(
                 "nobody answers for the domain {domain}; check NATS_JS_DOMAIN, and that the leaf node is \
                  connected to it"
             )),
-            None => Silence::Lasting(format!(
+            None => Failure::Permanent(format!(
                 "JetStream is not enabled on the NATS server; enable it (behind a leaf node: set \
                  NATS_JS_DOMAIN to the domain of the stream), or unset {variable}"
             )),
@@ -72,10 +72,65 @@ impl Api {
     }
 }
 
-/// Why nobody answers a request to JetStream.
-pub enum Silence {
-    /// Somebody may answer the next one.
-    Passing(String),
-    /// Nobody ever will.
-    Lasting(String),
+/// Why JetStream does not do what it was asked for.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// Later it may.
+    Temporary(String),
+    /// It never will.
+    Permanent(String),
+}
+
+/// What it means that JetStream refuses the use of `what`, in the stream that `variable` names (NATS ADR-7).
+#[must_use]
+pub fn refused(error: &jetstream::Error, what: &str, variable: &str) -> Failure {
+    match error.error_code() {
+        ErrorCode::JETSTREAM_NOT_ENABLED | ErrorCode::JETSTREAM_NOT_ENABLED_FOR_ACCOUNT => {
+            Failure::Permanent(format!(
+                "JetStream is not enabled: {error}; enable it, or unset {variable}"
+            ))
+        }
+        _ if error.code() >= 500 => Failure::Temporary(error.to_string()),
+        _ => Failure::Permanent(format!("{what} cannot be used: {error}")),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use serde_json::{from_value, json};
+
+    #[test]
+    fn a_refusal_is_temporary_where_the_server_is_at_fault() {
+        for (code, err_code, expected) in [
+            (503, 10008, Failure::Temporary("no (code 503, error code 10008)".to_owned())),
+            (500, 10049, Failure::Temporary("no (code 500, error code 10049)".to_owned())),
+            (
+                400,
+                10003,
+                Failure::Permanent("it cannot be used: no (code 400, error code 10003)".to_owned()),
+            ),
+            (
+                503,
+                10076,
+                Failure::Permanent(
+                    "JetStream is not enabled: no (code 503, error code 10076); enable it, or unset X"
+                        .to_owned(),
+                ),
+            ),
+            (
+                503,
+                10039,
+                Failure::Permanent(
+                    "JetStream is not enabled: no (code 503, error code 10039); enable it, or unset X"
+                        .to_owned(),
+                ),
+            ),
+        ] {
+            let error = json!({ "code": code, "err_code": err_code, "description": "no" });
+            let error: jetstream::Error = from_value(error).unwrap();
+            assert_eq!(refused(&error, "it", "X"), expected);
+        }
+    }
 }

@@ -16,6 +16,7 @@ use super::{
     start,
 };
 use crate::{
+    backoff::Waits,
     config::{Config, Mode},
     monitor::Monitor,
 };
@@ -33,8 +34,8 @@ pub(super) struct Successor {
     monitor: Arc<Monitor>,
     refusals: Refusals,
     current: watch::Sender<Current>,
-    /// How many clients in a row have broken down at once.
-    failures: u32,
+    /// How long each of those that break down one after the other has to wait.
+    waits: Waits,
     /// When the next one may start.
     due: Instant,
 }
@@ -82,13 +83,13 @@ impl ConnectionEvents {
     }
 
     /// Resolves when the relay cannot go on, with the reason.
-    pub async fn fatal(&mut self, needs_inbox: bool) -> anyhow::Error {
+    pub async fn fatal(&mut self) -> anyhow::Error {
         loop {
             match self.next().await {
-                ConnectionEvent::Fatal(reason) => return reason,
-                ConnectionEvent::InboxRefused(reason) if needs_inbox => return reason,
-                ConnectionEvent::InboxRefused(_)
-                | ConnectionEvent::ProbeRefused
+                ConnectionEvent::Fatal(reason) | ConnectionEvent::InboxRefused(reason) => {
+                    return reason;
+                }
+                ConnectionEvent::ProbeRefused
                 | ConnectionEvent::LookRefused
                 | ConnectionEvent::Connected
                 | ConnectionEvent::Replaced => {}
@@ -145,21 +146,19 @@ impl Successor {
             monitor,
             refusals,
             current,
-            failures: 0,
+            waits: BACKOFF.waits(),
             due: Instant::now(),
         }
     }
 
     /// Starts another client, with growing waits where one after the other breaks down; what it reports.
     async fn replace(&mut self) -> anyhow::Result<mpsc::UnboundedReceiver<ConnectionEvent>> {
-        let now = Instant::now();
-        if now > self.due + LASTING {
-            self.failures = 0;
+        if self.due.elapsed() >= LASTING {
+            self.waits = BACKOFF.waits();
         }
         sleep_until(self.due.into()).await;
         let (client, reports) = start(&self.config, &self.monitor, &self.refusals).await?;
-        self.failures += 1;
-        self.due = Instant::now() + BACKOFF.wait(self.failures);
+        self.due = Instant::now() + self.waits.next();
         self.monitor.set_disconnected();
         let loss = match self.config.mode {
             Mode::Core { .. } => "; messages that were on their way are lost",

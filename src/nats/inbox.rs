@@ -55,8 +55,7 @@ impl Inbox {
         payload: Bytes,
         read: impl Fn(&Message) -> Option<T>,
     ) -> Result<T, NoAnswer> {
-        self.last += 1;
-        let reply = Subject::from(format!("{}.{}", self.prefix, self.last));
+        let reply = self.next_reply();
         let subscriber = self.subscriber(connection).await?;
         connection
             .publish(subject, Some(reply.clone()), headers, payload)
@@ -80,6 +79,12 @@ impl Inbox {
             .unwrap_or(Err(NoAnswer::TimedOut))
     }
 
+    /// Where the next question is to be answered.
+    fn next_reply(&mut self) -> Subject {
+        self.last += 1;
+        format!("{}.{}", self.prefix, self.last).into()
+    }
+
     /// The subscription of the client that there is now.
     async fn subscriber(&mut self, connection: &Connection) -> Result<&mut Subscriber, NoAnswer> {
         let epoch = connection.epoch();
@@ -95,5 +100,17 @@ impl Inbox {
         };
         let (subscriber, _) = self.subscription.insert(subscription);
         Ok(subscriber)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_question_is_answered_on_a_subject_of_its_own() {
+        let mut inbox = Inbox::new("inbox".to_owned());
+        let replies = [(); 3].map(|()| inbox.next_reply().to_string());
+        assert_eq!(replies, ["inbox.1", "inbox.2", "inbox.3"]);
     }
 }

@@ -159,7 +159,7 @@ impl Observer {
     pub(super) fn choose(&self, servers: &[Server]) -> Option<ReconnectToServer> {
         let mut progress = lock(&self.progress);
         if let Some(since) = progress.connected.take()
-            && since.elapsed() > LASTING
+            && since.elapsed() >= LASTING
         {
             progress.attempts = 0;
         }
@@ -366,8 +366,53 @@ fn refused_subject(text: &str, what: &str) -> Option<String> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_server_is_tried_at_once_in_the_first_round_and_after_waits_in_later_ones() {
+        let config = Config::from_environment(&crate::Environment::from_iter([
+            ("WEBHOOK_DESTINATION", "http://localhost"),
+            ("NATS_HOST", "nats://a,nats://b"),
+            ("NATS_SUBJECT_PREFIX", "cms"),
+            ("NATS_RELAYED_SUBJECT_PREFIX", "relayed"),
+        ]));
+        let config = config.unwrap();
+        let refusals = Refusals::default();
+        let monitor = Arc::new(Monitor::new(refusals.clone()).unwrap());
+        let (observer, _events) = Observer::new(&config, &monitor, &refusals);
+        let servers = config.nats.servers.iter().map(|address| Server {
+            addr: address.clone(),
+            failed_attempts: 0,
+            did_connect: false,
+            is_discovered: false,
+            last_error: None,
+        });
+        let servers: Vec<_> = servers.collect();
+        let choose = || {
+            let chosen = observer.choose(&servers).unwrap();
+            (chosen.addr.host().to_owned(), chosen.delay.unwrap())
+        };
+        for longest_wait in [Duration::ZERO, BACKOFF.first, 2 * BACKOFF.first] {
+            for host in ["a", "b"] {
+                let (chosen, wait) = choose();
+                assert_eq!(chosen, host);
+                assert!(
+                    (longest_wait / 2..=longest_wait).contains(&wait),
+                    "{wait:?}"
+                );
+            }
+        }
+        // A connection that did not last changes nothing; one that did is followed by a first round.
+        let connected = |before| {
+            lock(&observer.progress).connected = Instant::now().checked_sub(before);
+        };
+        connected(Duration::ZERO);
+        assert_ne!(choose().1, Duration::ZERO);
+        connected(LASTING);
+        assert_eq!(choose(), ("a".to_owned(), Duration::ZERO));
+    }
 
     #[test]
     fn refusals_name_their_subject() {

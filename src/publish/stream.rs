@@ -18,7 +18,7 @@ use tokio::time::sleep;
 use crate::{
     backoff::Backoff,
     monitor::Monitor,
-    nats::{ANSWER_TIMEOUT, ClientEnded, Connection, NoAnswer, Silence},
+    nats::{ANSWER_TIMEOUT, ClientEnded, Connection, Failure, NoAnswer, refused},
     source::Delivery,
     subject::Prefix,
 };
@@ -37,15 +37,6 @@ pub struct ConfirmingStream {
     variable: &'static str,
     /// The stream.
     stream: String,
-}
-
-/// Why a stream cannot be used, or does not confirm a message.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Failure {
-    /// Later it may.
-    Temporary(String),
-    /// It never will.
-    Permanent(String),
 }
 
 impl ConfirmingStream {
@@ -86,22 +77,12 @@ impl ConfirmingStream {
                     ErrorCode::STREAM_NOT_FOUND => Failure::Permanent(format!(
                         "there is no stream {stream}; create it, or set {variable} to one that exists"
                     )),
-                    ErrorCode::JETSTREAM_NOT_ENABLED
-                    | ErrorCode::JETSTREAM_NOT_ENABLED_FOR_ACCOUNT => Failure::Permanent(format!(
-                        "JetStream is not enabled: {error}; enable it, or unset {variable}"
-                    )),
-                    _ if error.code() >= 500 => Failure::Temporary(error.to_string()),
-                    _ => Failure::Permanent(format!("the stream {stream} cannot be used: {error}")),
+                    _ => refused(&error, &format!("the stream {stream}"), variable),
                 });
             }
             Err(error) => {
                 return Err(match error.kind() {
-                    RequestErrorKind::NoResponders => {
-                        match self.connection.api().silence(variable) {
-                            Silence::Passing(reason) => Failure::Temporary(reason),
-                            Silence::Lasting(reason) => Failure::Permanent(reason),
-                        }
-                    }
+                    RequestErrorKind::NoResponders => self.connection.api().silence(variable),
                     _ => Failure::Temporary(error.to_string()),
                 });
             }

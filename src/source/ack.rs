@@ -2,7 +2,6 @@
 //! that knows how that is written.
 
 use std::{
-    fmt,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -58,6 +57,10 @@ impl Position {
     /// same.
     pub(super) fn covers(self, other: Self) -> bool {
         other.sequence <= self.sequence && other.time <= self.time
+    }
+
+    fn stored(self) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_nanos(self.nanoseconds())
     }
 
     /// Its time in nanoseconds since 1970, which the server counts in 64 bits.
@@ -176,7 +179,7 @@ impl Ack {
 
     /// When the stream got the message.
     pub fn stored(&self) -> SystemTime {
-        SystemTime::UNIX_EPOCH + Duration::from_nanos(self.position.nanoseconds())
+        self.position.stored()
     }
 
     /// Tells the server what has become of the message, until it has confirmed that; whether it has.
@@ -207,7 +210,7 @@ impl Ack {
             if is_confirmed || connection.epoch() != epoch {
                 return is_confirmed;
             }
-            if start.elapsed() > CONFIRM_WITHIN {
+            if start.elapsed() >= CONFIRM_WITHIN {
                 warn!("{} may come again: NATS does not confirm its ack", self.id);
                 return false;
             }
@@ -265,20 +268,21 @@ impl Ack {
     }
 }
 
-impl fmt::Debug for Ack {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            id,
-            consumer_sequence,
-            ..
-        } = self;
-        write!(f, "Ack({id}, {consumer_sequence})")
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_time_of_a_position_counts_from_1970() {
+        let position = |time| Position { sequence: 1, time };
+        let (epoch, second) = (SystemTime::UNIX_EPOCH, Duration::from_secs(1));
+        assert_eq!(position(1_000_000_000).stored(), epoch + second);
+        assert_eq!(
+            position(-1).stored(),
+            epoch,
+            "the server counts no such time"
+        );
+    }
 
     #[test]
     fn what_was_acknowledged_before_is_recognised_but_not_in_a_restored_stream() {

@@ -136,6 +136,67 @@ fn decode(text: &str) -> HeaderMap {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bytes::Bytes;
+
+    fn message(payload_bytes: usize) -> Message {
+        let mut headers = HeaderMap::new();
+        headers.append("a", "1");
+        Message {
+            subject: "s.t".into(),
+            reply: None,
+            payload: Bytes::from(vec![b'x'; payload_bytes]),
+            headers: Some(headers),
+            status: None,
+            description: None,
+            length: 0,
+        }
+    }
+
+    /// What a message of [`message`] has beside its payload: subject, header, line break.
+    const OTHER_BYTES: usize = "s.t".len() + "a:1\n".len();
+
+    #[test]
+    fn it_takes_what_fits_to_the_last_byte() {
+        let mut buffer = Buffer::default();
+        assert!(buffer.push(message(1000)));
+        assert_eq!(buffer.bytes(), OTHER_BYTES + 1000 + MESSAGE_OVERHEAD);
+        let room = BUFFER_BYTES - buffer.bytes() - OTHER_BYTES - MESSAGE_OVERHEAD;
+        assert!(!buffer.push(message(room + 1)));
+        assert!(buffer.push(message(room)));
+        assert_eq!((buffer.len(), buffer.bytes()), (2, BUFFER_BYTES));
+        assert!(!buffer.push(message(0)));
+        assert!(
+            buffer
+                .pop()
+                .is_some_and(|first| first.payload.len() == 1000)
+        );
+        assert!(buffer.push(message(1000)));
+        assert!(
+            buffer
+                .pop()
+                .is_some_and(|second| second.payload.len() == room)
+        );
+        assert!(buffer.pop().is_some());
+        assert!(buffer.pop().is_none());
+        assert_eq!((buffer.len(), buffer.bytes()), (0, 0));
+        // A single one always does.
+        assert!(buffer.push(message(BUFFER_BYTES)));
+    }
+
+    #[test]
+    fn its_memory_is_given_back_once_much_was_written_to_it() {
+        let mut buffer = Buffer::default();
+        for (payload_bytes, is_kept) in [
+            (10, true),
+            (KEPT_BYTES - OTHER_BYTES, true),
+            (KEPT_BYTES - OTHER_BYTES + 1, false),
+            (KEPT_BYTES - OTHER_BYTES, true),
+        ] {
+            assert!(buffer.push(message(payload_bytes)));
+            assert!(buffer.pop().is_some());
+            assert_eq!(buffer.contents.capacity() > 0, is_kept, "{payload_bytes}");
+        }
+    }
 
     #[test]
     fn headers_come_out_as_they_went_in() {

@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use anyhow::{anyhow, bail};
 use async_nats::jetstream::{
-    ErrorCode,
     consumer::{self, AckPolicy, pull},
     context::ConsumerInfoErrorKind,
     response::Response,
@@ -12,7 +11,7 @@ use async_nats::jetstream::{
 };
 use log::{info, warn};
 
-use crate::nats::{Connection, Silence};
+use crate::nats::{Connection, Failure, refused};
 
 /// How long the server waits for a sign of life about a message before it hands it out again. It
 /// bounds how long a dead replica holds up the others.
@@ -75,8 +74,8 @@ impl Consumer {
             )),
             ConsumerInfoErrorKind::NoResponders => {
                 match self.connection.api().silence("NATS_STREAM") {
-                    Silence::Passing(reason) => ConsumerError::Temporary(reason),
-                    Silence::Lasting(reason) => ConsumerError::NobodyAnswers(anyhow!(reason)),
+                    Failure::Temporary(reason) => ConsumerError::Temporary(reason),
+                    Failure::Permanent(reason) => ConsumerError::NobodyAnswers(anyhow!(reason)),
                 }
             }
             ConsumerInfoErrorKind::JetStream(error) => self.judge(&error),
@@ -193,18 +192,10 @@ impl Consumer {
 
     /// What an error of the JetStream API means.
     fn judge(&self, error: &async_nats::jetstream::Error) -> ConsumerError {
-        match error.error_code() {
-            ErrorCode::JETSTREAM_NOT_ENABLED | ErrorCode::JETSTREAM_NOT_ENABLED_FOR_ACCOUNT => {
-                ConsumerError::Fatal(anyhow!(
-                    "JetStream is not enabled: {error}; enable it, or unset NATS_STREAM"
-                ))
-            }
-            _ if error.code() >= 500 => ConsumerError::Temporary(error.to_string()),
-            _ => ConsumerError::Fatal(anyhow!(
-                "the consumer {} of the stream {} cannot be used: {error}",
-                self.name,
-                self.stream
-            )),
+        let what = format!("the consumer {} of the stream {}", self.name, self.stream);
+        match refused(error, &what, "NATS_STREAM") {
+            Failure::Temporary(reason) => ConsumerError::Temporary(reason),
+            Failure::Permanent(reason) => ConsumerError::Fatal(anyhow!(reason)),
         }
     }
 }
@@ -292,7 +283,7 @@ mod tests {
     #[test]
     fn limits_by_which_a_stream_drops_what_is_being_relayed_are_named() {
         let none = stream::Config {
-            max_age: Duration::from_secs(7 * 24 * 60 * 60),
+            max_age: SHORT_AGE,
             ..stream::Config::default()
         };
         assert_eq!(dropping_limits(&none), [""; 0]);

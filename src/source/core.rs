@@ -224,3 +224,30 @@ impl Drops {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use tokio::time::timeout;
+
+    #[tokio::test]
+    async fn drops_are_reported_at_once_and_then_once_a_second() {
+        let mut drops = Drops {
+            next_report: Some(Instant::now()),
+            ..Drops::default()
+        };
+        let due = timeout(Duration::from_millis(20), drops.report_due()).await;
+        assert!(due.is_err(), "there are none");
+        drops.add();
+        drops.add();
+        timeout(REPORT_EVERY, drops.report_due()).await.unwrap();
+        assert_eq!((drops.total, drops.unreported), (2, 2));
+        drops.report();
+        let reported = drops.next_report.unwrap();
+        drops.add();
+        assert_eq!((drops.total, drops.unreported), (3, 1));
+        drops.report_due().await;
+        assert!(Instant::now() >= reported);
+    }
+}

@@ -239,9 +239,6 @@ impl Durable {
     /// Takes a message of the stream, or what the server says about a pull request.
     fn take_answer(&mut self, message: Message) -> anyhow::Result<()> {
         let meaning = Meaning::of(&message, self.requests.inbox(), self.requests.under_way());
-        if meaning != Meaning::Other {
-            self.requests.answered();
-        }
         match meaning {
             Meaning::Delivery => {
                 // It comes on its own subject, which does not tell what request it answers.
@@ -257,7 +254,8 @@ impl Durable {
                     self.consumer.name
                 );
             }
-            Meaning::Heartbeat | Meaning::Stale | Meaning::Other => {}
+            Meaning::Heartbeat => self.requests.answered(),
+            Meaning::Stale | Meaning::Other => {}
         }
         Ok(())
     }
@@ -300,7 +298,7 @@ impl Durable {
         let is_suspicious = self.requests.is_suspicious();
         // Somebody may have edited the consumer; and while there is a current message, nothing else
         // tells how many wait behind it.
-        let due = self.verified.elapsed() > VERIFY_EVERY;
+        let due = self.verified.elapsed() >= VERIFY_EVERY;
         if connected && (is_suspicious || due) {
             let is_verified = self.verify().await?;
             if is_suspicious && is_verified {

@@ -31,7 +31,7 @@ pub(super) struct Requests {
     /// Request `n` is answered on `<inbox>.<n>`.
     inbox: String,
     current: Request,
-    /// When the server last answered anything.
+    /// When the server last said something about it.
     last_answer: Instant,
     /// How many requests in a row have failed.
     failures: u32,
@@ -103,7 +103,7 @@ impl Requests {
         })
     }
 
-    /// The server has said something.
+    /// The server has said that it still has the current request.
     pub(super) fn answered(&mut self) {
         self.last_answer = Instant::now();
     }
@@ -130,7 +130,7 @@ impl Requests {
     /// Whether the consumer should be verified before another request.
     pub(super) fn is_suspicious(&self) -> bool {
         match self.current {
-            Request::UnderWay(_) => self.last_answer.elapsed() > SILENCE,
+            Request::UnderWay(_) => self.last_answer.elapsed() >= SILENCE,
             Request::Ended(_) => false,
             Request::Failed(_) => true,
         }
@@ -154,7 +154,7 @@ impl Requests {
         self.failures += 1;
         let is_due = self
             .reported
-            .is_none_or(|reported| reported.elapsed() > REPORT_EVERY);
+            .is_none_or(|reported| reported.elapsed() >= REPORT_EVERY);
         if self.failures > 1 && is_due {
             warn!("no message can come: {reason}");
             self.reported = Some(Instant::now());
@@ -166,5 +166,72 @@ impl Requests {
     fn number(&self) -> u64 {
         let (Request::UnderWay(n) | Request::Ended(n) | Request::Failed(n)) = self.current;
         n
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn requests() -> Requests {
+        Requests::new("next".into(), "inbox".to_owned())
+    }
+
+    fn send(requests: &mut Requests) -> Option<String> {
+        requests.next().map(|request| request.reply.to_string())
+    }
+
+    #[test]
+    fn one_request_at_a_time_is_under_way_and_each_has_its_number() {
+        let mut requests = requests();
+        assert_eq!(requests.under_way(), None);
+        for n in 1..4 {
+            assert_eq!(send(&mut requests), Some(format!("inbox.{n}")));
+            assert_eq!(send(&mut requests), None);
+            assert_eq!(requests.under_way(), Some(n));
+            requests.succeeded();
+            assert_eq!(requests.under_way(), None);
+        }
+    }
+
+    #[test]
+    fn the_consumer_is_verified_after_a_refusal_and_after_silence() {
+        let mut requests = requests();
+        assert!(!requests.is_suspicious());
+        send(&mut requests);
+        assert!(!requests.is_suspicious());
+        requests.last_answer -= SILENCE;
+        assert!(requests.is_suspicious());
+        requests.answered();
+        assert!(!requests.is_suspicious());
+
+        requests.failed("no");
+        assert!(requests.is_suspicious());
+        assert_eq!(send(&mut requests), None);
+        requests.start_over();
+        assert!(!requests.is_suspicious());
+        assert_eq!(send(&mut requests), Some("inbox.2".to_owned()));
+
+        requests.last_answer -= SILENCE;
+        requests.start_over();
+        assert_eq!(send(&mut requests), Some("inbox.3".to_owned()));
+        assert!(!requests.is_suspicious());
+    }
+
+    #[test]
+    fn failures_in_a_row_are_reported_once_a_minute() {
+        let mut requests = requests();
+        let is_reported = |requests: &mut Requests| {
+            let before = requests.reported;
+            requests.failed("no");
+            requests.reported != before
+        };
+        assert!(!is_reported(&mut requests), "one is regular");
+        requests.succeeded();
+        assert!(!is_reported(&mut requests), "so is another one later");
+        assert!(is_reported(&mut requests));
+        assert!(!is_reported(&mut requests));
+        requests.reported = requests.reported.map(|reported| reported - REPORT_EVERY);
+        assert!(is_reported(&mut requests));
     }
 }

@@ -19,13 +19,13 @@ const BACKOFF: Backoff = Backoff {
 
 impl Durable {
     pub(in crate::source) async fn open(&mut self) -> anyhow::Result<()> {
-        let mut failures = 0;
+        let mut waits = BACKOFF.waits();
         loop {
             let epoch = self.connection.epoch();
             self.subscribe().await;
             let reason = tokio::select! {
                 biased;
-                reason = self.events.fatal(true) => return Err(reason),
+                reason = self.events.fatal() => return Err(reason),
                 ready = self.consumer.ensure() => match ready {
                     Ok(()) => {
                         // What it means that there is no answer was said where it became known.
@@ -47,15 +47,14 @@ impl Durable {
                     Err(ConsumerError::Temporary(reason)) => reason,
                 },
             };
-            failures += 1;
-            let wait = BACKOFF.wait(failures);
+            let wait = waits.next();
             // Without a connection that is what the log says already.
             if self.connection.is_up() {
                 warn!("JetStream is not ready: {reason}; next attempt in {wait:.1?}");
             }
             tokio::select! {
                 biased;
-                reason = self.events.fatal(true) => return Err(reason),
+                reason = self.events.fatal() => return Err(reason),
                 () = sleep(wait) => {}
             }
         }
