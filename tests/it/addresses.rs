@@ -157,9 +157,20 @@ async fn a_message_that_nobody_has_got_is_not_relayed() {
     next(&mut relayed).await;
     let counts: Vec<_> = replicas.iter().map(Webhook::count).collect();
     assert_eq!(counts, [1, 1]);
-    relay
+    // Each time that the name had no address counts as an attempt, and so does this one.
+    let gone = relay
         .logged("every address that its name had is gone")
         .await;
+    let unresolved = relay.lines("its name does not resolve");
+    let (before, _) = unresolved.split_at(
+        unresolved
+            .iter()
+            .take_while(|line| !line.contains(" at "))
+            .count(),
+    );
+    assert!(before[0].contains("attempt 1: "), "{before:#?}");
+    let attempt = format!("attempt {}: ", before.len() + 1);
+    assert!(gone.contains(&attempt), "{attempt}{gone}");
 }
 
 #[tokio::test]

@@ -2,8 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use async_nats::{HeaderMap, jetstream::consumer};
-use futures::StreamExt;
+use async_nats::{
+    HeaderMap,
+    jetstream::{consumer, stream},
+};
+use futures::{FutureExt, StreamExt};
 
 use crate::support::{Answer, Mode, NatsServer, PATIENCE, Relay, Scene, Webhook, next, until};
 
@@ -33,6 +36,13 @@ async fn what_was_published_before_the_start_and_during_a_downtime_is_relayed_in
     relay
         .logged("created the consumer relay on the stream CMS")
         .await;
+    let jetstream = nats.jetstream().await;
+    let consumer: consumer::PullConsumer = jetstream
+        .get_consumer_from_stream("relay", "CMS")
+        .await
+        .unwrap();
+    let description = consumer.cached_info().config.description.clone();
+    assert_eq!(description.as_deref(), Some("nats-webhook-relay"));
     expect(&mut relayed, 0..20).await;
     publish(&nats, 20..30).await;
     expect(&mut relayed, 20..30).await;
@@ -43,6 +53,35 @@ async fn what_was_published_before_the_start_and_during_a_downtime_is_relayed_in
     expect(&mut relayed, 30..50).await;
     assert_eq!(relay.lines("created the consumer"), [""; 0]);
     assert_eq!(webhook.count(), 50, "each was POSTed once");
+}
+
+#[tokio::test]
+async fn a_message_costs_jetstream_a_pull_request_and_no_other() {
+    const COUNT: usize = 20;
+    // For so long that whatever is due every second is seen.
+    let slow = Answer::ok_after(Duration::from_millis(2300));
+    let mut scene = Scene::durable(Webhook::script([slow]).await, &[]).await;
+    let mut requests = scene.client.subscribe("$JS.API.CONSUMER.>").await.unwrap();
+    scene.client.flush().await.unwrap();
+    scene.publish("0").await;
+    expect(&mut scene.relayed, 0..1).await;
+    for n in 1..COUNT {
+        scene.publish(n.to_string()).await;
+        expect(&mut scene.relayed, n..n + 1).await;
+    }
+    scene.relay.signal("TERM");
+    assert_eq!(scene.relay.ended().await.0, Some(0));
+    scene.client.flush().await.unwrap();
+    let (mut pulls, mut others) = (0, Vec::new());
+    while let Some(Some(request)) = requests.next().now_or_never() {
+        match request.subject.strip_prefix("$JS.API.CONSUMER.") {
+            Some("MSG.NEXT.CMS.relay") => pulls += 1,
+            _ => others.push(request.subject),
+        }
+    }
+    assert!((COUNT..COUNT + 3).contains(&pulls), "{pulls}");
+    // After more than a second, whether the message is still this relay's.
+    assert_eq!(others, ["$JS.API.CONSUMER.INFO.CMS.relay".into()]);
 }
 
 #[tokio::test]
@@ -252,12 +291,25 @@ async fn a_stop_finishes_the_message_in_hand_and_leaves_the_rest_to_the_next_sta
 }
 
 #[tokio::test]
-async fn a_missing_stream_or_jetstream_ends_it() {
+async fn a_missing_stream_or_jetstream_or_one_that_takes_no_consumer_ends_it() {
     let webhook = Webhook::ok().await;
     let durable = [("NATS_STREAM", "OTHER"), ("NATS_CONSUMER", "relay")];
+    let full = NatsServer::with_stream().await;
+    let config = stream::Config {
+        name: "OTHER".to_owned(),
+        subjects: vec!["cms.>".to_owned()],
+        max_consumers: 1,
+        ..Default::default()
+    };
+    let jetstream = full.jetstream().await;
+    jetstream.delete_stream("CMS").await.unwrap();
+    let other = jetstream.create_stream(config).await.unwrap();
+    let config = consumer::pull::Config::default();
+    other.create_consumer(config).await.unwrap();
     for (nats, reason) in [
         (NatsServer::with_stream().await, "there is no stream OTHER"),
         (NatsServer::start().await, "JetStream is not enabled"),
+        (full, "cannot be used: maximum consumers limit reached"),
     ] {
         let (code, log) = Relay::between(&nats, &webhook.url(), &durable)
             .ended()

@@ -423,6 +423,30 @@ async fn a_client_that_breaks_down_is_replaced_and_what_waits_is_kept() {
 }
 
 #[tokio::test]
+async fn a_client_that_breaks_down_in_durable_mode_costs_neither_a_message_nor_an_ack() {
+    const COUNT: usize = 20;
+    let webhook = Webhook::script([Answer::OK, Answer::ok_after(Duration::from_millis(500))]).await;
+    let nats = NatsServer::with_stream().await;
+    let (url, say) = through(&nats).await;
+    let mut scene = Scene::on(nats, Mode::Durable, webhook, &[("NATS_HOST", &url)]).await;
+    for n in 0..COUNT {
+        scene.publish(n.to_string()).await;
+    }
+    scene.webhook.received(2).await;
+    say.send(b"-ERR\r\n").unwrap();
+    let line = scene
+        .relay
+        .logged("the NATS client has broken down and is replaced")
+        .await;
+    assert!(!line.contains("lost"), "{line}");
+    for n in 0..COUNT {
+        assert_eq!(scene.next().await.payload, n.to_string());
+    }
+    assert_eq!(scene.webhook.count(), COUNT, "each was POSTed once");
+    assert_eq!(scene.relay.lines("does not confirm"), [""; 0]);
+}
+
+#[tokio::test]
 async fn core_mode_needs_no_more_than_one_subscription() {
     let nats = NatsServer::with_config("max_subscriptions: 1").await;
     let webhook = Webhook::ok().await;

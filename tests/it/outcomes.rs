@@ -86,14 +86,14 @@ async fn temporary_answers_are_tried_again_with_the_same_message_and_id() {
 async fn what_is_no_answer_is_tried_again() {
     for (answer, reason) in [
         (Answer::Close, "no valid answer: "),
-        (Answer::Hang, "no answer within 300ms"),
+        (Answer::Hang, "no answer within 1s"),
         (
             Answer::Raw(b"SSH-2.0-OpenSSH_9.2\r\n\r\n".to_vec()),
             "no valid answer: ",
         ),
         (
             Answer::Raw(b"HTTP/1.1 200 OK\r\n".to_vec()),
-            "no answer within 300ms",
+            "no answer within 1s",
         ),
         (
             Answer::Endless(b"HTTP/1.1 200 OK\r\nx: ".to_vec()),
@@ -104,7 +104,7 @@ async fn what_is_no_answer_is_tried_again() {
             "answered 999",
         ),
     ] {
-        let mut scene = Scene::script([answer.clone()], &[("WEBHOOK_TIMEOUT", "300ms")]).await;
+        let mut scene = Scene::script([answer.clone()], &[("WEBHOOK_TIMEOUT", "1s")]).await;
         assert_eq!(scene.relayed().await.len(), 2, "{answer:?}");
         let line = scene.relay.logged("attempt 1: ").await;
         assert!(line.contains(reason), "{line}");

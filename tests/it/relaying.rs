@@ -10,6 +10,9 @@ use crate::support::{Answer, NatsServer, Relay, Scene, Webhook, next};
 async fn a_message_goes_to_the_webhook_and_then_to_the_relayed_subject() {
     let webhook = Webhook::start(|_, _| Answer::ok_after(Duration::from_millis(30))).await;
     let mut scene = Scene::core(webhook, &[]).await;
+    let url = scene.webhook.url();
+    let way = format!("on cms.cache.>; POST to {url}, then republish on relayed.cache.>");
+    scene.relay.logged(&way).await;
 
     let mut headers = HeaderMap::new();
     headers.append("Nats-Msg-Id", "edit-17");

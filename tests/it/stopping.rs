@@ -29,6 +29,17 @@ async fn it_stops_also_while_it_waits_for_a_server() {
 }
 
 #[tokio::test]
+async fn it_stops_at_once_also_after_it_has_lost_its_server() {
+    let webhook = Webhook::ok().await;
+    let changes = [("SHUTDOWN_TIMEOUT", "10m")];
+    let mut scene = Scene::core(webhook, &changes).await;
+    scene.nats.kill();
+    scene.relay.logged("lost the connection to NATS").await;
+    scene.relay.signal("TERM");
+    assert_eq!(scene.relay.ended().await.0, Some(0));
+}
+
+#[tokio::test]
 async fn what_has_arrived_is_relayed_retries_included_and_nothing_more_is_taken() {
     let webhook = Webhook::script([
         Answer::Status(503, Duration::from_millis(300)),

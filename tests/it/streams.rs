@@ -352,6 +352,25 @@ async fn nothing_is_missing_in_the_streams_of_a_cluster_that_loses_their_leaders
 }
 
 #[tokio::test]
+async fn what_is_not_confirmed_in_time_is_published_again() {
+    let nats = NatsServer::with_stream().await;
+    nats.create_stream("RELAYED", "relayed.>", 1).await;
+    let webhook = Webhook::script([Answer::ok_after(Duration::from_millis(300))]).await;
+    let scene = Scene::on(nats, Mode::Core, webhook, &[RELAYED]).await;
+    scene.publish("x").await;
+    scene.webhook.received(1).await;
+    scene.nats.freeze();
+    scene
+        .relay
+        .logged("attempt 1: not confirmed within 2s")
+        .await;
+    scene.nats.thaw();
+    scene.relay.logged(" -> ").await;
+    assert_eq!(payloads(&scene.nats, "RELAYED", 1).await, ["x"]);
+    assert_eq!(scene.relay.lines("is not relayed"), [""; 0]);
+}
+
+#[tokio::test]
 async fn someone_else_s_answer_is_no_confirmation() {
     let nats = NatsServer::with_stream().await;
     let jetstream = nats.jetstream().await;
