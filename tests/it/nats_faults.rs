@@ -447,6 +447,26 @@ async fn a_client_that_breaks_down_in_durable_mode_costs_neither_a_message_nor_a
 }
 
 #[tokio::test]
+async fn a_client_that_breaks_down_again_and_again_is_replaced_after_growing_waits() {
+    let nats = NatsServer::start().await;
+    let (url, say) = through(&nats).await;
+    let webhook = Webhook::ok().await;
+    let mut scene = Scene::on(nats, Mode::Core, webhook, &[("NATS_HOST", &url)]).await;
+    let start = Instant::now();
+    for n in 1..=5 {
+        scene.relay.logged_times("connected to NATS", n).await;
+        say.send(b"-ERR\r\n").unwrap();
+        scene
+            .relay
+            .logged_times("has broken down and is replaced", n)
+            .await;
+    }
+    // No wait, and then at least half of 100, 200, 400 and 800 ms.
+    assert!(start.elapsed() >= Duration::from_millis(750));
+    relays_again(&mut scene).await;
+}
+
+#[tokio::test]
 async fn core_mode_needs_no_more_than_one_subscription() {
     let nats = NatsServer::with_config("max_subscriptions: 1").await;
     let webhook = Webhook::ok().await;
