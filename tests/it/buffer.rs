@@ -79,6 +79,9 @@ async fn a_hung_webhook_bounds_memory_and_every_drop_is_counted() {
     let (_, log) = scene.relay.ended().await;
     let relayed = log.iter().filter(|line| line.contains(" -> ")).count();
     assert_eq!(relayed, kept, "relayed and dropped make up all");
+    let last = log.iter().rfind(|line| line.contains("dropped ")).unwrap();
+    let total = format!(", {} since the start: ", COUNT - kept);
+    assert!(last.contains(&total), "{last}");
 }
 
 #[tokio::test]

@@ -185,3 +185,27 @@ async fn a_leaf_node_without_a_jetstream_of_its_own_points_to_the_domain() {
         );
     }
 }
+
+#[tokio::test]
+async fn a_hub_that_is_not_there_yet_is_asked_with_growing_waits() {
+    let nats = NatsServer::start().await;
+    for variables in [
+        &[("NATS_STREAM", "CMS"), ("NATS_CONSUMER", "relay"), DOMAIN][..],
+        &[STREAMS[0], DOMAIN],
+    ] {
+        let relay = Relay::between(&nats, "http://127.0.0.1:1/", variables);
+        let lines = relay
+            .logged_times("nobody answers for the domain hub", 3)
+            .await;
+        let waits = lines.iter().map(|line| {
+            let (_, wait) = line.split_once("; next attempt in ").unwrap();
+            let milliseconds = wait
+                .strip_suffix("ms")
+                .map(|number| number.parse().unwrap());
+            milliseconds.unwrap_or(f64::INFINITY)
+        });
+        // They double from 250 ms, and half of each is random.
+        let waits: Vec<_> = waits.collect();
+        assert!(waits[0] <= 250.0 && waits[2] >= 500.0, "{waits:?}");
+    }
+}

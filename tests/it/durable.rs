@@ -1,12 +1,13 @@
 //! Durable mode: nothing is lost.
 
-use std::time::{Duration, Instant};
-
-use async_nats::{
-    HeaderMap,
-    jetstream::{consumer, stream},
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
 };
+
+use async_nats::{HeaderMap, jetstream::consumer};
 use futures::{FutureExt, StreamExt};
+use tokio::sync::Notify;
 
 use crate::support::{Answer, Mode, NatsServer, PATIENCE, Relay, Scene, Webhook, next, until};
 
@@ -36,13 +37,10 @@ async fn what_was_published_before_the_start_and_during_a_downtime_is_relayed_in
     relay
         .logged("created the consumer relay on the stream CMS")
         .await;
-    let jetstream = nats.jetstream().await;
-    let consumer: consumer::PullConsumer = jetstream
-        .get_consumer_from_stream("relay", "CMS")
-        .await
-        .unwrap();
-    let description = consumer.cached_info().config.description.clone();
-    assert_eq!(description.as_deref(), Some("nats-webhook-relay"));
+    let stream = nats.jetstream().await.get_stream("CMS").await.unwrap();
+    let created = stream.consumer_info("relay").await.unwrap().config;
+    // By which its operator knows whose it is.
+    assert_eq!(created.description.as_deref(), Some("nats-webhook-relay"));
     expect(&mut relayed, 0..20).await;
     publish(&nats, 20..30).await;
     expect(&mut relayed, 20..30).await;
@@ -53,35 +51,6 @@ async fn what_was_published_before_the_start_and_during_a_downtime_is_relayed_in
     expect(&mut relayed, 30..50).await;
     assert_eq!(relay.lines("created the consumer"), [""; 0]);
     assert_eq!(webhook.count(), 50, "each was POSTed once");
-}
-
-#[tokio::test]
-async fn a_message_costs_jetstream_a_pull_request_and_no_other() {
-    const COUNT: usize = 20;
-    // For so long that whatever is due every second is seen.
-    let slow = Answer::ok_after(Duration::from_millis(2300));
-    let mut scene = Scene::durable(Webhook::script([slow]).await, &[]).await;
-    let mut requests = scene.client.subscribe("$JS.API.CONSUMER.>").await.unwrap();
-    scene.client.flush().await.unwrap();
-    scene.publish("0").await;
-    expect(&mut scene.relayed, 0..1).await;
-    for n in 1..COUNT {
-        scene.publish(n.to_string()).await;
-        expect(&mut scene.relayed, n..n + 1).await;
-    }
-    scene.relay.signal("TERM");
-    assert_eq!(scene.relay.ended().await.0, Some(0));
-    scene.client.flush().await.unwrap();
-    let (mut pulls, mut others) = (0, Vec::new());
-    while let Some(Some(request)) = requests.next().now_or_never() {
-        match request.subject.strip_prefix("$JS.API.CONSUMER.") {
-            Some("MSG.NEXT.CMS.relay") => pulls += 1,
-            _ => others.push(request.subject),
-        }
-    }
-    assert!((COUNT..COUNT + 3).contains(&pulls), "{pulls}");
-    // After more than a second, whether the message is still this relay's.
-    assert_eq!(others, ["$JS.API.CONSUMER.INFO.CMS.relay".into()]);
 }
 
 #[tokio::test]
@@ -170,6 +139,7 @@ async fn a_poison_message_goes_to_the_failed_prefix_and_the_rest_goes_on() {
     let client = nats.client().await;
     let mut relayed = client.subscribe("relayed.>").await.unwrap();
     let mut failed = client.subscribe("failed.>").await.unwrap();
+    let mut acks = client.subscribe("$JS.ACK.CMS.relay.>").await.unwrap();
     let webhook = Webhook::start(|_, request| match request.text().as_str() {
         "1" => Answer::full("422 No", "no\r\nsuch tag"),
         _ => Answer::OK,
@@ -195,6 +165,13 @@ async fn a_poison_message_goes_to_the_failed_prefix_and_the_rest_goes_on() {
     );
     assert_eq!(header("Relay-Status"), "422");
     assert_eq!(header("Relay-Attempts"), "1");
+    assert_eq!(next(&mut acks).await.payload, "+ACK");
+    // Who watches the server is told the reason, where it knows what to do with one.
+    let end = match NatsServer::is_at_least((2, 11)) {
+        true => "+TERM answered 422 Unprocessable Entity: no  such tag",
+        false => "+TERM",
+    };
+    assert_eq!(next(&mut acks).await.payload, end);
 
     relay.signal("TERM");
     relay.ended().await;
@@ -291,25 +268,12 @@ async fn a_stop_finishes_the_message_in_hand_and_leaves_the_rest_to_the_next_sta
 }
 
 #[tokio::test]
-async fn a_missing_stream_or_jetstream_or_one_that_takes_no_consumer_ends_it() {
+async fn a_missing_stream_or_jetstream_ends_it() {
     let webhook = Webhook::ok().await;
     let durable = [("NATS_STREAM", "OTHER"), ("NATS_CONSUMER", "relay")];
-    let full = NatsServer::with_stream().await;
-    let config = stream::Config {
-        name: "OTHER".to_owned(),
-        subjects: vec!["cms.>".to_owned()],
-        max_consumers: 1,
-        ..Default::default()
-    };
-    let jetstream = full.jetstream().await;
-    jetstream.delete_stream("CMS").await.unwrap();
-    let other = jetstream.create_stream(config).await.unwrap();
-    let config = consumer::pull::Config::default();
-    other.create_consumer(config).await.unwrap();
     for (nats, reason) in [
         (NatsServer::with_stream().await, "there is no stream OTHER"),
         (NatsServer::start().await, "JetStream is not enabled"),
-        (full, "cannot be used: maximum consumers limit reached"),
     ] {
         let (code, log) = Relay::between(&nats, &webhook.url(), &durable)
             .ended()
@@ -393,6 +357,63 @@ async fn a_consumer_that_would_break_the_order_is_refused_and_tuning_is_left_alo
         assert_eq!(code, Some(1), "{log:#?}");
         assert!(log.last().unwrap().contains(field), "{log:#?}");
     }
+}
+
+#[tokio::test]
+async fn a_consumer_that_the_stream_does_not_take_ends_it() {
+    let nats = NatsServer::with_stream().await;
+    let stream = nats.jetstream().await.get_stream("CMS").await.unwrap();
+    let mut config = stream.cached_info().config.clone();
+    config.name = "FULL".to_owned();
+    config.subjects = vec!["full.>".to_owned()];
+    config.max_consumers = 1;
+    let stream = nats.jetstream().await.create_stream(config).await.unwrap();
+    let only = consumer::pull::Config {
+        durable_name: Some("other".to_owned()),
+        ..Default::default()
+    };
+    stream.create_consumer(only).await.unwrap();
+    let variables = [
+        ("NATS_STREAM", "FULL"),
+        ("NATS_CONSUMER", "relay"),
+        ("NATS_SUBJECT_PREFIX", "full"),
+    ];
+    let relay = Relay::between(&nats, "http://127.0.0.1:1/", &variables);
+    let (code, log) = relay.ended().await;
+    assert_eq!(code, Some(1), "{log:#?}");
+    let reason = "the consumer relay of the stream FULL cannot be used: maximum consumers";
+    assert!(log.last().unwrap().contains(reason), "{log:#?}");
+}
+
+#[tokio::test]
+async fn a_message_costs_no_look_at_the_consumer_unless_it_was_out_for_long() {
+    const COUNT: usize = 5;
+    let release = Arc::new(Notify::new());
+    let held = Arc::clone(&release);
+    let webhook = Webhook::start(move |n, _| match n {
+        COUNT => Answer::OkAfter(Arc::clone(&held)),
+        _ => Answer::OK,
+    })
+    .await;
+    let mut scene = Scene::durable(webhook, &[]).await;
+    let mut looks = scene
+        .client
+        .subscribe("$JS.API.CONSUMER.INFO.CMS.relay")
+        .await
+        .unwrap();
+    let mut acks = scene.client.subscribe("$JS.ACK.CMS.relay.>").await.unwrap();
+    scene.client.flush().await.unwrap();
+    publish(&scene.nats, 0..COUNT + 1).await;
+    expect(&mut scene.relayed, 0..COUNT).await;
+    while next(&mut acks).await.payload != "+WPI" {}
+    assert!(looks.next().now_or_never().is_none());
+    // As long as the server is told that a message is worked on, it is not verified either.
+    while next(&mut acks).await.payload != "+WPI" {}
+    assert!(looks.next().now_or_never().is_none());
+    release.notify_one();
+    // Another relay may have it by now.
+    expect(&mut scene.relayed, COUNT..COUNT + 1).await;
+    assert!(looks.next().now_or_never().is_some());
 }
 
 #[tokio::test]
@@ -532,11 +553,14 @@ async fn a_message_that_comes_early_is_kept_once_until_it_is_its_turn() {
         delivered().await >= 2
     })
     .await;
+    // There is no end to those that come early, if each is asked for.
+    publish(&scene.nats, 2..3).await;
+    stream.delete_message(2).await.unwrap();
     // Each time that a message is handed out again counts as well.
     expect(&mut scene.relayed, 0..1).await;
     assert_eq!(delivered().await, 2);
-    expect(&mut scene.relayed, 1..2).await;
-    assert_eq!(scene.webhook.bodies(), ["0", "1"]);
+    expect(&mut scene.relayed, 1..3).await;
+    assert_eq!(scene.webhook.bodies(), ["0", "1", "2"]);
 }
 
 #[tokio::test]
@@ -611,7 +635,7 @@ async fn headers_that_cannot_be_read_hold_nothing_up() {
         nats.publish_raw(b"cms.cache.raw", headers, b"raw").await;
         publish(&nats, 1..3).await;
         let changes = [("NATS_FAILED_SUBJECT_PREFIX", "failed")];
-        let _relay = Relay::durable(&nats, &webhook, &changes).await;
+        let relay = Relay::durable(&nats, &webhook, &changes).await;
         expect(&mut relayed, 0..1).await;
         if headers.starts_with(b"NATS/1.0 408") {
             assert_eq!(next(&mut relayed).await.payload, "raw");
@@ -628,6 +652,8 @@ async fn headers_that_cannot_be_read_hold_nothing_up() {
             );
         }
         expect(&mut relayed, 1..3).await;
+        // That is logged once NATS has confirmed the ack.
+        relay.logged("cms.cache.2 -> ").await;
     }
 }
 

@@ -1,11 +1,15 @@
 //! Whatever NATS does.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use async_nats::ConnectOptions;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
+    sync::{Notify, broadcast, mpsc},
     time::{error::Elapsed, timeout},
 };
 
@@ -55,13 +59,15 @@ async fn any_server_of_several_will_do() {
     let hosts = format!("nats://nowhere.invalid, nats://127.0.0.1:1,{}", nats.url());
     let relay = Relay::between(&nats, &webhook.url(), &[("NATS_HOST", &hosts)]);
     relay.logged("listening on").await;
-    assert!(
-        relay
-            .lines("nats://nowhere.invalid:4222: its name does not resolve")
-            .len()
-            == 1
-    );
-    assert!(relay.lines("nats://127.0.0.1:1: Connection refused").len() == 1);
+    for reason in [
+        "nats://nowhere.invalid:4222: its name does not resolve",
+        "nats://127.0.0.1:1: Connection refused",
+    ] {
+        let lines = relay.lines(reason);
+        assert_eq!(lines.len(), 1, "{reason}");
+        // The others are to be tried before anything is waited for.
+        assert!(lines[0].ends_with("; next attempt now"), "{lines:?}");
+    }
 }
 
 #[tokio::test]
@@ -345,15 +351,33 @@ async fn a_message_that_no_client_can_read_costs_nothing_that_came_before_and_is
     }
 }
 
+/// The client does not survive this.
+const KILLER: &[u8] = b"-ERR\r\n";
+
 /// A way to a server on which something can be said to the client in the server's name.
-async fn through(nats: &NatsServer) -> (String, tokio::sync::broadcast::Sender<&'static [u8]>) {
+struct Way {
+    url: String,
+    say: broadcast::Sender<&'static [u8]>,
+    /// When each connection came.
+    accepted: mpsc::UnboundedReceiver<Instant>,
+}
+
+/// A way to a server. Connections of these numbers, counted from 0, break the client down as soon as it has
+/// logged in.
+async fn through(nats: &NatsServer, breaking: &'static [usize]) -> Way {
     let port = nats.port();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("nats://{}", listener.local_addr().unwrap());
-    let (say, _) = tokio::sync::broadcast::channel(1);
+    let (say, _) = broadcast::channel(1);
+    let (note, accepted) = mpsc::unbounded_channel();
     let saying = say.clone();
     tokio::spawn(async move {
-        while let Ok((outer, _)) = listener.accept().await {
+        for number in 0.. {
+            let Ok((outer, _)) = listener.accept().await else {
+                return;
+            };
+            let _ = note.send(Instant::now());
+            let mut is_breaking = breaking.contains(&number);
             let mut said = saying.subscribe();
             let inner = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
             tokio::spawn(async move {
@@ -371,6 +395,11 @@ async fn through(nats: &NatsServer) -> (String, tokio::sync::broadcast::Sender<&
                             .await
                             .ok()
                             .filter(|()| !bytes.is_empty())?;
+                        // That ends the login.
+                        if is_breaking && bytes.windows(4).any(|bytes| bytes == b"PONG") {
+                            is_breaking = false;
+                            to_client.write_all(KILLER).await.ok()?;
+                        }
                     }
                 };
                 tokio::select! {
@@ -380,7 +409,7 @@ async fn through(nats: &NatsServer) -> (String, tokio::sync::broadcast::Sender<&
             });
         }
     });
-    (url, say)
+    Way { url, say, accepted }
 }
 
 #[tokio::test]
@@ -389,7 +418,7 @@ async fn a_client_that_breaks_down_is_replaced_and_what_waits_is_kept() {
     for killer in ["a carriage return", "an error without a text"] {
         let webhook = Webhook::script([Answer::ok_after(Duration::from_millis(500))]).await;
         let nats = NatsServer::start().await;
-        let (url, say) = through(&nats).await;
+        let Way { url, say, .. } = through(&nats, &[]).await;
         let mut scene = Scene::on(nats, Mode::Core, webhook, &[("NATS_HOST", &url)]).await;
         for n in 0..COUNT {
             scene.publish(n.to_string()).await;
@@ -402,7 +431,7 @@ async fn a_client_that_breaks_down_is_replaced_and_what_waits_is_kept() {
                 .publish_raw(b"cms.cache.raw", b"NATS/1.0\r\nA: b\rc\r\n\r\n", b"raw")
                 .await;
         } else {
-            say.send(b"-ERR\r\n").unwrap();
+            say.send(KILLER).unwrap();
         }
         let line = scene
             .relay
@@ -427,13 +456,13 @@ async fn a_client_that_breaks_down_in_durable_mode_costs_neither_a_message_nor_a
     const COUNT: usize = 20;
     let webhook = Webhook::script([Answer::OK, Answer::ok_after(Duration::from_millis(500))]).await;
     let nats = NatsServer::with_stream().await;
-    let (url, say) = through(&nats).await;
+    let Way { url, say, .. } = through(&nats, &[]).await;
     let mut scene = Scene::on(nats, Mode::Durable, webhook, &[("NATS_HOST", &url)]).await;
     for n in 0..COUNT {
         scene.publish(n.to_string()).await;
     }
     scene.webhook.received(2).await;
-    say.send(b"-ERR\r\n").unwrap();
+    say.send(KILLER).unwrap();
     let line = scene
         .relay
         .logged("the NATS client has broken down and is replaced")
@@ -447,23 +476,32 @@ async fn a_client_that_breaks_down_in_durable_mode_costs_neither_a_message_nor_a
 }
 
 #[tokio::test]
-async fn a_client_that_breaks_down_again_and_again_is_replaced_after_growing_waits() {
+async fn clients_that_break_down_one_after_the_other_are_replaced_with_growing_waits() {
     let nats = NatsServer::start().await;
-    let (url, say) = through(&nats).await;
-    let webhook = Webhook::ok().await;
-    let mut scene = Scene::on(nats, Mode::Core, webhook, &[("NATS_HOST", &url)]).await;
-    let start = Instant::now();
-    for n in 1..=5 {
-        scene.relay.logged_times("connected to NATS", n).await;
-        say.send(b"-ERR\r\n").unwrap();
-        scene
-            .relay
-            .logged_times("has broken down and is replaced", n)
-            .await;
+    // The first one breaks down before the relay has begun to listen.
+    let mut way = through(&nats, &[0, 2, 3, 4]).await;
+    let release = Arc::new(Notify::new());
+    let webhook = Webhook::script([Answer::OkAfter(Arc::clone(&release))]).await;
+    let changes = [("NATS_HOST", &way.url[..])];
+    let mut scene = Scene::on(nats, Mode::Core, webhook, &changes).await;
+    scene.publish("x").await;
+    scene.webhook.received(1).await;
+    way.say.send(KILLER).unwrap();
+    // The webhook succeeds while there is no client.
+    scene
+        .relay
+        .logged_times("the NATS client has broken down and is replaced", 4)
+        .await;
+    let mut accepted = Vec::new();
+    while accepted.len() < 5 {
+        accepted.push(way.accepted.recv().await.unwrap());
     }
-    // No wait, and then at least half of 100, 200, 400 and 800 ms.
-    assert!(start.elapsed() >= Duration::from_millis(750));
-    relays_again(&mut scene).await;
+    release.notify_one();
+    assert_eq!(scene.next().await.payload, "x");
+    assert_eq!(scene.webhook.count(), 1);
+    let waited = way.accepted.recv().await.unwrap() - accepted[2];
+    // Waits of 200, 400 and 800 ms, half of each random.
+    assert!(waited > Duration::from_millis(600), "{waited:?}");
 }
 
 #[tokio::test]

@@ -35,6 +35,10 @@ async fn several_destinations_are_told_at_the_same_time_and_all_must_succeed() {
     let failing = Webhook::script([Answer::status(503), Answer::Close, Answer::status(204)]).await;
     let quick = Webhook::ok().await;
     let relay = relay_to(&nats, &[&slow, &failing, &quick], &[]).await;
+    let urls = [slow.url(), failing.url(), quick.url()].join(" and ");
+    let line =
+        format!("listening on cms.cache.>; POST to {urls}, then republish on relayed.cache.>");
+    relay.logged(&line).await;
     client.publish("cms.cache.x", "first".into()).await.unwrap();
     assert_eq!(next(&mut relayed).await.payload, "first");
     let requests = [slow.requests(), failing.requests(), quick.requests()].concat();

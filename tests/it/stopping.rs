@@ -70,6 +70,23 @@ async fn what_has_arrived_is_relayed_retries_included_and_nothing_more_is_taken(
 }
 
 #[tokio::test]
+async fn what_is_on_its_way_to_it_at_a_stop_is_relayed_as_well() {
+    let mut scene = Scene::core(Webhook::ok().await, &[]).await;
+    scene.relay.signal("STOP");
+    for payload in ["first", "second", "third"] {
+        scene.publish(payload).await;
+    }
+    // The server has sent all of them, and the relay has read none.
+    scene.client.flush().await.unwrap();
+    scene.relay.signal("TERM");
+    scene.relay.signal("CONT");
+    for payload in ["first", "second", "third"] {
+        assert_eq!(scene.next().await.payload, payload);
+    }
+    assert_eq!(scene.relay.ended().await.0, Some(0));
+}
+
+#[tokio::test]
 async fn what_still_waits_after_the_shutdown_timeout_is_counted() {
     let webhook = Webhook::script([Answer::Hang]).await;
     let scene = Scene::core(webhook, &[("SHUTDOWN_TIMEOUT", "300ms")]).await;

@@ -210,6 +210,7 @@ async fn a_full_stream_holds_messages_up_with_a_warning_until_it_has_room() {
             warnings[0].contains("WARN") && warnings[0].contains("the stream RELAYED has not"),
             "{warnings:?}"
         );
+        assert!(warnings[5].contains(", attempt 6: "), "{warnings:?}");
         assert_eq!(
             scene.webhook.count(),
             2,
@@ -278,6 +279,13 @@ async fn a_stream_that_goes_away_is_waited_for_and_a_stop_leaves_the_message_to_
     jetstream.delete_stream("RELAYED").await.unwrap();
     publish_all(&jetstream, 0..2).await;
     relay.logged("no stream takes it just now").await;
+    // Whoever listens is no stream, but then nobody says that there is none.
+    let client = nats.client().await;
+    let _listener = client.subscribe("relayed.>").await.unwrap();
+    relay
+        .logged(": not confirmed within 2s; next attempt")
+        .await;
+    assert_eq!(relay.lines("is not relayed"), [""; 0]);
     relay.signal("TERM");
     let (code, log) = relay.ended().await;
     assert_eq!(code, Some(0), "{log:#?}");
@@ -352,31 +360,13 @@ async fn nothing_is_missing_in_the_streams_of_a_cluster_that_loses_their_leaders
 }
 
 #[tokio::test]
-async fn what_is_not_confirmed_in_time_is_published_again() {
-    let nats = NatsServer::with_stream().await;
-    nats.create_stream("RELAYED", "relayed.>", 1).await;
-    let webhook = Webhook::script([Answer::ok_after(Duration::from_millis(300))]).await;
-    let scene = Scene::on(nats, Mode::Core, webhook, &[RELAYED]).await;
-    scene.publish("x").await;
-    scene.webhook.received(1).await;
-    scene.nats.freeze();
-    scene
-        .relay
-        .logged("attempt 1: not confirmed within 2s")
-        .await;
-    scene.nats.thaw();
-    scene.relay.logged(" -> ").await;
-    assert_eq!(payloads(&scene.nats, "RELAYED", 1).await, ["x"]);
-    assert_eq!(scene.relay.lines("is not relayed"), [""; 0]);
-}
-
-#[tokio::test]
 async fn someone_else_s_answer_is_no_confirmation() {
     let nats = NatsServer::with_stream().await;
     let jetstream = nats.jetstream().await;
     jetstream.create_stream(small(1, -1)).await.unwrap();
     let client = nats.client().await;
     let mut service = client.subscribe("relayed.>").await.unwrap();
+    let mut heard = client.subscribe("relayed.>").await.unwrap();
     let answering = client.clone();
     tokio::spawn(async move {
         while let Some(message) = service.next().await {
@@ -390,6 +380,12 @@ async fn someone_else_s_answer_is_no_confirmation() {
     relay.logged_times("maximum messages exceeded", 2).await;
     assert!(is_out(&jetstream).await);
     assert_eq!(relay.lines(" -> ").len(), 1);
+    // Nor is one that comes late, to what was published before.
+    let replies = [next(&mut heard).await.reply, next(&mut heard).await.reply];
+    assert!(
+        replies[0].is_some() && replies[0] != replies[1],
+        "{replies:?}"
+    );
 }
 
 #[tokio::test]

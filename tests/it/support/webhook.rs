@@ -8,6 +8,7 @@ use std::{
 use tokio::{
     io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader},
     net::TcpListener,
+    sync::Notify,
     task::JoinHandle,
 };
 
@@ -55,6 +56,8 @@ impl Received {
 pub enum Answer {
     /// Answers with a status after a delay.
     Status(u16, Duration),
+    /// Answers with 200 once it is told to.
+    OkAfter(Arc<Notify>),
     /// Sends these bytes and keeps the connection.
     Raw(Vec<u8>),
     /// Sends these bytes over and over, until the other side has enough.
@@ -221,6 +224,10 @@ impl<F: Fn(usize, &Received) -> Answer> Endpoint<F> {
         S: AsyncRead + AsyncWrite + Unpin,
     {
         let bytes = match answer {
+            Answer::OkAfter(told) => {
+                told.notified().await;
+                b"HTTP/1.1 200 Test\r\ncontent-length: 0\r\n\r\n".to_vec()
+            }
             Answer::Status(status, delay) => {
                 if !delay.is_zero() {
                     tokio::time::sleep(delay).await;
