@@ -327,10 +327,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_lines_of_the_help_are_as_long_as_they_may_be() {
+    fn the_help_has_the_defaults_in_lines_that_are_as_long_as_they_may_be() {
         let help = help();
         let lines: Vec<_> = help.lines().collect();
         assert!(lines.iter().all(|line| line.len() <= HELP_WIDTH), "{help}");
+        for default in [
+            " (required)",
+            " (default: 15s)",
+            " (default: 5, in durable mode 0)",
+        ] {
+            assert!(help.contains(default), "{default}: {help}");
+        }
         for pair in lines.windows(2) {
             // The second of these goes on with the text of the first.
             if pair[1].starts_with("   ") {

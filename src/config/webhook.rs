@@ -420,6 +420,7 @@ mod tests {
             (SECRET, " \n", "nothing but white space"),
             (TIMEOUT, "15", "is no duration"),
             (TIMEOUT, "-1s", "is no duration"),
+            (TIMEOUT, "1day 1s", "is no duration"),
             (TIMEOUT, "0s", "is zero"),
             (TIMEOUT, "500000000000y", "at most a day"),
             (MAX_ATTEMPTS, "many", "is no count"),

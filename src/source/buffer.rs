@@ -184,6 +184,14 @@ mod tests {
     }
 
     #[test]
+    fn keeping_small_messages_takes_no_more_memory_than_they_count_for() {
+        let mut buffer = Buffer::default();
+        while buffer.push(message(1)) {
+            assert!(buffer.waiting.capacity() * size_of::<Waiting>() < BUFFER_BYTES);
+        }
+    }
+
+    #[test]
     fn its_memory_is_given_back_once_much_was_written_to_it() {
         let mut buffer = Buffer::default();
         for (payload_bytes, is_kept) in [

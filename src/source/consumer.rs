@@ -283,10 +283,15 @@ mod tests {
     #[test]
     fn limits_by_which_a_stream_drops_what_is_being_relayed_are_named() {
         let none = stream::Config {
-            max_age: SHORT_AGE,
+            max_age: Duration::from_secs(3600),
             ..stream::Config::default()
         };
         assert_eq!(dropping_limits(&none), [""; 0]);
+        let less_than_an_hour = stream::Config {
+            max_age: Duration::from_secs(3599),
+            ..stream::Config::default()
+        };
+        assert_eq!(dropping_limits(&less_than_an_hour), ["max_age 3599s"]);
         let all = stream::Config {
             max_messages_per_subject: 1,
             max_messages: 2,

@@ -165,8 +165,9 @@ async fn metrics_count_exactly_what_happened() {
     }
     // one, two twice, refused, used up twice, three, hangs
     webhook.received(8).await;
-    until("two messages wait", async || {
-        metrics(&address).await["waiting_messages"] >= 2.0
+    until("two messages wait behind the sixth", async || {
+        let found = metrics(&address).await;
+        (found["waiting_messages"], found["messages_received_total"]) == (2.0, 6.0)
     })
     .await;
     let found = metrics(&address).await;
