@@ -296,7 +296,7 @@ impl Monitor {
     /// With the reason.
     pub fn alive(&self) -> Result<(), String> {
         let since = lock(&self.last_turn).elapsed();
-        if since > LONGEST_TURN {
+        if since >= LONGEST_TURN {
             return Err(format!("the main loop has not come around for {since:.0?}"));
         }
         Ok(())

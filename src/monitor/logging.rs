@@ -82,7 +82,8 @@ impl Room {
             return true;
         }
         let is_dropping = self.dropped != self.reported;
-        if is_dropping || self.in_vain.is_some_and(|since| since.elapsed() < PAUSE) {
+        let may_wait = self.in_vain.is_none_or(|since| since.elapsed() >= PAUSE);
+        if is_dropping || !may_wait {
             return false;
         }
         if takes_a_line(&ROOM_TIMEOUT) {

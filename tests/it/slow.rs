@@ -197,7 +197,9 @@ async fn a_message_republished_on_a_dead_connection_is_republished_again() {
     publish_all(&nats.jetstream().await, 0..2).await;
     webhook.received(1).await;
     nats.freeze();
+    let frozen = Instant::now();
     relay.logged(" may come again: NATS does not confirm").await;
+    assert!(frozen.elapsed() > Duration::from_secs(6), "it asks again");
     nats.kill();
     nats.restart();
     // The stream has a message of the same id only once.
