@@ -123,6 +123,7 @@ fn every_link_leads_somewhere() {
     let others = [
         "README.md",
         "CONTRIBUTING.md",
+        "tests/mutants.md",
         "SECURITY.md",
         "examples/nextjs/README.md",
     ]
