@@ -26,6 +26,9 @@ const CONFIRM_AGAIN: Duration = Duration::from_millis(250);
 /// A message that was handed out longer ago than this may have been handed out to another relay too.
 const MOMENT: Duration = Duration::from_secs(1);
 
+/// How long a delivery that the server tells of may be under way to us.
+const UNDER_WAY: Duration = Duration::from_millis(250);
+
 /// How a delivery of JetStream is acknowledged.
 #[derive(Clone)]
 pub struct Ack {
@@ -254,7 +257,13 @@ impl Ack {
         // Where nobody answers, nobody hands out anything either.
         let last = self.consumer.last_delivery().await.unwrap_or_default();
         let Numbers { to_us, to_another } = &*self.handed_out.0;
-        if last <= to_us.load(Relaxed) {
+        let is_ours = || last <= to_us.load(Relaxed);
+        if is_ours() {
+            return true;
+        }
+        // The answer may have overtaken a delivery to us.
+        sleep(UNDER_WAY).await;
+        if is_ours() {
             return true;
         }
         to_another.fetch_max(last, Relaxed);

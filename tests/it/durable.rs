@@ -562,7 +562,9 @@ async fn a_message_that_comes_early_is_kept_once_until_it_is_its_turn() {
 
 #[tokio::test]
 async fn while_a_message_waits_that_came_early_no_further_one_is_asked_for() {
-    let scene = Scene::durable(Webhook::script([Answer::Hang]).await, &[]).await;
+    let release = Arc::new(Notify::new());
+    let webhook = Webhook::script([Answer::OkAfter(Arc::clone(&release))]).await;
+    let mut scene = Scene::durable(webhook, &[]).await;
     let jetstream = scene.nats.jetstream().await;
     let stream = jetstream.get_stream("CMS").await.unwrap();
     let delivered = async || {
@@ -582,6 +584,9 @@ async fn while_a_message_waits_that_came_early_no_further_one_is_asked_for() {
         assert_eq!(next(&mut acks).await.payload, "+WPI");
     }
     assert_eq!(delivered().await, 2);
+    release.notify_one();
+    // The third one is handed out while the second one is worked on, which is nobody else's for that.
+    expect(&mut scene.relayed, 0..3).await;
 }
 
 #[tokio::test]
