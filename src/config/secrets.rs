@@ -96,17 +96,20 @@ fn decode(text: &str) -> Cow<'_, str> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn what_was_sent_is_blotted_out_in_each_form() {
-        let url = "http://user:p%C3%A4ssword@host/?key=s%20ecret&plain=hunter2&x=1";
-        let destination = Destination {
+    fn destination(url: &str) -> Destination {
+        Destination {
             url: url.parse().unwrap(),
             proxy: None,
             every_address: false,
-        };
+        }
+    }
+
+    #[test]
+    fn what_was_sent_is_blotted_out_in_each_form() {
+        let url = "http://user:p%C3%A4ssword@host/?key=s%20ecret&plain=hunter2&x=1";
         let mut headers = HeaderMap::new();
         headers.insert("authorization", "Bearer token-1234".parse().unwrap());
-        let secrets = Secrets::of(&[destination], &headers);
+        let secrets = Secrets::of(&[destination(url)], &headers);
         for (text, expected) in [
             ("no such page", "no such page"),
             ("bad p%C3%A4ssword", "bad ***"),
@@ -126,11 +129,6 @@ mod tests {
 
     #[test]
     fn a_user_without_a_password_is_a_login_too() {
-        let destination = |url: &str| Destination {
-            url: url.parse().unwrap(),
-            proxy: None,
-            every_address: false,
-        };
         let sent = |url| Secrets::of(&[destination(url)], &HeaderMap::new());
         // api-key:
         let answer = "got Basic YXBpLWtleTo=";

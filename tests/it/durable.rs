@@ -5,7 +5,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use async_nats::{HeaderMap, jetstream::consumer};
+use async_nats::{
+    HeaderMap,
+    jetstream::{consumer, stream::Stream},
+};
 use futures::{FutureExt, StreamExt};
 use tokio::sync::Notify;
 
@@ -533,6 +536,12 @@ async fn subjects_that_cannot_be_read_hold_nothing_up() {
     }
 }
 
+/// How many deliveries there have been; each time that a message is handed out again counts as well.
+async fn delivered(stream: &Stream) -> u64 {
+    let info = stream.consumer_info("relay").await.unwrap();
+    info.delivered.consumer_sequence
+}
+
 #[tokio::test]
 async fn a_message_that_comes_early_is_kept_once_until_it_is_its_turn() {
     // More than twice the ack wait.
@@ -545,17 +554,12 @@ async fn a_message_that_comes_early_is_kept_once_until_it_is_its_turn() {
     let jetstream = scene.nats.jetstream().await;
     let stream = jetstream.get_stream("CMS").await.unwrap();
     stream.delete_message(1).await.unwrap();
-    let delivered = async || {
-        let info = stream.consumer_info("relay").await.unwrap();
-        info.delivered.consumer_sequence
-    };
     until("the next one is handed out", async || {
-        delivered().await >= 2
+        delivered(&stream).await >= 2
     })
     .await;
-    // Each time that a message is handed out again counts as well.
     expect(&mut scene.relayed, 0..1).await;
-    assert_eq!(delivered().await, 2);
+    assert_eq!(delivered(&stream).await, 2);
     expect(&mut scene.relayed, 1..2).await;
     assert_eq!(scene.webhook.bodies(), ["0", "1"]);
 }
@@ -567,13 +571,12 @@ async fn while_a_message_waits_that_came_early_no_further_one_is_asked_for() {
     let mut scene = Scene::durable(webhook, &[]).await;
     let jetstream = scene.nats.jetstream().await;
     let stream = jetstream.get_stream("CMS").await.unwrap();
-    let delivered = async || {
-        let info = stream.consumer_info("relay").await.unwrap();
-        info.delivered.consumer_sequence
-    };
     for n in 0..2 {
         publish(&scene.nats, n..n + 1).await;
-        until("it is handed out", async || delivered().await > n as u64).await;
+        until("it is handed out", async || {
+            delivered(&stream).await > n as u64
+        })
+        .await;
         // What leaves the stream makes room for the next one.
         stream.delete_message(n as u64 + 1).await.unwrap();
     }
@@ -583,7 +586,7 @@ async fn while_a_message_waits_that_came_early_no_further_one_is_asked_for() {
     for _ in 0..4 {
         assert_eq!(next(&mut acks).await.payload, "+WPI");
     }
-    assert_eq!(delivered().await, 2);
+    assert_eq!(delivered(&stream).await, 2);
     release.notify_one();
     // The third one is handed out while the second one is worked on, which is nobody else's for that.
     expect(&mut scene.relayed, 0..3).await;

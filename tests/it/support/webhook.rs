@@ -226,14 +226,13 @@ impl<F: Fn(usize, &Received) -> Answer> Endpoint<F> {
         let bytes = match answer {
             Answer::OkAfter(told) => {
                 told.notified().await;
-                b"HTTP/1.1 200 Test\r\ncontent-length: 0\r\n\r\n".to_vec()
+                self.plain(index, 200)
             }
             Answer::Status(status, delay) => {
                 if !delay.is_zero() {
                     tokio::time::sleep(delay).await;
                 }
-                self.requests.lock().unwrap()[index].status = status;
-                format!("HTTP/1.1 {status} Test\r\ncontent-length: 0\r\n\r\n").into_bytes()
+                self.plain(index, status)
             }
             Answer::Raw(bytes) => bytes,
             Answer::Endless(bytes) => loop {
@@ -245,6 +244,12 @@ impl<F: Fn(usize, &Received) -> Answer> Endpoint<F> {
         };
         self.requests.lock().unwrap()[index].answered = Some(Instant::now());
         stream.write_all(&bytes).await.ok()
+    }
+
+    /// An answer to request `index` that has nothing but a status.
+    fn plain(&self, index: usize, status: u16) -> Vec<u8> {
+        self.requests.lock().unwrap()[index].status = status;
+        format!("HTTP/1.1 {status} Test\r\ncontent-length: 0\r\n\r\n").into_bytes()
     }
 }
 
