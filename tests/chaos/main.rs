@@ -6,7 +6,6 @@
 
 mod check;
 mod nemesis;
-mod proxy;
 mod stage;
 #[path = "../it/support/mod.rs"]
 mod support;

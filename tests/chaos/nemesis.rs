@@ -8,8 +8,8 @@ use std::{
 use fastrand::Rng;
 
 use crate::{
-    proxy::Network,
     stage::{Cast, Stage},
+    support::Network,
     traffic::{Confirmed, Mood},
 };
 

@@ -9,8 +9,7 @@ use std::{
 use async_nats::{Client, ServerAddr};
 
 use crate::{
-    proxy::{Network, Proxy},
-    support::{NatsServer, Relay},
+    support::{NatsServer, Network, Proxy, Relay},
     traffic::{self, Endpoint},
 };
 

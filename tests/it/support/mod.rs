@@ -12,6 +12,7 @@
 
 mod lanes;
 mod nats;
+mod proxy;
 mod relay;
 mod scene;
 mod tls;
@@ -25,6 +26,7 @@ use std::{
 
 pub use lanes::{Lanes, out_of_order};
 pub use nats::{NatsServer, next, publish_all};
+pub use proxy::{Network, Proxy};
 pub use relay::{Relay, check, usual};
 pub use scene::{Mode, Scene};
 pub use tls::Authority;
