@@ -444,8 +444,7 @@ let
           }
           // {
             DynamicUser = cfg.user == null;
-            # Ready is subscribed. If that takes longer than systemd's usual 90 s, the start counts as
-            # failed, so that nothing waits for ever, and is tried again.
+            # Ready means subscribed, or that NATS has been waited for for 10 s.
             Type = "notify";
             ExecStart = lib.getExe cfg.package;
             LoadCredential = lib.mapAttrsToList (

@@ -338,7 +338,7 @@ impl Monitor {
     pub fn line(&self) -> String {
         let mut line = match &*lock(&self.server) {
             Some(server) => format!("connected to {server}"),
-            None => "not connected to NATS".to_owned(),
+            None => "waiting for NATS".to_owned(),
         };
         let given_up: u64 = CAUSES
             .into_iter()

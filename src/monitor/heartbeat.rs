@@ -1,7 +1,15 @@
 //! Signs of life of the main loop: for the status endpoints, and for systemd along with readiness and
 //! a status line (sd_notify(3)). Where neither wants them, all of this does nothing.
 
-use std::{convert::Infallible, future::pending, sync::Mutex, time::Duration};
+use std::{
+    convert::Infallible,
+    future::pending,
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
 
 use log::warn;
 use sd_notify::NotifyState;
@@ -12,12 +20,19 @@ use crate::{lock::lock, monitor::Monitor};
 /// A sign of life is given at least this often.
 const LONGEST_BEAT: Duration = Duration::from_secs(1);
 
+/// systemd is not kept waiting for longer than this: a NATS server that is down must not hold up the units
+/// that are ordered after the relay, or a boot.
+const LONGEST_START: Duration = Duration::from_secs(10);
+
 /// The heartbeat of the main loop.
 pub struct Heartbeat {
     /// The time between two signs of life, if anyone wants them.
     every: Option<Duration>,
     /// Whether systemd wants signs of life.
     watchdog: bool,
+    started: Instant,
+    /// Whether systemd knows that the relay is ready.
+    is_ready: AtomicBool,
     /// The status line that systemd knows.
     known: Mutex<String>,
 }
@@ -32,13 +47,17 @@ impl Heartbeat {
         Self {
             every: (systemd || shown).then_some(every),
             watchdog: watchdog.is_some(),
+            started: Instant::now(),
+            is_ready: AtomicBool::default(),
             known: Mutex::default(),
         }
     }
 
-    /// The relay is subscribed.
+    /// Tells systemd that the start is over: the relay is subscribed, or has waited long enough for that.
     pub fn ready(&self, monitor: &Monitor) {
-        self.tell(Some(NotifyState::Ready), monitor);
+        if !self.is_ready.swap(true, Relaxed) {
+            self.tell(Some(NotifyState::Ready), monitor);
+        }
     }
 
     /// The relay was asked to stop.
@@ -57,6 +76,9 @@ impl Heartbeat {
         loop {
             beats.tick().await;
             monitor.add_turn();
+            if self.started.elapsed() >= LONGEST_START {
+                self.ready(monitor);
+            }
             if self.watchdog {
                 // On its own: whatever is wrong with the status line must not look like a hang.
                 notify(&[NotifyState::Watchdog]);
@@ -82,6 +104,6 @@ impl Heartbeat {
 /// a NUL.
 fn notify(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
-        warn!("systemd cannot be told how we are: {error}");
+        warn!("cannot notify systemd: {error}");
     }
 }

@@ -1,6 +1,9 @@
 //! What a service manager gets to hear, over a real datagram socket.
 
-use std::{os::unix::net::UnixDatagram, time::Duration};
+use std::{
+    os::unix::net::UnixDatagram,
+    time::{Duration, Instant},
+};
 
 use tempfile::TempDir;
 
@@ -68,7 +71,7 @@ async fn readiness_status_watchdog_and_stopping_are_told() {
     let relay = Relay::between(&nats, &webhook.url(), &variables);
     relay.logged_times("cannot connect to NATS", 3).await;
     let before = manager
-        .heard("STATUS=not connected to NATS, 0 relayed")
+        .heard("STATUS=waiting for NATS, 0 relayed")
         .await
         .concat();
     assert!(
@@ -98,6 +101,33 @@ async fn readiness_status_watchdog_and_stopping_are_told() {
     relay.signal("TERM");
     manager.heard("STOPPING=1").await;
     assert_eq!(relay.ended().await.0, Some(0));
+}
+
+#[tokio::test]
+async fn a_start_without_nats_holds_up_nothing_for_longer_than_ten_seconds() {
+    let mut nats = NatsServer::start().await;
+    nats.kill();
+    let webhook = Webhook::ok().await;
+    let manager = Manager::new();
+    let path = manager.path();
+    let started = Instant::now();
+    let relay = Relay::between(&nats, &webhook.url(), &[("NOTIFY_SOCKET", &path)]);
+    let ready = manager.heard("READY=1").await;
+    let took = started.elapsed();
+    assert!((9..13).contains(&took.as_secs()), "{took:?}");
+    relay.logged_times("cannot connect to NATS", 3).await;
+    let last = ready.concat();
+    assert!(
+        last.contains("STATUS=waiting for NATS, 0 relayed"),
+        "{last}"
+    );
+
+    nats.restart();
+    relay.logged("listening on").await;
+    nats.publish("cms.cache.x", "x").await;
+    let later = manager.heard(", 1 relayed, 0 given up").await.concat();
+    assert!(later.contains("STATUS=connected to "), "{later}");
+    assert!(!later.contains("READY=1"), "it is told once: {later}");
 }
 
 #[tokio::test]
