@@ -3,6 +3,8 @@
 import { createServer } from "node:http";
 import { Webhook, WebhookVerificationError } from "standardwebhooks";
 
+const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+
 async function receive(request) {
   const secret = process.env.WEBHOOK_SECRET;
   if (!secret) return [500, "WEBHOOK_SECRET is not set"];
@@ -12,7 +14,10 @@ async function receive(request) {
   for await (const chunk of request) chunks.push(chunk);
   let message;
   try {
-    message = webhook.verify(Buffer.concat(chunks).toString(), request.headers);
+    // With its byte order mark, if it has one: that is signed too.
+    const payload = utf8.decode(Buffer.concat(chunks));
+    webhook.verify(payload, request.headers, { jsonParse: false });
+    message = JSON.parse(payload.replace(/^\uFEFF/, ""));
   } catch (error) {
     if (error instanceof WebhookVerificationError) return [401, error.message];
     return [400, "the payload is not JSON"];
@@ -23,14 +28,16 @@ async function receive(request) {
     return [400, 'expected {"tags": ["…"]}'];
   }
 
-  console.log(request.headers["x-nats-subject"], tags);
+  // Node reads a header as Latin-1, but the subject is UTF-8.
+  const subject = Buffer.from(request.headers["x-nats-subject"] ?? "", "latin1").toString();
+  console.log(subject, tags);
   return [204];
 }
 
 const server = createServer((request, response) => {
   receive(request)
-    // The relay tries again after a 500, so that no edit is lost to a fault on this side. What a 4xx
-    // refuses it gives up, since it would be refused again, and all that follows would wait.
+    // The relay tries again after a 500, so that no edit is lost to a fault on this side. After a 400 it
+    // gives up on the message, which would only be rejected again while all later ones wait.
     .catch((error) => [500, error.message])
     .then(([status, text]) => response.writeHead(status).end(text));
 });

@@ -3,6 +3,7 @@
 // What else it checks throws at once: the receivers' answers, a 404, pages opened while the CMS is down.
 
 import { execFileSync } from "node:child_process";
+import { createHmac } from "node:crypto";
 import { readFileSync } from "node:fs";
 import { createServer, request as httpRequest } from "node:http";
 import { createRequire } from "node:module";
@@ -11,7 +12,6 @@ import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { connect as connectToNats } from "@nats-io/transport-node";
 import { chromium } from "playwright-core";
-import { Webhook } from "standardwebhooks";
 import { Stack, demandFreePorts, ports } from "./stack.mjs";
 
 /** @typedef {import("playwright-core").Page} BrowserPage */
@@ -176,25 +176,26 @@ async function receivers() {
   const port = await freePort();
   const route = (/** @type {number} */ site) => `http://localhost:${site}/api/cache/webhook`;
   const receiver = `http://localhost:${port}`;
-  const signed = (/** @type {string} */ body, at = new Date()) => ({
-    body,
-    headers: {
-      "webhook-id": "test",
-      "webhook-timestamp": String(Math.floor(at.getTime() / 1_000)),
-      "webhook-signature": new Webhook(secret).sign("test", at, body),
-    },
-  });
+  // Signs the bytes, as the relay does.
+  const signed = (/** @type {string | Buffer} */ body, at = new Date()) => {
+    const time = String(Math.floor(at.getTime() / 1_000));
+    const key = Buffer.from(secret.replace("whsec_", ""), "base64");
+    const signature = createHmac("sha256", key).update(`test.${time}.`).update(body).digest("base64");
+    return { body, headers: { "webhook-id": "test", "webhook-timestamp": time, "webhook-signature": `v1,${signature}` } };
+  };
   const good = signed('{"tags":["loaf"]}');
   /** @type {[number, string, RequestInit][]} */
   const cases = [
     [204, "tags", good],
     [204, "no tags", signed('{"tags":[]}')],
+    [204, "tags after a byte order mark", signed('\uFEFF{"tags":["loaf"]}')],
     [401, "another payload than the one signed", { ...good, body: '{"tags":["counter"]}' }],
     [401, "no signature", { body: good.body }],
     [401, "half a signature", { ...good, headers: { ...good.headers, "webhook-signature": "v1" } }],
     [401, "an old signature", signed(good.body, new Date(Date.now() - 3_600_000))],
     [400, "no JSON", signed("tags")],
     [400, "an empty payload", signed("")],
+    [400, "no UTF-8", signed(Buffer.from('{"tags":["caf\xe9"]}', "latin1"))],
     [400, "null", signed("null")],
     [400, "a string for tags", signed('{"tags":"home"}')],
     [400, "a tag that is no string", signed('{"tags":["home",1]}')],
@@ -203,6 +204,11 @@ async function receivers() {
   await expectAnswers(route(chosen.site), cases);
   await stack.receiver(port);
   await expectAnswers(receiver, cases);
+  const subject = "cms.cache.seiten.käse";
+  // fetch takes a header's bytes as Latin-1.
+  const bytes = Buffer.from(subject).toString("latin1");
+  await expectAnswers(receiver, [[204, "a subject", { ...good, headers: { ...good.headers, "x-nats-subject": bytes } }]]);
+  if (!stack.output("receiver").includes(subject)) throw new Error(`the receiver does not know ${subject}`);
   await stack.end("receiver");
 
   for (const WEBHOOK_SECRET of ["", "whsec_not base64"]) {

@@ -4,6 +4,8 @@
 import { revalidateTag } from "next/cache";
 import { Webhook, WebhookVerificationError } from "standardwebhooks";
 
+const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+
 export async function POST(request: Request) {
   // A 500 makes the relay try again, so no edit is lost to a wrong setting. A malformed secret throws,
   // which is a 500 too.
@@ -13,7 +15,10 @@ export async function POST(request: Request) {
 
   let message: unknown;
   try {
-    message = webhook.verify(await request.text(), Object.fromEntries(request.headers));
+    // request.text() would strip a byte order mark, which is signed too.
+    const payload = utf8.decode(await request.arrayBuffer());
+    webhook.verify(payload, Object.fromEntries(request.headers), { jsonParse: false });
+    message = JSON.parse(payload.replace(/^\uFEFF/, ""));
   } catch (error) {
     if (error instanceof WebhookVerificationError) return new Response(error.message, { status: 401 });
     return new Response("the payload is not JSON", { status: 400 });
