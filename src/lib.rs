@@ -50,24 +50,26 @@ mod text;
 mod tls;
 mod webhook;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
-use futures::Stream;
+use futures::{Stream, StreamExt, stream::pending};
+use log::error;
+use tokio::time::sleep;
 
 pub use self::{
     check::check,
     config::environment::Environment,
     config::{
-        Config, Default, Kind, Log, LogFormat, Misnamed, VARIABLES, Variable, help, misnamed,
-        nearest,
+        Config, Default as VariableDefault, Kind, Log, LogFormat, Misnamed, VARIABLES, Variable,
+        help, misnamed, nearest,
     },
     monitor::logging::start as start_logging,
     text::reasons,
 };
 use self::{
     forward::Forward,
-    monitor::{Monitor, endpoints},
-    nats::Refusals,
+    monitor::{Heartbeat, Monitor, endpoints},
+    nats::{ClientCrashed, Refusals},
     relay::Relay,
     source::Source,
     webhook::Webhook,
@@ -87,14 +89,64 @@ pub async fn run(config: Config, stop: impl Stream<Item = ()> + Unpin) -> anyhow
     if let Some(address) = config.status_listen {
         endpoints::start(address, Arc::clone(&monitor))?;
     }
-    let webhook = Webhook::new(&config.webhook)?;
-    let (connection, events) = nats::connect(&config, &monitor, refusals).await?;
-    let source = Source::new(connection.clone(), events, &config, &monitor);
-    let forward = Forward::new(
-        connection,
-        webhook,
-        Arc::clone(&config),
-        Arc::clone(&monitor),
-    );
-    Relay::new(source, forward, config, monitor).run(stop).await
+    let heartbeat = Arc::new(Heartbeat::new(config.status_listen.is_some()));
+    // The end of these requests is not another one.
+    let mut stop = stop.chain(pending());
+    let ended = tokio::select! {
+        biased;
+        ended = start_over(&config, &monitor, &heartbeat, &refusals, &mut stop) => ended,
+        never = heartbeat.beat(&monitor) => match never {},
+    };
+    heartbeat.stopping(&monitor);
+    ended
+}
+
+/// Relays messages, and starts over with another NATS client where one crashed. In core mode the messages
+/// that waited are lost with it.
+async fn start_over(
+    config: &Arc<Config>,
+    monitor: &Arc<Monitor>,
+    heartbeat: &Arc<Heartbeat>,
+    refusals: &Refusals,
+    stop: &mut (impl Stream<Item = ()> + Unpin),
+) -> anyhow::Result<()> {
+    let mut waits = nats::BACKOFF.waits();
+    loop {
+        let start = Instant::now();
+        let (connection, events) = nats::connect(config, monitor, refusals.clone()).await?;
+        let webhook = Webhook::new(&config.webhook)?;
+        let (config, monitor) = (Arc::clone(config), Arc::clone(monitor));
+        let source = Source::new(connection.clone(), events, &config, &monitor);
+        let forward = Forward::new(
+            connection,
+            webhook,
+            Arc::clone(&config),
+            Arc::clone(&monitor),
+        );
+        let relay = Relay::new(
+            source,
+            forward,
+            config,
+            Arc::clone(&monitor),
+            Arc::clone(heartbeat),
+        );
+        let reason = match relay.run(stop).await {
+            Err(reason) if reason.is::<ClientCrashed>() => reason,
+            ended => return ended,
+        };
+        monitor.set_disconnected();
+        if start.elapsed() >= nats::LASTING {
+            waits = nats::BACKOFF.waits();
+        }
+        let wait = waits.next();
+        error!(
+            "{reason}, as it does on a message with a carriage return in a header value; starting over in \
+             {wait:.1?}"
+        );
+        tokio::select! {
+            biased;
+            _ = stop.next() => return Ok(()),
+            () = sleep(wait) => {}
+        }
+    }
 }

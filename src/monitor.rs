@@ -277,9 +277,9 @@ impl Monitor {
         self.set_last_failure(failure);
     }
 
-    /// A message did not fit into the buffer.
-    pub fn add_dropped(&self) {
-        self.dropped.inc();
+    /// Counts messages that did not fit into the buffer, or that it was ended with.
+    pub fn add_dropped(&self, messages: u64) {
+        self.dropped.inc_by(messages);
     }
 
     /// What waits.

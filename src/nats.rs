@@ -10,20 +10,16 @@ mod observer;
 use std::{sync::Arc, time::Duration};
 
 use anyhow::anyhow;
-use async_nats::{Client, ConnectOptions, ServerAddr};
+use async_nats::{ConnectOptions, ServerAddr};
 use secrecy::ExposeSecret;
-use tokio::sync::mpsc;
 
+use self::observer::{Observer, REFUSALS, explain, refusal};
 pub use self::{
     api::{Api, Failure, refused},
-    connection::{ClientEnded, Connection, Refusals},
+    connection::{ClientCrashed, Connection, Refusals},
     events::{ConnectionEvent, ConnectionEvents},
     inbox::{ANSWER_TIMEOUT, NoAnswer},
     observer::cannot_look,
-};
-use self::{
-    events::Successor,
-    observer::{Observer, REFUSALS, explain, refusal},
 };
 use crate::{
     backoff::Backoff,
@@ -47,39 +43,26 @@ const PING_INTERVAL: Duration = Duration::from_secs(5);
 /// what it has read by then is beyond the bound of [`crate::source`].
 const READ_BUFFER_BYTES: u16 = 16 * 1024;
 
-/// Growing waits between attempts to connect, once every server was tried.
-const BACKOFF: Backoff = Backoff {
+/// Growing waits between attempts to connect, once every server was tried, and after a client crashed.
+pub const BACKOFF: Backoff = Backoff {
     first: Duration::from_millis(100),
     longest: Duration::from_secs(5),
 };
 
-/// A connection that lasts so long counts: after it, the first attempt to connect anew is made at once.
-/// A server that closes each connection would be overrun otherwise.
-const LASTING: Duration = Duration::from_secs(5);
+/// A connection must last this long to reset the backoff: a server that closes each connection would be
+/// overrun otherwise.
+pub const LASTING: Duration = Duration::from_secs(5);
 
 /// Starts connecting in the background, and keeps on until a server is reached.
 ///
 /// # Errors
 /// If the settings can't be used at all.
 pub async fn connect(
-    config: &Arc<Config>,
+    config: &Config,
     monitor: &Arc<Monitor>,
     refusals: Refusals,
 ) -> anyhow::Result<(Connection, ConnectionEvents)> {
-    let (client, reports) = start(config, monitor, &refusals).await?;
-    let (current, connection) = Connection::new(client, Api::of(config), refusals.clone());
-    let successor = Successor::new(Arc::clone(config), Arc::clone(monitor), refusals, current);
-    let events = ConnectionEvents::new(reports, Some(successor));
-    Ok((connection, events))
-}
-
-/// A client that keeps on connecting, and what it reports.
-async fn start(
-    config: &Config,
-    monitor: &Arc<Monitor>,
-    refusals: &Refusals,
-) -> anyhow::Result<(Client, mpsc::UnboundedReceiver<ConnectionEvent>)> {
-    let (observer, reports) = Observer::new(config, monitor, refusals);
+    let (observer, reports) = Observer::new(config, monitor, &refusals);
     let chooser = Arc::clone(&observer);
     let mut options = options(config, Arc::clone(&observer))?
         .retry_on_initial_connect()
@@ -93,7 +76,8 @@ async fn start(
     }
     let client = options.connect(config.nats.servers.as_slice()).await?;
     let _ = observer.statistics.set(client.statistics());
-    Ok((client, reports))
+    let connection = Connection::new(client, Api::of(config), refusals);
+    Ok((connection, ConnectionEvents::new(reports)))
 }
 
 /// Connects to one server, or fails.
@@ -120,9 +104,8 @@ pub async fn connect_once(
                 explain(&error.to_string(), server, config.nats.tls_first)
             ),
         })?;
-    let (_, connection) = Connection::new(client, Api::of(config), refusals);
-    let events = ConnectionEvents::new(reports, None);
-    Ok((connection, events))
+    let connection = Connection::new(client, Api::of(config), refusals);
+    Ok((connection, ConnectionEvents::new(reports)))
 }
 
 /// Login, TLS, and what every connection has in common.

@@ -6,7 +6,7 @@ mod stream;
 use std::sync::Arc;
 
 use anyhow::bail;
-use async_nats::{HeaderMap, header::NATS_MESSAGE_ID, jetstream::response::Response};
+use async_nats::{HeaderMap, PublishError, header::NATS_MESSAGE_ID, jetstream::response::Response};
 use log::warn;
 use reqwest::header::HeaderValue;
 use tokio::{time::sleep, try_join};
@@ -62,8 +62,12 @@ impl Publication<'_> {
     /// Publishes it once, fire and forget.
     ///
     /// # Errors
-    /// If the client refuses it; [`ClientEnded`](crate::nats::ClientEnded) if there is none just now.
-    pub async fn send(&self, connection: &Connection, delivery: &Delivery) -> anyhow::Result<()> {
+    /// If the client refuses it.
+    pub async fn send(
+        &self,
+        connection: &Connection,
+        delivery: &Delivery,
+    ) -> Result<(), PublishError> {
         let (subject, headers) = (self.subject.into(), self.headers.clone());
         connection
             .publish(subject, None, headers, delivery.payload.clone())

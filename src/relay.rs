@@ -4,13 +4,14 @@
 use std::{future::pending, ops::ControlFlow, pin::pin, sync::Arc, time::Duration};
 
 use futures::{Stream, StreamExt};
-use log::info;
+use log::{error, info};
 use tokio::time::{Instant, sleep_until};
 
 use crate::{
     config::Config,
     forward::Forward,
     monitor::{Heartbeat, Monitor},
+    nats::ClientCrashed,
     source::{Delivery, Source},
     text::count,
 };
@@ -22,6 +23,8 @@ pub struct Relay {
     config: Arc<Config>,
     monitor: Arc<Monitor>,
     heartbeat: Arc<Heartbeat>,
+    /// When a stop has waited long enough; none before a stop is requested.
+    deadline: Option<Instant>,
 }
 
 impl Relay {
@@ -32,13 +35,15 @@ impl Relay {
         forward: Forward,
         config: Arc<Config>,
         monitor: Arc<Monitor>,
+        heartbeat: Arc<Heartbeat>,
     ) -> Self {
         Self {
             source,
             forward,
-            heartbeat: Arc::new(Heartbeat::new(config.status_listen.is_some())),
             config,
             monitor,
+            heartbeat,
+            deadline: None,
         }
     }
 
@@ -47,18 +52,19 @@ impl Relay {
     /// it at once.
     ///
     /// # Errors
-    /// When it cannot go on.
-    pub async fn run(mut self, mut stop: impl Stream<Item = ()> + Unpin) -> anyhow::Result<()> {
-        let (heartbeat, monitor) = (Arc::clone(&self.heartbeat), Arc::clone(&self.monitor));
-        let ended = tokio::select! {
-            biased;
-            ended = self.relay_all(&mut stop) => ended,
-            never = heartbeat.beat(&monitor) => match never {},
-        };
+    /// When it cannot go on; [`ClientCrashed`] when another one may.
+    pub async fn run(mut self, stop: &mut (impl Stream<Item = ()> + Unpin)) -> anyhow::Result<()> {
+        let ended = self.relay_all(stop).await;
         self.monitor.set_subscribed(false);
-        self.heartbeat.stopping(&self.monitor);
         self.source.close().await;
-        ended
+        match ended {
+            // There is nothing to start over for.
+            Err(reason) if self.deadline.is_some() && reason.is::<ClientCrashed>() => {
+                error!("{reason} while the relay was stopping");
+                Ok(())
+            }
+            ended => ended,
+        }
     }
 
     async fn relay_all(
@@ -87,39 +93,36 @@ impl Relay {
         );
         self.monitor.set_subscribed(true);
         self.heartbeat.ready(&self.monitor);
-        // When a stop has waited long enough; none while nobody wants it to stop.
-        let mut deadline = None;
         loop {
             let delivery = tokio::select! {
                 biased;
-                _ = stop.next() => match deadline {
+                _ = stop.next() => match self.deadline {
                     None => {
                         let Self { source, config, monitor, heartbeat, .. } = self;
                         let timeout = config.shutdown_timeout;
                         let until = begin_to_stop(source, monitor, heartbeat, timeout, None);
-                        deadline = Some(until.await);
+                        self.deadline = Some(until.await);
                         continue;
                     }
                     Some(_) => return Ok(()),
                 },
-                () = reached(deadline) => return Ok(()),
+                () = reached(self.deadline) => return Ok(()),
                 delivery = self.source.next() => match delivery? {
                     Some(delivery) => delivery,
                     None => return Ok(()),
                 },
             };
-            if self.relay(&delivery, stop, &mut deadline).await?.is_break() {
+            if self.relay(&delivery, stop).await?.is_break() {
                 return Ok(());
             }
         }
     }
 
-    /// Relays one message; whether there is a next one to take.
+    /// Relays one message. Returns whether there is a next one to take.
     async fn relay(
         &mut self,
         delivery: &Delivery,
         stop: &mut (impl Stream<Item = ()> + Unpin),
-        deadline: &mut Option<Instant>,
     ) -> anyhow::Result<ControlFlow<()>> {
         let Self {
             source,
@@ -127,6 +130,7 @@ impl Relay {
             config,
             monitor,
             heartbeat,
+            deadline,
         } = self;
         let mut forwarding = pin!(forward.forward(delivery));
         loop {
@@ -137,7 +141,7 @@ impl Relay {
                     return Ok(ControlFlow::Continue(()));
                 }
                 reason = source.attend() => {
-                    forward.abandon(delivery, "the relay cannot go on");
+                    forward.abandon(delivery, &reason.to_string());
                     return Err(reason);
                 }
                 _ = stop.next() => match deadline {
@@ -163,7 +167,7 @@ impl Relay {
     }
 }
 
-/// Takes no more messages, and says what is still to be done; until when that is to be done.
+/// Stops taking messages, logs what is pending, and returns the deadline.
 async fn begin_to_stop(
     source: &mut Source,
     monitor: &Monitor,

@@ -1,9 +1,8 @@
-//! The connection to NATS, as all parts of the relay share it: a client, and another one in its place
-//! once it has broken down. The client does so on some messages (a carriage return in a header value), and
-//! that must not end the relay.
+//! The connection to NATS, as all parts of the relay share it.
 
 use std::{
     fmt,
+    future::pending,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -18,7 +17,7 @@ use async_nats::{
     jetstream::{Context, context::RequestError, response::Response, stream::Info},
 };
 use bytes::Bytes;
-use tokio::sync::{Mutex, watch};
+use tokio::sync::Mutex;
 
 use super::{
     Api,
@@ -31,28 +30,13 @@ const API_TIMEOUT: Duration = Duration::from_secs(2);
 /// The connection to NATS.
 #[derive(Clone)]
 pub struct Connection {
-    current: watch::Receiver<Current>,
+    /// Shared, because a copy of it costs an allocation.
+    client: Arc<Client>,
+    /// Only one, because each starts a task.
+    jetstream: Context,
     api: Api,
     refusals: Refusals,
     inbox: Arc<Mutex<Inbox>>,
-}
-
-/// The client that there is now.
-#[derive(Clone)]
-pub(super) struct Current {
-    /// Shared, because a copy of it costs an allocation.
-    client: Arc<Client>,
-    /// Its JetStream. Only one, for each starts a task.
-    jetstream: Context,
-    /// How many clients there were before it.
-    number: u64,
-}
-
-/// Tells one connection to a server from another, also where that is the same server.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Epoch {
-    client: u64,
-    connects: u64,
 }
 
 /// How many messages NATS has refused to publish.
@@ -72,54 +56,42 @@ impl Refusals {
     }
 }
 
-/// The client has broken down; there will be another one.
+/// The task of the NATS client panicked, as on a lone carriage return in a header value. Nothing can be sent
+/// or received with it any more.
 #[derive(Debug)]
-pub struct ClientEnded;
+pub struct ClientCrashed;
 
-impl fmt::Display for ClientEnded {
+impl fmt::Display for ClientCrashed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the NATS client has broken down")
+        f.write_str("the NATS client crashed")
     }
 }
 
-impl std::error::Error for ClientEnded {}
-
-impl Epoch {
-    /// Whether it is of the same client, which keeps its subscriptions.
-    #[must_use]
-    pub fn is_of_the_same_client(self, other: Self) -> bool {
-        self.client == other.client
-    }
-}
+impl std::error::Error for ClientCrashed {}
 
 impl Connection {
-    /// The first client.
-    pub(super) fn new(
-        client: Client,
-        api: Api,
-        refusals: Refusals,
-    ) -> (watch::Sender<Current>, Self) {
-        let inbox = Inbox::new(client.new_inbox());
-        let (sender, current) = watch::channel(Current::new(client, &api, 0));
-        let connection = Self {
-            current,
+    pub(super) fn new(client: Client, api: Api, refusals: Refusals) -> Self {
+        let mut jetstream = api.context(client.clone());
+        jetstream.set_timeout(API_TIMEOUT);
+        Self {
+            inbox: Arc::new(Mutex::new(Inbox::new(client.new_inbox()))),
+            client: Arc::new(client),
+            jetstream,
             api,
             refusals,
-            inbox: Arc::new(Mutex::new(inbox)),
-        };
-        (sender, connection)
+        }
     }
 
-    /// How many messages NATS has refused to publish so far.
+    /// Returns how many messages NATS has refused to publish so far.
     #[must_use]
     pub fn refusals(&self) -> u64 {
         self.refusals.count()
     }
 
-    /// The client that there is now.
+    /// The client.
     #[must_use]
-    pub fn client(&self) -> Arc<Client> {
-        Arc::clone(&self.current.borrow().client)
+    pub fn client(&self) -> &Client {
+        &self.client
     }
 
     /// The JetStream that the streams are in.
@@ -130,64 +102,57 @@ impl Connection {
 
     /// The JetStream API, with a bound on how long a request takes.
     #[must_use]
-    pub fn jetstream(&self) -> Context {
-        self.current.borrow().jetstream.clone()
+    pub fn jetstream(&self) -> &Context {
+        &self.jetstream
     }
 
-    /// What JetStream tells about a stream.
+    /// Asks JetStream for a stream's configuration and state.
     ///
     /// # Errors
     /// If there is no answer.
     pub async fn stream_info(&self, stream: &str) -> Result<Response<Info>, RequestError> {
         let request = format!("STREAM.INFO.{stream}");
-        self.jetstream().request(request, &()).await
+        self.jetstream.request(request, &()).await
     }
 
-    /// Which connection to a server this is. What was sent on an earlier one may be lost.
+    /// Returns the number of this connection to a server. What was sent on an earlier one may be lost.
     #[must_use]
-    pub fn epoch(&self) -> Epoch {
-        let current = self.current.borrow();
-        Epoch {
-            client: current.number,
-            connects: current.client.statistics().connects.load(Relaxed),
-        }
+    pub fn epoch(&self) -> u64 {
+        self.client.statistics().connects.load(Relaxed)
     }
 
-    /// Whether there is a connection to a server just now.
+    /// Returns whether there is a connection to a server just now.
     #[must_use]
     pub fn is_up(&self) -> bool {
-        self.current.borrow().client.connection_state() == State::Connected
+        self.client.connection_state() == State::Connected
     }
 
-    /// Resolves once there is a connection to a server, or the client has broken down.
+    /// Resolves once there is a connection to a server.
     pub async fn up(&self) {
         if !self.is_up() {
-            // It completes only with a connection.
-            let _ = self.client().flush().await;
+            self.flush().await;
         }
     }
 
-    /// Resolves once there is another client than in that epoch.
-    pub async fn replaced(&self, epoch: Epoch) {
-        let mut receiver = self.current.clone();
-        // It only fails where nobody is left to replace the client, as when the relay ends.
-        let _ = receiver
-            .wait_for(|current| current.number != epoch.client)
-            .await;
+    /// Resolves once all that was published before has been sent.
+    pub async fn flush(&self) {
+        if self.client.flush().await.is_err() {
+            crashed::<()>().await;
+        }
     }
 
     /// Publishes a message, with where it is to be answered.
     ///
     /// # Errors
-    /// If the client refuses it; [`ClientEnded`] if there is none just now.
+    /// If the client refuses it.
     pub async fn publish(
         &self,
         subject: Subject,
         reply: Option<Subject>,
         headers: HeaderMap,
         payload: Bytes,
-    ) -> anyhow::Result<()> {
-        let client = self.client();
+    ) -> Result<(), PublishError> {
+        let client = &self.client;
         let published = match reply {
             Some(reply) => {
                 client
@@ -196,10 +161,10 @@ impl Connection {
             }
             None => client.publish_with_headers(subject, headers, payload).await,
         };
-        published.map_err(|error: PublishError| match error.kind() {
-            PublishErrorKind::Send => ClientEnded.into(),
-            PublishErrorKind::MaxPayloadExceeded | PublishErrorKind::InvalidSubject => error.into(),
-        })
+        match published {
+            Err(error) if error.kind() == PublishErrorKind::Send => crashed().await,
+            published => published,
+        }
     }
 
     /// Publishes a message, and waits for its answer: the first that `read` makes something of. One question
@@ -219,19 +184,8 @@ impl Connection {
     }
 }
 
-impl Current {
-    pub(super) fn new(client: Client, api: &Api, number: u64) -> Self {
-        let mut jetstream = api.context(client.clone());
-        jetstream.set_timeout(API_TIMEOUT);
-        Self {
-            client: Arc::new(client),
-            jetstream,
-            number,
-        }
-    }
-
-    /// What comes after it.
-    pub(super) fn followed_by(&self, client: Client, api: &Api) -> Self {
-        Self::new(client, api, self.number + 1)
-    }
+/// Never resolves: a crashed client does nothing any more, and who listens to the connection's events starts
+/// over, or ends.
+pub(super) async fn crashed<T>() -> T {
+    pending().await
 }

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 use tokio::time::timeout;
 
-use super::{ClientEnded, Connection, connection::Epoch};
+use super::{Connection, connection::crashed};
 
 /// How long an answer may take.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -22,15 +22,12 @@ pub(super) struct Inbox {
     prefix: String,
     /// The number of the last question.
     last: u64,
-    /// With the epoch in which it was made.
-    subscription: Option<(Subscriber, Epoch)>,
+    subscription: Option<Subscriber>,
 }
 
 /// Why there is no answer.
 #[derive(Debug)]
 pub enum NoAnswer {
-    /// The client has broken down; there will be another one.
-    ClientEnded,
     /// The client refuses to publish the question, for this reason.
     Refused(String),
     /// There was none within [`ANSWER_TIMEOUT`].
@@ -56,27 +53,25 @@ impl Inbox {
         read: impl Fn(&Message) -> Option<T>,
     ) -> Result<T, NoAnswer> {
         let reply = self.next_reply();
-        let subscriber = self.subscriber(connection).await?;
+        let subscriber = self.subscriber(connection).await;
         connection
             .publish(subject, Some(reply.clone()), headers, payload)
             .await
-            .map_err(|error| match error.is::<ClientEnded>() {
-                true => NoAnswer::ClientEnded,
-                false => NoAnswer::Refused(error.to_string()),
-            })?;
+            .map_err(|error| NoAnswer::Refused(error.to_string()))?;
         let answer = async {
             loop {
-                let message = subscriber.next().await.ok_or(NoAnswer::ClientEnded)?;
+                let Some(message) = subscriber.next().await else {
+                    return crashed().await;
+                };
                 if message.subject == reply
                     && let Some(answer) = read(&message)
                 {
-                    return Ok(answer);
+                    return answer;
                 }
             }
         };
-        timeout(ANSWER_TIMEOUT, answer)
-            .await
-            .unwrap_or(Err(NoAnswer::TimedOut))
+        let answer = timeout(ANSWER_TIMEOUT, answer).await;
+        answer.map_err(|_| NoAnswer::TimedOut)
     }
 
     /// Where the next question is to be answered.
@@ -85,21 +80,19 @@ impl Inbox {
         format!("{}.{}", self.prefix, self.last).into()
     }
 
-    /// The subscription of the client that there is now.
-    async fn subscriber(&mut self, connection: &Connection) -> Result<&mut Subscriber, NoAnswer> {
-        let epoch = connection.epoch();
-        let known = self.subscription.take();
-        let known = known.filter(|(_, of)| of.is_of_the_same_client(epoch));
-        let subscription = match known {
-            Some(subscription) => subscription,
+    /// Subscribes, the first time that an answer is wanted.
+    async fn subscriber(&mut self, connection: &Connection) -> &mut Subscriber {
+        let subscriber = match self.subscription.take() {
+            Some(subscriber) => subscriber,
             None => {
                 let subject = format!("{}.*", self.prefix);
-                let subscriber = connection.client().subscribe(subject).await;
-                (subscriber.map_err(|_| NoAnswer::ClientEnded)?, epoch)
+                match connection.client().subscribe(subject).await {
+                    Ok(subscriber) => subscriber,
+                    Err(_) => crashed().await,
+                }
             }
         };
-        let (subscriber, _) = self.subscription.insert(subscription);
-        Ok(subscriber)
+        self.subscription.insert(subscriber)
     }
 }
 

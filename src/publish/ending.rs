@@ -4,10 +4,7 @@ use anyhow::bail;
 use log::warn;
 
 use super::{Publication, Publishers};
-use crate::{
-    nats::ClientEnded,
-    source::{Delivery, Outcome},
-};
+use crate::source::{Delivery, Outcome};
 
 impl Publishers {
     /// Publishes a message, if there is one to publish, and tells the server what has become of the
@@ -40,13 +37,7 @@ impl Publishers {
             }
             let epoch = self.connection.epoch();
             let acknowledged = self.try_to_publish_and_ack(delivery, publication.as_ref(), outcome);
-            let is_acknowledged = match acknowledged.await {
-                Err(error) if error.is::<ClientEnded>() => {
-                    self.connection.replaced(epoch).await;
-                    continue;
-                }
-                is_acknowledged => is_acknowledged?,
-            };
+            let is_acknowledged = acknowledged.await?;
             // What was under way on a connection that broke may be lost: once more, then.
             if self.connection.epoch() == epoch {
                 return Ok(is_acknowledged);
@@ -65,8 +56,7 @@ impl Publishers {
             publication.send(&self.connection, delivery).await?;
         }
         let Some(ack) = &delivery.ack else {
-            let flushed = self.connection.client().flush().await;
-            flushed.map_err(|_| ClientEnded)?;
+            self.connection.flush().await;
             return Ok(true);
         };
         let is_acknowledged = ack.confirm(outcome).await;

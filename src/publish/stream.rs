@@ -18,7 +18,7 @@ use tokio::time::sleep;
 use crate::{
     backoff::Backoff,
     monitor::Monitor,
-    nats::{ANSWER_TIMEOUT, ClientEnded, Connection, Failure, NoAnswer, refused},
+    nats::{ANSWER_TIMEOUT, Connection, Failure, NoAnswer, refused},
     source::Delivery,
     subject::Prefix,
 };
@@ -158,8 +158,6 @@ impl ConfirmingStream {
         match confirmed.await {
             Ok(confirmed) => confirmed,
             Err(NoAnswer::Refused(reason)) => Err(Failure::Permanent(reason)),
-            // There will be another one.
-            Err(NoAnswer::ClientEnded) => Err(Failure::Temporary(ClientEnded.to_string())),
             Err(NoAnswer::TimedOut) if self.connection.refusals() > refusals => {
                 Err(Failure::Permanent("NATS refuses it".to_owned()))
             }

@@ -118,7 +118,7 @@ impl Ack {
                 description: None,
                 length: 0,
             },
-            context: consumer.connection.jetstream(),
+            context: consumer.connection.jetstream().clone(),
         };
         let info = reply_only.info().map_err(|error| {
             anyhow::anyhow!("an ack subject of unknown form, {subject}: {error}")
@@ -237,8 +237,8 @@ impl Ack {
         self.tell("-NAK").await;
     }
 
-    /// Tells the server what it need not confirm. A client that has broken down does not send it, and
-    /// then the server hands the message out again.
+    /// Tells the server what it need not confirm. A client that crashed does not send it, and then the
+    /// server hands the message out again.
     async fn tell(&self, word: &'static str) {
         let client = self.consumer.connection.client();
         let _ = client.publish(self.subject.clone(), word.into()).await;

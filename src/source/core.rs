@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     monitor::Monitor,
-    nats::{ClientEnded, Connection, ConnectionEvent, ConnectionEvents},
+    nats::{Connection, ConnectionEvent, ConnectionEvents},
     text::count,
 };
 
@@ -69,24 +69,14 @@ impl Core {
     }
 
     pub(super) async fn open(&mut self) -> anyhow::Result<()> {
-        loop {
-            self.subscribe().await;
-            let client = self.connection.client();
-            match self.events.confirm(&client, self.needs_inbox).await {
-                Err(error) if error.is::<ClientEnded>() => {}
-                confirmed => return confirmed,
-            }
-        }
-    }
-
-    async fn subscribe(&mut self) {
         let (client, subject) = (self.connection.client(), self.subject.clone());
         let subscriber = match self.queue_group.clone() {
             Some(group) => client.queue_subscribe(subject, group).await,
             None => client.subscribe(subject).await,
         };
-        // It only fails where the client has broken down, and then there will be another one.
+        // It only fails where the client crashed, which the events tell.
         self.subscriber = subscriber.ok();
+        self.events.confirm(client, self.needs_inbox).await
     }
 
     pub(super) async fn next(&mut self) -> anyhow::Result<Option<Delivery>> {
@@ -147,12 +137,6 @@ impl Core {
             event = self.events.next() => match event {
                 ConnectionEvent::Fatal(reason) => return Err(reason),
                 ConnectionEvent::InboxRefused(reason) if self.needs_inbox => return Err(reason),
-                ConnectionEvent::Replaced => {
-                    self.end_subscription();
-                    if !self.is_stopped {
-                        self.subscribe().await;
-                    }
-                }
                 ConnectionEvent::InboxRefused(_)
                 | ConnectionEvent::ProbeRefused
                 | ConnectionEvent::LookRefused
@@ -160,7 +144,7 @@ impl Core {
             },
             message = next_of(&mut self.subscriber) => match message {
                 Some(message) => return Ok(Some(message)),
-                // It was ended by us, or the client has broken down, which is noticed in a moment.
+                // It was ended by us, or the client crashed, which is noticed in a moment.
                 None => self.subscriber = None,
             },
             () = self.drops.report_due() => self.drops.report(),
@@ -178,7 +162,7 @@ impl Core {
         if self.waiting.push(message) {
             self.show_waiting();
         } else {
-            self.monitor.add_dropped();
+            self.monitor.add_dropped(1);
             self.drops.add();
         }
     }
@@ -187,9 +171,11 @@ impl Core {
         self.end_subscription();
         self.drops.report();
         if self.waiting.len() > 0 {
+            let waiting = self.waiting.len() as u64;
+            self.monitor.add_dropped(waiting);
             error!(
-                "stopped with {} still waiting, which core mode does not keep",
-                count(self.waiting.len() as u64, "message")
+                "lost {} still waiting, because core mode does not keep them; NATS_STREAM would",
+                count(waiting, "message")
             );
         }
     }

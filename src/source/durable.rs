@@ -194,7 +194,7 @@ impl Durable {
         let Some(request) = self.requests.next() else {
             return;
         };
-        // Were there no client to send it, it would be sent anew by the next one.
+        // It only fails where the client crashed, which the events tell.
         let client = self.connection.client();
         let _ = client
             .publish_with_reply(request.subject, request.reply, request.text)
@@ -210,11 +210,6 @@ impl Durable {
                     return Err(reason);
                 }
                 ConnectionEvent::LookRefused | ConnectionEvent::ProbeRefused => {}
-                ConnectionEvent::Replaced => {
-                    if !self.is_stopped {
-                        self.subscribe().await;
-                    }
-                }
                 ConnectionEvent::Connected => {
                     if self.current.is_none() {
                         self.find_unreadable().await;
@@ -225,7 +220,7 @@ impl Durable {
             },
             message = next_of(&mut self.subscriber) => match message {
                 Some(message) => self.take_answer(message)?,
-                // The client has broken down, which is noticed in a moment.
+                // The client crashed, which is noticed in a moment.
                 None => self.subscriber = None,
             },
             () = &mut self.tick => {

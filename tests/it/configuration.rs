@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, fs};
 
-use nats_webhook_relay::{Default, VARIABLES};
+use nats_webhook_relay::{VARIABLES, VariableDefault};
 
 use crate::support::{Answer, NatsServer, Relay, Webhook};
 
@@ -249,7 +249,7 @@ fn documents_agree_with_the_table_of_variables() {
                 first.contains(&format!("`{}`", variable.name))
             })
             .unwrap_or_else(|| panic!("docs/settings.md lacks {}", variable.name));
-        if let Default::Value(value) = variable.default {
+        if let VariableDefault::Value(value) = variable.default {
             assert!(
                 row.contains(&format!("`{value}`")),
                 "another default: {row}"

@@ -98,7 +98,7 @@ async fn what_still_waits_after_the_shutdown_timeout_is_counted() {
     scene.relay.signal("TERM");
     let (code, log) = scene.relay.ended().await;
     assert_eq!(code, Some(0), "{log:#?}");
-    let left = "stopped with 2 messages still waiting";
+    let left = "lost 2 messages still waiting";
     assert!(log.iter().any(|line| line.contains(left)), "{log:#?}");
 }
 

@@ -20,9 +20,8 @@ const BACKOFF: Backoff = Backoff {
 impl Durable {
     pub(in crate::source) async fn open(&mut self) -> anyhow::Result<()> {
         let mut waits = BACKOFF.waits();
+        self.subscribe().await;
         loop {
-            let epoch = self.connection.epoch();
-            self.subscribe().await;
             let reason = tokio::select! {
                 biased;
                 reason = self.events.fatal() => return Err(reason),
@@ -34,10 +33,7 @@ impl Durable {
                             warn!("{warning}");
                         }
                         self.find_unreadable().await;
-                        if self.connection.epoch().is_of_the_same_client(epoch) {
-                            return Ok(());
-                        }
-                        continue;
+                        return Ok(());
                     }
                     Err(ConsumerError::Fatal(reason) | ConsumerError::NobodyAnswers(reason)) => {
                         return Err(reason);
@@ -60,9 +56,9 @@ impl Durable {
         }
     }
 
-    pub(super) async fn subscribe(&mut self) {
+    async fn subscribe(&mut self) {
         let client = self.connection.client();
-        // It only fails where the client has broken down, and then there will be another one.
+        // It only fails where the client crashed, which the events tell.
         self.subscriber = client
             .subscribe(format!("{}.*", self.requests.inbox()))
             .await
