@@ -104,7 +104,9 @@ async fn relay() -> End {
 /// Says what of the configuration holds.
 async fn check() -> End {
     let (environment, config) = read();
-    print(&format!("ok      environment: {}\n", environment.files()));
+    for file in environment.files() {
+        print(&format!("ok      environment: {file}\n"));
+    }
     for misnamed in misnamed(&environment) {
         print(&format!("warning {misnamed}\n"));
     }
@@ -138,7 +140,9 @@ fn configure() -> Result<Config, Vec<String>> {
     info!("{}", version());
     // Nobody misses a dotenv file where all is set without one.
     if environment.has_files() || config.is_err() {
-        info!("{}", environment.files());
+        for file in environment.files() {
+            info!("{file}");
+        }
     }
     for misnamed in misnamed(&environment) {
         warn!("{misnamed}");
@@ -157,11 +161,8 @@ fn configure() -> Result<Config, Vec<String>> {
 /// Reads the environment and the settings in it, or all problems with either.
 fn read() -> (Environment, Result<Config, Vec<String>>) {
     let directory = std::env::current_dir().unwrap_or_default();
-    let (environment, problems) = Environment::load(&directory);
-    let config = match &problems[..] {
-        [] => Config::from_environment(&environment),
-        _ => Err(problems),
-    };
+    let environment = Environment::load(&directory);
+    let config = Config::from_environment(&environment);
     (environment, config)
 }
 

@@ -3,11 +3,13 @@
 use std::{
     collections::BTreeMap,
     ffi::{OsStr, OsString},
-    io,
     path::{Path, PathBuf},
 };
 
-use super::files::{read_text, shown};
+use super::{
+    files::{read_file, read_text, shown},
+    variables::is_known,
+};
 
 /// The dotenv files, the one that wins first.
 const DOTENV_FILES: [&str; 2] = [".env.local", ".env"];
@@ -18,55 +20,86 @@ pub const FILE_SUFFIX: &str = "_FILE";
 /// Every variable that is set. An empty value counts as unset.
 #[derive(Default)]
 pub struct Environment {
-    variables: BTreeMap<String, OsString>,
-    /// The dotenv files that were read.
-    files: Vec<&'static str>,
+    /// A value, or what is wrong with the line of a dotenv file that sets it.
+    variables: BTreeMap<String, Result<OsString, String>>,
+    /// Names in dotenv files that mean nothing to the relay.
+    foreign: Vec<String>,
+    /// The dotenv files that were read, with the names of the variables that each one sets.
+    files: Vec<(&'static str, Vec<String>)>,
     /// Where they were looked for.
     directory: PathBuf,
+    /// The dotenv files that can't be read, and why.
+    pub(super) problems: Vec<String>,
 }
 
 impl Environment {
-    /// The process environment, and below it the dotenv files in `directory`; and one sentence for each
-    /// of these files that exists and can't be read or parsed. It names the file and the line, and
-    /// quotes nothing, because the line may hold a secret.
+    /// Reads the process environment, and below it the dotenv files in `directory`.
+    ///
+    /// These files usually belong to another program, which reads them by other rules: only the lines that
+    /// set our own variables count, and no other line is a problem or changes how ours are read.
     #[must_use]
-    pub fn load(directory: &Path) -> (Self, Vec<String>) {
+    pub fn load(directory: &Path) -> Self {
         let mut environment: Self = std::env::vars_os()
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value)))
             .collect();
         environment.directory = directory.to_owned();
-        let mut problems = Vec::new();
         for file in DOTENV_FILES {
-            match read_dotenv(&directory.join(file)) {
-                Ok(None) => {}
-                Ok(Some(variables)) => {
-                    environment.files.push(file);
-                    environment.fill(variables);
+            let path = directory.join(file);
+            // A directory may be a virtual environment of Python.
+            if !path.exists() || path.is_dir() {
+                continue;
+            }
+            match read_file(&path) {
+                Ok(content) => {
+                    let names = environment.fill(file, &String::from_utf8_lossy(&content));
+                    environment.files.push((file, names));
                 }
-                Err(problem) => problems.push(format!("{file}{problem}")),
+                Err(error) => environment
+                    .problems
+                    .push(format!("{file} cannot be read: {error}")),
             }
         }
-        (environment, problems)
+        environment
     }
 
-    /// Adds what is not set yet, neither by itself nor by way of its file.
-    fn fill(&mut self, variables: BTreeMap<String, OsString>) {
-        let new: Vec<_> = variables
-            .into_iter()
-            .filter(|(name, _)| {
-                let twin = name
-                    .strip_suffix(FILE_SUFFIX)
-                    .map_or_else(|| format!("{name}{FILE_SUFFIX}"), str::to_owned);
-                !self.variables.contains_key(name) && !self.variables.contains_key(&twin)
-            })
-            .collect();
+    /// Adds what a dotenv file sets and is not set yet, neither by itself nor by way of its file; returns
+    /// the names.
+    fn fill(&mut self, file: &str, text: &str) -> Vec<String> {
+        let mut new = BTreeMap::new();
+        for (name, line, entry) in entries(text) {
+            let twin = name
+                .strip_suffix(FILE_SUFFIX)
+                .map_or_else(|| format!("{name}{FILE_SUFFIX}"), str::to_owned);
+            if self.variables.contains_key(name) || self.variables.contains_key(&twin) {
+                continue;
+            }
+            if !is_known(name) {
+                // Maybe a misspelling.
+                self.foreign.push(name.to_owned());
+                continue;
+            }
+            let value = read_entry(entry);
+            if value != Ok(String::new()) {
+                let value = value.map(OsString::from);
+                let value = value.map_err(|fault| format!("in {file}, line {line}, {fault}"));
+                new.insert(name.to_owned(), value);
+            }
+        }
+        let names = new.keys().cloned().collect();
         self.variables.extend(new);
+        names
     }
 
     /// The value of a variable as it is, whatever its bytes.
-    #[must_use]
-    pub fn raw(&self, name: &str) -> Option<&OsStr> {
-        self.variables.get(name).map(OsString::as_os_str)
+    ///
+    /// # Errors
+    /// If the line of a dotenv file that sets it can't be read.
+    pub fn raw(&self, name: &str) -> Result<Option<&OsStr>, String> {
+        match self.variables.get(name) {
+            Some(Ok(value)) => Ok(Some(value)),
+            Some(Err(fault)) => Err(fault.clone()),
+            None => Ok(None),
+        }
     }
 
     /// The text of a variable that names a file itself, and so has no `X_FILE`.
@@ -74,14 +107,10 @@ impl Environment {
     /// # Errors
     /// If the value is not UTF-8.
     pub fn text(&self, name: &str) -> Result<Option<String>, String> {
-        self.raw(name)
-            .map(|value| {
-                value
-                    .to_str()
-                    .map(str::to_owned)
-                    .ok_or("is not valid UTF-8".to_owned())
-            })
-            .transpose()
+        match self.raw(name)?.map(OsStr::to_str) {
+            Some(None) => Err("is not valid UTF-8".to_owned()),
+            text => Ok(text.flatten().map(str::to_owned)),
+        }
     }
 
     /// The text of a variable, or of the file that its `X_FILE` names.
@@ -90,7 +119,7 @@ impl Environment {
     /// If both are set, if the value is not UTF-8, or if the file can't be read or is empty.
     pub fn text_or_file(&self, name: &str) -> Result<Option<String>, String> {
         let file_name = format!("{name}{FILE_SUFFIX}");
-        match (self.raw(name), self.raw(&file_name)) {
+        match (self.raw(name)?, self.raw(&file_name)?) {
             (Some(_), Some(_)) => Err(format!("and {file_name} are both set; keep one of them")),
             (Some(_), None) => self.text(name),
             (None, Some(path)) => read_value(Path::new(path)).map(Some).map_err(|fault| {
@@ -101,28 +130,34 @@ impl Environment {
         }
     }
 
-    /// Whether there is a dotenv file.
+    /// Returns whether there is a dotenv file.
     #[must_use]
     pub fn has_files(&self) -> bool {
         !self.files.is_empty()
     }
 
-    /// Which dotenv files were read, in a sentence.
+    /// Says which variables are from which dotenv file, in a sentence for each.
     #[must_use]
-    pub fn files(&self) -> String {
+    pub fn files(&self) -> Vec<String> {
         let directory = self.directory.display();
+        let sentence = |(file, names): &(_, Vec<_>)| match &names[..] {
+            [] => format!("{file} in {directory} sets nothing of the relay"),
+            names => format!("{file} in {directory} sets {}", names.join(", ")),
+        };
         match &self.files[..] {
-            [] => format!(
+            [] if !self.problems.is_empty() => vec![],
+            [] => vec![format!(
                 "found neither {} in {directory}",
                 DOTENV_FILES.join(" nor ")
-            ),
-            files => format!("read {} in {directory}", files.join(" and ")),
+            )],
+            files => files.iter().map(sentence).collect(),
         }
     }
 
-    /// The names of all variables that are set.
+    /// The names of all variables that are set, ours or not.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.variables.keys().map(String::as_str)
+        let names = self.variables.keys().chain(&self.foreign);
+        names.map(String::as_str)
     }
 }
 
@@ -132,6 +167,7 @@ impl<N: Into<String>, V: Into<OsString>> FromIterator<(N, V)> for Environment {
             .into_iter()
             .map(|(name, value)| (name.into(), value.into()))
             .filter(|(_, value)| !value.is_empty())
+            .map(|(name, value)| (name, Ok(value)))
             .collect();
         Self {
             variables,
@@ -156,70 +192,74 @@ fn read_value(path: &Path) -> Result<String, String> {
     }
 }
 
-/// The variables of a dotenv file, if there is such a file.
-fn read_dotenv(path: &Path) -> Result<Option<BTreeMap<String, OsString>>, String> {
-    let text = match read_text(path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(format!(": cannot be read: {error}")),
-    };
-    parse_dotenv(&text).map(Some)
-}
-
-/// The variables in the text of a dotenv file.
-pub(crate) fn parse_dotenv(text: &str) -> Result<BTreeMap<String, OsString>, String> {
+/// Cuts a dotenv file into what sets a variable: the name, the number of the line, and the text from there
+/// on. What stands between, such as the rest of a foreign value of several lines, is skipped.
+fn entries(text: &str) -> impl Iterator<Item = (&str, usize, &str)> {
     let text = text.trim_start_matches('\u{feff}');
-    if let Some(line) = substituted_line(text) {
-        return Err(format!(
-            ", line {line}: has a $ that would be replaced by the value of a variable; put the value \
-             in single quotes"
-        ));
-    }
-    let variables = dotenvy::from_read_iter(text.as_bytes())
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(|error| match error {
-            dotenvy::Error::LineParse(line, _) => format!(
-                ", line {}: is no NAME=value; put a value with spaces, quotes, # or $ in single quotes",
-                line_number(text, &line)
-            ),
-            error => format!(": cannot be read: {error}"),
-        })?;
-    Ok(Environment::from_iter(variables).variables)
+    let mut start = 0;
+    text.split_inclusive('\n')
+        .enumerate()
+        .filter_map(move |(index, line)| {
+            let entry = &text[start..];
+            start += line.len();
+            Some((name_set_by(line)?, index + 1, entry))
+        })
 }
 
-/// The number, from 1, of the first line in which the parser would replace a `$` and what follows it by
-/// the value of another variable, or by nothing: a password would silently be another one.
-fn substituted_line(text: &str) -> Option<usize> {
-    let (mut line, mut before) = (1, '\n');
-    let (mut quote, mut is_escaped, mut is_comment) = (None, false, false);
-    for c in text.chars() {
-        match c {
-            '\n' => {
-                line += 1;
-                (is_escaped, is_comment) = (false, false);
+/// The name of the variable that a line sets, if it is one that does.
+fn name_set_by(line: &str) -> Option<&str> {
+    let line = line.trim_start();
+    let line = line.strip_prefix("export ").unwrap_or(line).trim_start();
+    let end = line.find(|c: char| !c.is_ascii_alphanumeric() && !"_.-".contains(c))?;
+    let (name, rest) = line.split_at(end);
+    let sets = rest.trim_start().starts_with(['=', ':']);
+    (sets && !name.is_empty()).then_some(name)
+}
+
+/// Reads the entry at the beginning of `text`. Only a quote around the whole value makes it go on in the next
+/// line; nothing is quoted in the error, because the line may hold a secret.
+pub(crate) fn read_entry(text: &str) -> Result<String, &'static str> {
+    const BAD: &str =
+        "is not a valid NAME=value; put a value with spaces, quotes, # or $ in single quotes";
+    let line = text.lines().next().unwrap_or_default();
+    let (_, value) = line.split_once('=').ok_or(BAD)?;
+    let value = value.trim_start();
+    let start = line.len() - value.len();
+    let (value, end) = match value.chars().next() {
+        Some(quote @ ('\'' | '"')) => {
+            let mut is_escaped = false;
+            let closes = |c| {
+                let closes = c == quote && !is_escaped;
+                is_escaped = c == '\\' && quote == '"' && !is_escaped;
+                closes
+            };
+            let inner = &text[start + 1..];
+            let (value, rest) = inner.split_at(inner.find(closes).ok_or(BAD)?);
+            let rest = rest[1..].lines().next().unwrap_or_default();
+            let is_comment =
+                rest.starts_with(char::is_whitespace) && rest.trim_start().starts_with('#');
+            if !rest.trim().is_empty() && !is_comment {
+                return Err(BAD);
             }
-            _ if is_comment => {}
-            _ if is_escaped => is_escaped = false,
-            '\\' if quote != Some('\'') => is_escaped = true,
-            '$' if quote != Some('\'') => return Some(line),
-            '#' if quote.is_none() && before.is_whitespace() => is_comment = true,
-            '\'' | '"' if quote.is_none() => quote = Some(c),
-            _ if quote == Some(c) => quote = None,
-            _ => {}
+            let is_literal = quote == '\'';
+            (if is_literal { "" } else { value }, start + value.len() + 2)
         }
-        before = c;
+        _ => (value.split(" #").next().unwrap_or_default(), line.len()),
+    };
+    // A password would silently be another one.
+    if value.replace(r"\\", "").replace(r"\$", "").contains('$') {
+        return Err(
+            "has a $ that would be replaced by the value of a variable; put the value in single quotes",
+        );
     }
-    None
-}
-
-/// The number, from 1, of the line at which `faulty` starts in `text`: what the parser hands back
-/// is a line, or several where a quote is open, or the value alone, in any case without a comment.
-fn line_number(text: &str, faulty: &str) -> usize {
-    let first = faulty.lines().next().unwrap_or_default();
-    text.lines()
-        .position(|line| line == first)
-        .or_else(|| text.lines().position(|line| line.contains(first)))
-        .map_or(1, |index| index + 1)
+    // Which is what other bytes than UTF-8 were read as.
+    if text[..end].contains(char::REPLACEMENT_CHARACTER) {
+        return Err("is not valid UTF-8");
+    }
+    match dotenvy::from_read_iter(text[..end].trim_end().as_bytes()).next() {
+        Some(Ok((_, value))) => Ok(value),
+        _ => Err(BAD),
+    }
 }
 
 #[cfg(test)]
@@ -228,87 +268,101 @@ mod tests {
     use super::*;
     use std::{fs, os::unix::ffi::OsStringExt};
 
-    fn dotenv(text: &[u8]) -> Result<BTreeMap<String, OsString>, String> {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join(".env");
-        fs::write(&path, text).unwrap();
-        read_dotenv(&path).map(Option::unwrap)
+    /// What a dotenv file makes of `NATS_PASS`.
+    fn password(file: &str) -> Result<Option<String>, String> {
+        let mut environment = Environment::default();
+        environment.fill(".env", file);
+        environment.text("NATS_PASS")
     }
 
     #[test]
-    fn a_malformed_dotenv_file_is_reported_with_its_line_and_without_its_text() {
+    fn a_line_of_ours_that_cannot_be_read_is_reported_with_its_number_and_without_its_text() {
         for (text, line) in [
-            ("A=1\nthis is hunter2\nB=2\n", 2),
-            ("A=1\nA\n", 2),
-            ("# note\n\nA='hunter2\nB=2\n", 3),
-            ("# note\nA=hunter2 hunter2 # note\n", 2),
+            ("A=1\nNATS_PASS: hunter2\n", 2),
+            ("NATS_PASS=hunter2 hunter2 # note\n", 1),
+            ("# note\n\nNATS_PASS='hunter2\nB=2\n", 3),
+            ("NATS_PASS=it's hunter2\nB='2'", 1),
+            ("NATS_PASS='hunter2\nB='2'", 1),
+            ("NATS_PASS='hunter2' x", 1),
+            ("NATS_PASS=hunter\u{fffd}", 1),
         ] {
-            let problem = dotenv(text.as_bytes()).unwrap_err();
+            let problem = password(text).unwrap_err();
+            let expected = format!("in .env, line {line}, is not valid");
             assert!(
-                problem.starts_with(&format!(", line {line}: ")),
-                "{text:?}: {problem}"
+                problem
+                    .replace("is not a valid", "is not valid")
+                    .starts_with(&expected),
+                "{problem}"
             );
-            assert!(!problem.contains("hunter2"), "{problem}");
+            assert!(!problem.contains("hunter"), "{problem}");
         }
-        assert!(
-            dotenv(b"A=\xff\n")
-                .unwrap_err()
-                .starts_with(": cannot be read")
-        );
     }
 
     #[test]
     fn a_dollar_that_would_be_substituted_is_refused() {
-        for (text, line) in [
-            ("A=pa$word", 1),
-            ("A=1\nexport B=${HOME}\n", 2),
-            ("A=1\n\nB=\"pa$word\"\n", 3),
-            ("# don't\nA='$1' # it's\nB=$1\n", 3),
-            ("A='one\n# $two' \nB=\"three\nfour$\"\n", 4),
-            ("A=x#$word", 1),
-            ("A=\\\\$word", 1),
-            ("A='$a'$b", 1),
-            ("A=\"'$a'\"", 1),
-            // In single quotes a backslash stands for itself.
-            ("A='\\'$b", 1),
+        for text in [
+            "NATS_PASS=pa$word",
+            "export NATS_PASS=${HOME}",
+            "NATS_PASS=\"pa$word\"",
+            "NATS_PASS=\"three\nfour$\"",
+            "NATS_PASS=x#$word",
+            "NATS_PASS=\\\\$word",
+            "NATS_PASS=x'$a'$b",
+            "NATS_PASS=\"'$a'\"",
         ] {
-            let problem = dotenv(text.as_bytes()).unwrap_err();
-            let expected = format!(", line {line}: has a $ ");
-            assert!(problem.starts_with(&expected), "{text:?}: {problem}");
-            assert!(problem.ends_with("in single quotes"), "{problem}");
-            assert!(!problem.contains("word"), "{problem}");
+            let problem = password(text).unwrap_err();
+            assert!(
+                problem.starts_with("in .env, line 1, has a $ "),
+                "{text:?}: {problem}"
+            );
+            assert!(
+                problem.ends_with("in single quotes") && !problem.contains("word"),
+                "{problem}"
+            );
         }
         for (text, value) in [
-            ("A='pa$word'", "pa$word"),
-            ("A=pa\\$word # costs $1", "pa$word"),
-            ("A=\"pa\\$word\"", "pa$word"),
-            ("  # $1\nA=1\\\n# $2", "1"),
-            ("A='one\n$two\n\"'\t# $3", "one\n$two\n\""),
+            ("NATS_PASS='pa$word'", "pa$word"),
+            ("NATS_PASS=pa\\$word # costs $1", "pa$word"),
+            ("NATS_PASS=\"pa\\$word\"\t# costs $1", "pa$word"),
+            ("  # $1\nNATS_PASS=1\n# $2", "1"),
+            ("NATS_PASS='one\n$two\n\"'\t# $3", "one\n$two\n\""),
         ] {
-            let expected = Environment::from_iter([("A", value)]).variables;
-            assert_eq!(dotenv(text.as_bytes()), Ok(expected), "{text:?}");
+            assert_eq!(password(text), Ok(Some(value.to_owned())), "{text:?}");
         }
     }
 
     #[test]
-    fn dotenv_values_are_taken_as_people_write_them() {
-        let variables =
-            dotenv("\u{feff}A=1 # one\r\nexport B='two # $words'\n\n# C=3\nD=\n".as_bytes())
-                .unwrap();
-        let expected = [("A", "1"), ("B", "two # $words")];
-        assert_eq!(variables, Environment::from_iter(expected).variables);
+    fn values_are_taken_as_people_write_them() {
+        for (text, value) in [
+            ("\u{feff}NATS_PASS=1 # one\r\n", Some("1")),
+            ("export NATS_PASS='two # $words'\n", Some("two # $words")),
+            ("NATS_PASS = three  ", Some("three")),
+            ("#NATS_PASS=4", None),
+            ("NATS_PASS=\nNATS_PASS=''", None),
+            ("NATS_PASS=5\nNATS_PASS=6", Some("6")),
+            ("A='\nNATS_PASS=7\n'", Some("7")),
+        ] {
+            assert_eq!(password(text), Ok(value.map(str::to_owned)), "{text:?}");
+        }
     }
 
     #[test]
     fn the_first_source_wins_also_over_the_file_form_of_a_later_one() {
-        let mut environment = Environment::from_iter([("A", "1"), ("B_FILE", "/b"), ("C", "")]);
-        environment.fill(
-            Environment::from_iter([("A", "x"), ("A_FILE", "x"), ("B", "x"), ("C", "3")]).variables,
-        );
-        let expected = [("A", "1"), ("B_FILE", "/b"), ("C", "3")];
+        let set = [
+            ("NATS_USER", "1"),
+            ("NATS_PASS_FILE", "/b"),
+            ("NATS_TOKEN", ""),
+        ];
+        let mut environment = Environment::from_iter(set);
+        let file = "NATS_USER=x\nNATS_USER_FILE=x\nNATS_PASS=$x\nNATS_TOKEN=3\nSECRET=x";
+        assert_eq!(environment.fill(".env", file), ["NATS_TOKEN"]);
+        assert_eq!(environment.text("NATS_USER"), Ok(Some("1".to_owned())));
+        assert_eq!(environment.text("NATS_PASS"), Ok(None));
+        assert_eq!(environment.text("NATS_TOKEN"), Ok(Some("3".to_owned())));
+        let names: Vec<_> = environment.names().collect();
         assert_eq!(
-            environment.variables,
-            Environment::from_iter(expected).variables
+            names,
+            ["NATS_PASS_FILE", "NATS_TOKEN", "NATS_USER", "SECRET"]
         );
     }
 

@@ -110,7 +110,7 @@ fn read<T>(path: &str, read: fn(&Path) -> io::Result<T>) -> Result<T, String> {
 const MAX_FILE_BYTES: u64 = 1 << 20;
 
 /// The content of a file that a setting names. A pipe could wait for ever, and a device never end.
-fn read_file(path: &Path) -> io::Result<Vec<u8>> {
+pub(super) fn read_file(path: &Path) -> io::Result<Vec<u8>> {
     if !fs::metadata(path)?.is_file() {
         return Err(io::Error::other(
             "it is not a regular file; copy what it holds into one",

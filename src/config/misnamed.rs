@@ -5,8 +5,8 @@ use std::fmt;
 use super::{
     environment::{Environment, FILE_SUFFIX},
     variables::{
-        ADDRESS, CREDS, DESTINATION, FAILED_PREFIX, HEADER_PREFIX, HOST, Kind, LOG, PASS, PREFIX,
-        RELAYED_PREFIX, SECRET, USER, VARIABLES, Variable,
+        ADDRESS, CREDS, DESTINATION, FAILED_PREFIX, HOST, Kind, LOG, PASS, PREFIX, RELAYED_PREFIX,
+        SECRET, USER, VARIABLES, Variable, is_known,
     },
 };
 
@@ -55,15 +55,6 @@ pub fn misnamed(environment: &Environment) -> Vec<Misnamed<'_>> {
         .collect()
 }
 
-fn is_known(name: &str) -> bool {
-    name.starts_with(HEADER_PREFIX)
-        || VARIABLES.iter().any(|variable| {
-            let is_its_file = variable.kind != Kind::File
-                && name.strip_suffix(FILE_SUFFIX) == Some(variable.name);
-            variable.name == name || is_its_file
-        })
-}
-
 /// The variable that was probably meant.
 fn meant(environment: &Environment, name: &str) -> Option<String> {
     let (stem, suffix) = match name.strip_suffix(FILE_SUFFIX) {
@@ -89,10 +80,7 @@ fn meant(environment: &Environment, name: &str) -> Option<String> {
 }
 
 fn is_set(environment: &Environment, known: &str) -> bool {
-    let has = |name: &str| {
-        let file = format!("{name}{FILE_SUFFIX}");
-        environment.raw(name).is_some() || environment.raw(&file).is_some()
-    };
+    let has = |name: &str| !matches!(environment.text_or_file(name), Ok(None));
     has(known) || (known == HOST && has(ADDRESS))
 }
 

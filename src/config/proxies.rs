@@ -86,7 +86,7 @@ impl Proxies {
 /// The name by which a variable is set: these are written in lower case as well.
 fn as_set(reader: &Reader<'_>, name: &str) -> String {
     let lower = name.to_lowercase();
-    let is_lower = !reader.is_set(name) && reader.environment.raw(&lower).is_some();
+    let is_lower = !reader.is_set(name) && reader.environment.raw(&lower) != Ok(None);
     if is_lower { lower } else { name.to_owned() }
 }
 

@@ -25,7 +25,7 @@ impl<'a> Reader<'a> {
     pub(super) fn new(environment: &'a Environment) -> Self {
         Self {
             environment,
-            problems: Vec::new(),
+            problems: environment.problems.clone(),
         }
     }
 
@@ -95,7 +95,10 @@ impl<'a> Reader<'a> {
 
     /// The whole, or all problems on the way to it.
     pub(super) fn finish<T>(self, whole: Result<T, Noted>) -> Result<T, Vec<String>> {
-        whole.map_err(|Noted(())| self.problems)
+        match whole {
+            Ok(whole) if self.problems.is_empty() => Ok(whole),
+            _ => Err(self.problems),
+        }
     }
 
     /// What the environment has for a variable.

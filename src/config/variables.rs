@@ -3,6 +3,8 @@
 
 use std::fmt;
 
+use super::environment::FILE_SUFFIX;
+
 /// One environment variable that the program knows.
 #[derive(Debug)]
 pub struct Variable {
@@ -287,6 +289,15 @@ pub const VARIABLES: &[Variable] = &[
     )
     .default("text"),
 ];
+
+/// Returns whether a name means something to the relay.
+pub(super) fn is_known(name: &str) -> bool {
+    let stem = name.strip_suffix(FILE_SUFFIX);
+    name.starts_with(HEADER_PREFIX)
+        || VARIABLES.iter().any(|variable| {
+            variable.name == name || (variable.kind != Kind::File && stem == Some(variable.name))
+        })
+}
 
 /// No line of the help is longer, in characters.
 const HELP_WIDTH: usize = 100;

@@ -4,7 +4,7 @@ use std::{collections::HashMap, fs};
 
 use nats_webhook_relay::{VARIABLES, VariableDefault};
 
-use crate::support::{Answer, NatsServer, Relay, Webhook};
+use crate::support::{Answer, NatsServer, Relay, Webhook, until};
 
 const GOOD: [(&str, &str); 4] = [
     ("WEBHOOK_DESTINATION", "http://127.0.0.1:1/"),
@@ -52,32 +52,109 @@ async fn the_environment_wins_over_env_local_and_that_over_env() {
         .await;
 }
 
+/// What stands in the `.env` files of Next.js projects, and means nothing to the relay.
+const FOREIGN: [&str; 36] = [
+    "APP_NAME=My Great App",
+    "APP_NAME=My Great App # and more",
+    "DATABASE_URL=postgres://app:pa$$word@localhost:5432/app",
+    "URL=http://$HOST:$PORT/",
+    "URL=\"http://${HOST}/\"",
+    "ADMIN_HASH=$2b$10$N9qo8uLOickgx2ZMRZoMyeIjZAgcfl7p92ldGxad68LJZdL17lhWy",
+    "QUERY=`select * from \"pages\" where title = 'x'`",
+    "QUERY=`one\ntwo`",
+    "FLAGS={\"a\": [1, 2], \"b\": \"it's\"}",
+    "/* not a comment of dotenv */",
+    "/*",
+    "*/",
+    "// nor is this",
+    "; nor this",
+    "KEY: value",
+    "KEY : a value",
+    "just some words",
+    "LONELY",
+    "export LONELY",
+    "export A=1 B=2",
+    "NOTE=don't",
+    "NOTE='don't'",
+    "'",
+    "\"",
+    "`",
+    "A='",
+    "A=\"",
+    "A=\"unfinished",
+    "A=\"\n-----BEGIN PRIVATE KEY-----\nMIIEvQIBADANBgkqhkiG9w0BAQ==\n-----END PRIVATE KEY-----\n\"",
+    "A='one\n\n  two\n'",
+    "A=\\x \\",
+    "9LIVES=cat",
+    "SOME-NAME=x",
+    "=x",
+    "<<<<<<< HEAD",
+    "NAME=M\u{fc}ller \u{1f980} \u{0}",
+];
+
 #[tokio::test]
-async fn a_malformed_dotenv_file_is_reported_with_file_and_line() {
+async fn what_is_not_ours_in_a_dotenv_file_stops_nothing_and_changes_nothing() {
+    let ours = GOOD
+        .map(|(name, value)| format!("{name}={value}\n"))
+        .concat();
+    let mut wrong = Vec::new();
+    for foreign in FOREIGN {
+        for (before, after) in [(foreign, ""), ("", foreign), (foreign, foreign)] {
+            let directory = tempfile::tempdir().unwrap();
+            let file = format!("{before}\n{ours}{after}");
+            fs::write(directory.path().join(".env"), file).unwrap();
+            let relay = Relay::start_in(directory, []);
+            let connects = until("it starts or ends", async || {
+                let log = relay.log().concat();
+                log.contains("NATS at nats://127.0.0.1:1:") || log.contains("bad configuration")
+            });
+            connects.await;
+            if !relay.lines("bad configuration").is_empty() || !relay.lines("not known").is_empty()
+            {
+                wrong.push((before, after, relay.log()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}: {wrong:#?}", wrong.len());
+    // Nor do other bytes than text.
     let directory = tempfile::tempdir().unwrap();
-    fs::write(
-        directory.path().join(".env.local"),
-        "# note\nNATS_PASS=hunter2 hunter2\n",
-    )
-    .unwrap();
-    let (code, log) = Relay::start_in(directory, GOOD).ended().await;
-    assert_eq!(code, Some(78), "{log:#?}");
-    assert!(log.concat().contains(".env.local, line 2: "), "{log:#?}");
-    assert!(!log.concat().contains("hunter2"), "{log:#?}");
+    let file = [b"NAME=M\xfcller\n", ours.as_bytes()].concat();
+    fs::write(directory.path().join(".env"), file).unwrap();
+    fs::create_dir(directory.path().join(".env.local")).unwrap();
+    Relay::start_in(directory, [])
+        .logged("NATS at nats://127.0.0.1:1:")
+        .await;
 }
 
 #[tokio::test]
-async fn a_dotenv_file_never_changes_a_password() {
+async fn a_line_of_ours_that_cannot_be_read_is_reported_with_all_other_problems() {
     let directory = tempfile::tempdir().unwrap();
     fs::write(
-        directory.path().join(".env"),
-        "# $1\nNATS_PASS=pa$hunter2\n",
+        directory.path().join(".env.local"),
+        "# $1\nNATS_PASS=pa$hunter2\nNATS_USER=hunter2 hunter2\n",
     )
     .unwrap();
-    let (code, log) = Relay::start_in(directory, GOOD).ended().await;
+    // What the environment sets is not read from the file.
+    fs::write(directory.path().join(".env"), "NATS_HOST=$HOST\n").unwrap();
+    let variables = GOOD.into_iter().chain([("WEBHOOK_TIMEOUT", "15")]);
+    let (code, log) = Relay::start_in(directory, variables).ended().await;
     assert_eq!(code, Some(78), "{log:#?}");
-    let expected = "bad configuration: .env, line 2: has a $ that would be replaced";
-    assert!(log.last().unwrap().contains(expected), "{log:#?}");
+    let problems: Vec<_> = log
+        .iter()
+        .filter(|line| line.contains("bad conf"))
+        .collect();
+    assert_eq!(problems.len(), 3, "{log:#?}");
+    for problem in [
+        "NATS_PASS in .env.local, line 2, has a $ that would be replaced",
+        "NATS_USER in .env.local, line 3, is not a valid NAME=value",
+        "WEBHOOK_TIMEOUT ",
+    ] {
+        let problem = format!("bad configuration: {problem}");
+        assert!(
+            problems.iter().any(|line| line.contains(&problem)),
+            "{log:#?}"
+        );
+    }
     assert!(!log.concat().contains("hunter2"), "{log:#?}");
 }
 
@@ -93,7 +170,7 @@ async fn only_regular_files_are_read() {
     let relay = Relay::start_in(directory, GOOD);
     let (code, log) = relay.ended().await;
     assert_eq!(code, Some(78), "{log:#?}");
-    let expected = "bad configuration: .env: cannot be read: it is not a regular file";
+    let expected = "bad configuration: .env cannot be read: it is not a regular file";
     assert!(log.last().unwrap().contains(expected), "{log:#?}");
 
     let names = [
@@ -166,8 +243,9 @@ async fn it_says_where_dotenv_files_were_looked_for_and_which_were_read() {
         "NATS_HOST=nats://127.0.0.1:1\n",
     )
     .unwrap();
-    let read = format!("read .env in {}", directory.path().display());
-    let relay = Relay::start_in(directory, GOOD);
+    let read = format!(".env in {} sets NATS_HOST", directory.path().display());
+    let others = GOOD.into_iter().filter(|(name, _)| *name != "NATS_HOST");
+    let relay = Relay::start_in(directory, others);
     relay.logged(&read).await;
 
     // Under a service manager nobody misses one.
