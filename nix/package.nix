@@ -24,6 +24,7 @@ rustPlatform.buildRustPackage {
       ../examples/prometheus
       ../docs
       ../examples/systemd
+      ../fuzz/properties.rs
       (lib.fileset.fileFilter (file: file.hasExt "rs") ../examples)
       ./hardening.nix
       ./log-crates.json

@@ -37,6 +37,7 @@ mod config;
 mod forward;
 #[cfg(any(fuzzing, test))]
 #[doc(hidden)]
+#[path = "../fuzz/properties.rs"]
 pub mod fuzzing;
 mod lock;
 mod monitor;

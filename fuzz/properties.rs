@@ -1,5 +1,6 @@
-//! What the fuzzers in `fuzz/` call, and what must hold whatever comes in. Each function panics if it does
-//! not. Tests compile it too, so that it cannot fall behind.
+//! The properties that the fuzzers check, whatever comes in: each function panics if one doesn't hold. This is a
+//! module of the crate (`src/lib.rs`), because it calls what is private there; the tests compile it too, so that
+//! it can't fall behind.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
