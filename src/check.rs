@@ -24,8 +24,7 @@ use crate::{
     config::{self, Config, Destination, Login, Mode, Proxy},
     monitor::{Monitor, endpoints},
     nats::{
-        Connection, ConnectionEvent, ConnectionEvents, Failure, Refusals, cannot_look,
-        connect_once, show,
+        Connection, ConnectionEvent, ConnectionEvents, Failure, cannot_look, connect_once, show,
     },
     publish::Publishers,
     source::{Consumer, ConsumerError, try_to_look},
@@ -75,7 +74,7 @@ pub async fn check(config: &Config, out: &mut dyn Write) -> anyhow::Result<bool>
     tls::install_provider();
     let mut report = Report { out, good: true };
     report.add("configuration", Ok("valid".to_owned()));
-    let monitor = Arc::new(Monitor::new(Refusals::default())?);
+    let monitor = Arc::new(Monitor::new()?);
     if let Some((connection, mut events)) = check_servers(config, &monitor, &mut report).await? {
         let publishers = Publishers::new(connection.clone(), config, &monitor);
         match &config.mode {

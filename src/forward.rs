@@ -17,10 +17,10 @@ use tokio::time::sleep;
 use self::posting::{Posted, Posting};
 use crate::{
     config::Config,
-    monitor::Monitor,
+    monitor::{Cause, Monitor},
     nats::Connection,
     publish::{Publication, Publishers},
-    republish::{Cause, GivenUp, failed_headers, relayed_headers, relayed_subject},
+    republish::{GivenUp, failed_headers, relayed_headers, relayed_subject},
     source::{Ack, Delivery, Outcome},
     webhook::{Webhook, message_id},
 };

@@ -64,17 +64,22 @@ pub use self::{
         Config, Default as VariableDefault, Kind, Log, LogFormat, Misnamed, VARIABLES, Variable,
         help, misnamed, nearest,
     },
-    monitor::logging::start as start_logging,
+    monitor::logging::finish as finish_logging,
     text::reasons,
 };
 use self::{
     forward::Forward,
-    monitor::{Heartbeat, Monitor, endpoints},
+    monitor::{Heartbeat, Monitor, endpoints, logging},
     nats::{ClientCrashed, Refusals},
     relay::Relay,
     source::Source,
     webhook::Webhook,
 };
+
+/// Starts logging to standard error, as the settings say.
+pub fn start_logging(log: &Log) {
+    logging::start(&log.filter, log.format == LogFormat::Json);
+}
 
 /// Runs the relay until its operator stops it or it cannot go on.
 ///
@@ -86,7 +91,7 @@ use self::{
 pub async fn run(config: Config, stop: impl Stream<Item = ()> + Unpin) -> anyhow::Result<()> {
     let config = Arc::new(config);
     let refusals = Refusals::default();
-    let monitor = Arc::new(Monitor::new(refusals.clone())?);
+    let monitor = Arc::new(Monitor::new()?);
     if let Some(address) = config.status_listen {
         endpoints::start(address, Arc::clone(&monitor))?;
     }

@@ -8,12 +8,16 @@ use std::{
 use futures::{Stream, stream::poll_fn};
 use log::{error, info, warn};
 use nats_webhook_relay::{
-    Config, Environment, Log, help as variables, misnamed, nearest, reasons, run, start_logging,
+    Config, Environment, Log, finish_logging, help as variables, misnamed, nearest, reasons, run,
+    start_logging,
 };
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc::unbounded_channel,
 };
+
+/// A file is at its size limit (setrlimit(2)).
+const SIGXFSZ: i32 = 25;
 
 /// How the process ends: its exit code.
 #[derive(Clone, Copy)]
@@ -29,6 +33,7 @@ enum End {
 #[tokio::main(flavor = "current_thread")]
 async fn main() {
     let end = run_as_told().await;
+    finish_logging();
     // The runtime would wait for its threads, and on these a name is looked up, maybe by a resolver
     // that does not answer.
     std::process::exit(end as i32);
@@ -76,6 +81,9 @@ fn not_understood(arguments: &[OsString]) -> String {
 }
 
 async fn relay() -> End {
+    // Before anything that takes a moment: a signal without a handler kills the process, and is lost where that
+    // is the first one of a container.
+    let stop = stop_requests();
     let config = match configure() {
         Ok(config) => config,
         Err(problems) => {
@@ -85,7 +93,7 @@ async fn relay() -> End {
             return End::BadConfiguration;
         }
     };
-    let outcome = match stop_requests() {
+    let outcome = match stop {
         Ok(stop) => run(config, stop).await,
         Err(error) => Err(error.into()),
     };
@@ -169,6 +177,8 @@ fn read() -> (Environment, Result<Config, Vec<String>>) {
 /// An item for each SIGTERM, SIGINT or SIGHUP. Tasks of their own wait for these, because the relay looks for
 /// a request to stop before all it does, and asking a channel costs far less than asking three signals.
 fn stop_requests() -> io::Result<impl Stream<Item = ()> + Unpin> {
+    // With a handler, a write to a log file that is at its limit fails; without one it kills the process.
+    let _ = signal(SignalKind::from_raw(SIGXFSZ));
     let mut kinds = vec![SignalKind::terminate(), SignalKind::interrupt()];
     // Whoever starts it by nohup wants it to outlive the terminal.
     if !ignores_hangup() {

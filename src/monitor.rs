@@ -1,10 +1,8 @@
 //! What the relay is doing, for whoever watches it: counters and states. Written where things
 //! happen, read by the endpoints and by systemd.
 
-mod current;
 pub mod endpoints;
 mod heartbeat;
-mod log_line;
 pub mod logging;
 
 use std::{
@@ -21,9 +19,8 @@ use prometheus::{
     Registry, TextEncoder,
 };
 
-use self::current::{Current, Working};
 pub use self::heartbeat::Heartbeat;
-use crate::{lock::lock, nats::Refusals, republish::Cause, text, webhook::Failure};
+use crate::{lock::lock, text};
 
 /// What all names of metrics begin with.
 const NAMESPACE: &str = "nats_webhook_relay";
@@ -44,14 +41,14 @@ pub struct Monitor {
     given_up: IntCounterVec,
     dropped: IntCounter,
     publish_refused: IntCounter,
-    refusals: Refusals,
     log_lines_dropped: IntCounter,
     attempts: IntCounterVec,
     attempt_duration: HistogramVec,
     message_duration: Histogram,
     waiting_messages: IntGauge,
     waiting_bytes: IntGauge,
-    current: Current,
+    /// Since when the current message has been waiting to be relayed, if there is one.
+    current: Mutex<Option<SystemTime>>,
     current_message_age: Gauge,
     connected: IntGauge,
     reconnects: IntCounter,
@@ -63,20 +60,43 @@ pub struct Monitor {
     last_failure: Mutex<Option<String>>,
 }
 
-/// Every cause for which a message is given up.
-const CAUSES: [Cause; 4] = [
-    Cause::Refused,
-    Cause::AttemptsUsed,
-    Cause::NotPublished,
-    Cause::Stopped,
-];
+/// Why a message was not relayed.
+#[derive(Clone, Copy, Debug)]
+pub enum Cause {
+    /// A destination rejected it.
+    Refused,
+    /// All attempts were used.
+    AttemptsUsed,
+    /// It could not be published.
+    NotPublished,
+    /// The relay stopped first.
+    Stopped,
+}
 
-fn label(cause: Cause) -> &'static str {
-    match cause {
-        Cause::Refused => "refused",
-        Cause::AttemptsUsed => "attempts_used",
-        Cause::NotPublished => "not_published",
-        Cause::Stopped => "stopped",
+impl Cause {
+    const ALL: [Self; 4] = [
+        Self::Refused,
+        Self::AttemptsUsed,
+        Self::NotPublished,
+        Self::Stopped,
+    ];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Refused => "refused",
+            Self::AttemptsUsed => "attempts_used",
+            Self::NotPublished => "not_published",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
+/// While it is there, a message is being worked on.
+pub struct Working<'a>(&'a Monitor);
+
+impl Drop for Working<'_> {
+    fn drop(&mut self) {
+        *lock(&self.0.current) = None;
     }
 }
 
@@ -95,11 +115,11 @@ impl DestinationMetrics {
         self.duration.observe(took.as_secs_f64());
     }
 
-    /// An attempt has failed.
-    pub fn add_failure(&self, failure: &Failure, took: Duration) {
-        match failure {
-            Failure::Temporary { .. } => self.temporary.inc(),
-            Failure::Permanent { .. } => self.permanent.inc(),
+    /// An attempt has failed, and there may be another one or not.
+    pub fn add_failure(&self, is_temporary: bool, took: Duration) {
+        match is_temporary {
+            true => self.temporary.inc(),
+            false => self.permanent.inc(),
         }
         self.duration.observe(took.as_secs_f64());
     }
@@ -110,7 +130,7 @@ impl Monitor {
     ///
     /// # Errors
     /// If two metrics have the same name.
-    pub fn new(refusals: Refusals) -> prometheus::Result<Self> {
+    pub fn new() -> prometheus::Result<Self> {
         let registry = Registry::new_custom(Some(NAMESPACE.to_owned()), None)?;
         let counter = |name, help| {
             let counter = IntCounter::new(name, help)?;
@@ -164,7 +184,6 @@ impl Monitor {
                 "messages_dropped_total",
                 "Messages that did not fit into the buffer of core mode.",
             )?,
-            refusals,
             publish_refused: counter(
                 "publish_refused_total",
                 "Messages that NATS did not let be published.",
@@ -186,7 +205,7 @@ impl Monitor {
                 "waiting_bytes",
                 "What the buffer of core mode holds; 0 in durable mode.",
             )?,
-            current: Current::default(),
+            current: Mutex::default(),
             current_message_age,
             connected: gauge("connected", "Whether there is a connection to NATS.")?,
             reconnects: counter(
@@ -207,8 +226,8 @@ impl Monitor {
             last_failure: Mutex::default(),
         };
         // A counter that is not there before its first event can't be alerted on.
-        for cause in CAUSES {
-            status.given_up.with_label_values(&[label(cause)]);
+        for cause in Cause::ALL {
+            status.given_up.with_label_values(&[cause.label()]);
         }
         Ok(status)
     }
@@ -244,7 +263,8 @@ impl Monitor {
     #[must_use]
     pub fn add_received(&self, since: SystemTime) -> Working<'_> {
         self.received.inc();
-        self.current.begin(since)
+        *lock(&self.current) = Some(since);
+        Working(self)
     }
 
     /// The metrics of the destination at this index in `WEBHOOK_DESTINATION`.
@@ -273,13 +293,18 @@ impl Monitor {
 
     /// A message was taken and is not relayed.
     pub fn add_given_up(&self, cause: Cause, failure: String) {
-        self.given_up.with_label_values(&[label(cause)]).inc();
+        self.given_up.with_label_values(&[cause.label()]).inc();
         self.set_last_failure(failure);
     }
 
     /// Counts messages that did not fit into the buffer, or that it was ended with.
     pub fn add_dropped(&self, messages: u64) {
         self.dropped.inc_by(messages);
+    }
+
+    /// NATS did not let a message be published.
+    pub fn add_publish_refused(&self) {
+        self.publish_refused.inc();
     }
 
     /// What waits.
@@ -297,7 +322,7 @@ impl Monitor {
     pub fn alive(&self) -> Result<(), String> {
         let since = lock(&self.last_turn).elapsed();
         if since >= LONGEST_TURN {
-            return Err(format!("the main loop has not come around for {since:.0?}"));
+            return Err(format!("the main loop has been stuck for {since:.0?}"));
         }
         Ok(())
     }
@@ -321,15 +346,13 @@ impl Monitor {
     /// # Errors
     /// If they can't be put into it.
     pub fn metrics(&self) -> prometheus::Result<String> {
+        let since = *lock(&self.current);
+        // Clocks differ between machines: a message can seem to come from the future.
+        let age = since.and_then(|since| since.elapsed().ok());
         self.current_message_age
-            .set(self.current.age().as_secs_f64());
-        // These are counted where they happen, as something depends on them there.
-        for (counter, count) in [
-            (&self.log_lines_dropped, logging::dropped()),
-            (&self.publish_refused, self.refusals.count()),
-        ] {
-            counter.inc_by(count.saturating_sub(counter.get()));
-        }
+            .set(age.unwrap_or_default().as_secs_f64());
+        let counter = &self.log_lines_dropped;
+        counter.inc_by(logging::dropped().saturating_sub(counter.get()));
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
 
@@ -340,9 +363,9 @@ impl Monitor {
             Some(server) => format!("connected to {server}"),
             None => "waiting for NATS".to_owned(),
         };
-        let given_up: u64 = CAUSES
+        let given_up: u64 = Cause::ALL
             .into_iter()
-            .map(|cause| self.given_up.with_label_values(&[label(cause)]).get())
+            .map(|cause| self.given_up.with_label_values(&[cause.label()]).get())
             .sum();
         let _ = write!(
             line,
@@ -365,11 +388,11 @@ mod tests {
 
     #[test]
     fn a_main_loop_that_does_not_come_around_is_not_alive() {
-        let monitor = Monitor::new(Refusals::default()).unwrap();
+        let monitor = Monitor::new().unwrap();
         assert_eq!(monitor.alive(), Ok(()));
         *lock(&monitor.last_turn) -= LONGEST_TURN + Duration::from_secs(2);
         let reason = monitor.alive().unwrap_err();
-        assert_eq!(reason, "the main loop has not come around for 12s");
+        assert_eq!(reason, "the main loop has been stuck for 12s");
         monitor.add_turn();
         assert_eq!(monitor.alive(), Ok(()));
     }

@@ -6,6 +6,7 @@ use async_nats::{
 };
 
 use crate::{
+    monitor::Cause,
     source::Delivery,
     subject::{LONGEST_SUBJECT, Prefix},
     text,
@@ -22,19 +23,6 @@ pub struct GivenUp {
     pub attempts: u32,
     /// Of which kind that is.
     pub cause: Cause,
-}
-
-/// The kinds of reasons for which a message is given up.
-#[derive(Clone, Copy, Debug)]
-pub enum Cause {
-    /// A destination refused it.
-    Refused,
-    /// All attempts were used.
-    AttemptsUsed,
-    /// It could not be published.
-    NotPublished,
-    /// The relay ended first.
-    Stopped,
 }
 
 impl GivenUp {

@@ -14,8 +14,8 @@ use tokio::time::sleep;
 use crate::{
     backoff::Backoff,
     config::Config,
-    monitor::{DestinationMetrics, Monitor},
-    republish::{Cause, GivenUp},
+    monitor::{Cause, DestinationMetrics, Monitor},
+    republish::GivenUp,
     source::Delivery,
     webhook::{Addresses, Destination, Endpoint, Failure, Reach, Webhook, temporary},
 };
@@ -149,7 +149,8 @@ impl Posting {
                 Ok(current) => return Ok(current),
                 Err(failure) => failure,
             };
-            job.metrics.add_failure(&failure, start.elapsed());
+            job.metrics
+                .add_failure(is_temporary(&failure), start.elapsed());
             *attempts += 1;
             self.wait_or_give_up(job, *attempts, failure).await?;
         }
@@ -173,7 +174,8 @@ impl Posting {
                 }
                 Err(failure) => failure,
             };
-            job.metrics.add_failure(&failure, start.elapsed());
+            job.metrics
+                .add_failure(is_temporary(&failure), start.elapsed());
             self.wait_or_give_up(job, attempts, failure).await?;
             let (Reach::EveryAddress(addresses), Some(address)) =
                 (&job.destination.reach, job.address)
@@ -246,6 +248,13 @@ impl Posting {
         self.monitor.set_last_failure(failure);
         sleep(wait).await;
         Ok(())
+    }
+}
+
+fn is_temporary(failure: &Failure) -> bool {
+    match failure {
+        Failure::Temporary { .. } => true,
+        Failure::Permanent { .. } => false,
     }
 }
 

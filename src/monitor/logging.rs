@@ -1,184 +1,346 @@
-//! How log lines are written: without ever waiting long for whoever reads them.
+//! The log: how a line looks to a person, to systemd's journal or to a program that reads JSON; and how it is
+//! written without making the relay wait for a reader.
 
 use std::{
-    io,
+    env,
+    fmt::Write as _,
+    io::{self, ErrorKind, IsTerminal, Write},
+    mem,
+    os::unix::fs::MetadataExt,
     sync::{
         Mutex,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    time::{Duration, Instant},
+    thread,
+    time::{Duration, Instant, SystemTime},
 };
 
-use env_logger::Builder;
-use log::{Level, Record};
-use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
-    io::retry_on_intr,
+use env_logger::{Builder, Target};
+use humantime::format_rfc3339_millis;
+use log::{
+    Level, Record,
+    kv::{self, Key, Value, VisitSource, VisitValue},
 };
 
-use super::log_line::LogLine;
-use crate::{config::Log, lock::lock};
+use crate::{lock::lock, text};
 
-/// How long a line waits for a reader that is behind, so that a burst is logged as a whole.
-const ROOM_TIMEOUT: Timespec = Timespec {
-    tv_sec: 0,
-    tv_nsec: 500_000_000,
-};
+/// The most bytes of lines that wait to be written: some thousand lines, enough for a burst.
+const MAX_WAITING: usize = 1 << 20;
 
-/// Once this was in vain, no line waits for so long: a reader that has stopped must not stop the relay.
-const PAUSE: Duration = Duration::from_secs(10);
+/// Writing pauses for this long after each batch, so that in a burst not every line wakes the thread.
+const PAUSE: Duration = Duration::from_millis(5);
 
-/// Lines that could not be written.
+/// At the end the log gets this long to be written.
+const END_TIMEOUT: Duration = Duration::from_millis(100);
+
+/// What a pipe takes as a whole, however many others write to it (pipe(7)).
+const PIPE_BUF: usize = 4096;
+
+/// Lines on their way to standard error.
+static QUEUE: Mutex<Queue> = Mutex::new(Queue {
+    lines: Vec::new(),
+    is_writing: false,
+});
+
+/// How many lines could not be written.
 static DROPPED: AtomicU64 = AtomicU64::new(0);
 
-/// How many lines of the log could not be written.
+struct Queue {
+    lines: Vec<u8>,
+    is_writing: bool,
+}
+
+/// Returns how many lines of the log could not be written.
 #[must_use]
 pub fn dropped() -> u64 {
     DROPPED.load(Relaxed)
 }
 
-/// Starts logging to standard error, what and as the settings say.
-pub fn start(settings: &Log) {
-    open_stderr_anew();
-    let state = Mutex::new((Room::default(), LogLine::new(settings.format)));
+/// Starts logging to standard error.
+pub fn start(filter: &str, is_json: bool) {
+    let format = Format::new(is_json);
     let mut builder = Builder::new();
-    builder.parse_filters(&settings.filter);
-    builder.format(move |out, record| {
-        let (room, line) = &mut *lock(&state);
-        if !room.is_there(stderr_takes_a_line) {
-            room.dropped += 1;
-            DROPPED.store(room.dropped, Relaxed);
-            return Ok(());
-        }
-        if let Some(dropped) = room.unreported() {
-            let report = format_args!("{dropped} log lines could not be written and were dropped");
-            let report = Record::builder().level(Level::Warn).args(report).build();
-            line.write(out, &report)?;
-        }
-        line.write(out, record)
-    });
+    builder.parse_filters(filter);
+    builder.format(move |out, record| format.write(out, record));
+    // A thread of its own, because a full pipe or a stopped terminal makes whoever writes wait.
+    let writer = thread::Builder::new().name("log".to_owned());
+    if let Ok(writer) = writer.spawn(move || write_lines(format)) {
+        let waker = writer.thread().clone();
+        builder.target(Target::Pipe(Box::new(Enqueue(waker))));
+    }
     builder.init();
 }
 
-/// Whether standard error can take a line.
-///
-/// A pipe or socket that can take anything takes PIPE_BUF bytes at once (pipe(7)), more than a line and
-/// a report have. On a terminal, or where others write to the same pipe, the room may be gone a moment
-/// later: then, on Linux, [`open_stderr_anew`] makes the write fail, and cuts the line.
-#[derive(Default)]
-struct Room {
-    /// How many lines were dropped.
-    dropped: u64,
-    /// How many of them were reported.
-    reported: u64,
-    /// When a line waited in vain.
-    in_vain: Option<Instant>,
-}
-
-impl Room {
-    /// Whether there is room, where `takes_a_line` tells whether there is some within a time.
-    fn is_there(&mut self, takes_a_line: impl Fn(&Timespec) -> bool) -> bool {
-        if takes_a_line(&Timespec::default()) {
-            return true;
-        }
-        let is_dropping = self.dropped != self.reported;
-        let may_wait = self.in_vain.is_none_or(|since| since.elapsed() >= PAUSE);
-        if is_dropping || !may_wait {
-            return false;
-        }
-        if takes_a_line(&ROOM_TIMEOUT) {
-            return true;
-        }
-        self.in_vain = Some(Instant::now());
-        false
-    }
-
-    /// How many lines were dropped since this was asked last, if any.
-    fn unreported(&mut self) -> Option<u64> {
-        let since = self.dropped - self.reported;
-        self.reported = self.dropped;
-        (since != 0).then_some(since)
-    }
-}
-
-fn stderr_takes_a_line(timeout: &Timespec) -> bool {
-    let stderr = io::stderr();
-    let mut polled = [PollFd::new(&stderr, PollFlags::OUT)];
-    let found = retry_on_intr(|| poll(&mut polled, Some(timeout)));
-    // Beside room there would be an error where nobody can read any more.
-    found.is_ok() && polled[0].revents() == PollFlags::OUT
-}
-
-/// Makes no write to standard error wait. Others may write to the same pipe or terminal, and must not
-/// notice; hence not by a flag of what is shared with them. A file would be written from its beginning
-/// then, and never waits anyway; what cannot be opened, such as a socket, stays as it is.
-#[cfg(target_os = "linux")]
-fn open_stderr_anew() {
-    use rustix::{
-        fs::{Mode, OFlags, open},
-        stdio::dup2_stderr,
+/// Waits until all lines are written, but not long.
+pub fn finish() {
+    let start = Instant::now();
+    let is_done = || {
+        let queue = lock(&QUEUE);
+        queue.lines.is_empty() && !queue.is_writing
     };
-
-    const STDERR: &str = "/proc/self/fd/2";
-
-    let is_file = std::fs::metadata(STDERR).is_ok_and(|stderr| stderr.is_file());
-    let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    if !is_file && let Ok(anew) = open(STDERR, flags, Mode::empty()) {
-        let _ = dup2_stderr(anew);
+    while !is_done() && start.elapsed() < END_TIMEOUT {
+        thread::sleep(Duration::from_millis(1));
     }
 }
 
-#[cfg(not(target_os = "linux"))]
-fn open_stderr_anew() {}
+/// Hands lines to the thread that writes them, or drops them.
+struct Enqueue(thread::Thread);
+
+impl Write for Enqueue {
+    /// Takes one line, as env_logger passes it.
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let lines = &mut lock(&QUEUE).lines;
+        if lines.len() + line.len() > MAX_WAITING {
+            DROPPED.fetch_add(1, Relaxed);
+        } else {
+            lines.extend_from_slice(line);
+        }
+        self.0.unpark();
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Writes the lines of the queue, for ever.
+fn write_lines(format: Format) {
+    let (mut reported, mut has_room) = (0, true);
+    loop {
+        let mut lines = {
+            let mut queue = lock(&QUEUE);
+            queue.is_writing = !queue.lines.is_empty();
+            mem::take(&mut queue.lines)
+        };
+        if lines.is_empty() {
+            thread::park();
+            continue;
+        }
+        let unreported = dropped() - reported;
+        if unreported > 0 && has_room {
+            let report =
+                format_args!("{unreported} log lines could not be written and were dropped");
+            let report = Record::builder().level(Level::Warn).args(report).build();
+            // It never fails: a vector takes anything.
+            let _ = format.write(&mut lines, &report);
+            reported += unreported;
+        }
+        let mut rest = &lines[..];
+        while !rest.is_empty() {
+            let (batch, others) = rest.split_at(batch_length(rest));
+            has_room = write_whole(batch).is_ok();
+            if !has_room {
+                let lost = batch.iter().filter(|byte| **byte == b'\n').count();
+                DROPPED.fetch_add(lost as u64, Relaxed);
+            }
+            rest = others;
+        }
+        thread::sleep(PAUSE);
+    }
+}
+
+/// Returns the length of the lines that fit into one write, or of one that is longer.
+fn batch_length(lines: &[u8]) -> usize {
+    let is_end = |byte: &u8| *byte == b'\n';
+    let most = &lines[..lines.len().min(PIPE_BUF)];
+    let last = most.iter().rposition(is_end);
+    last.or_else(|| lines.iter().position(is_end))
+        .map_or(lines.len(), |end| end + 1)
+}
+
+fn write_whole(mut text: &[u8]) -> io::Result<()> {
+    while !text.is_empty() {
+        match io::stderr().write(text) {
+            Ok(0) => return Err(ErrorKind::WriteZero.into()),
+            Ok(length) => text = &text[length..],
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            // Another process may have made what we share with it non-blocking.
+            Err(error) if error.kind() == ErrorKind::WouldBlock => thread::sleep(PAUSE),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// How lines look.
+#[derive(Clone, Copy)]
+struct Format {
+    is_json: bool,
+    goes_to_journal: bool,
+    is_coloured: bool,
+}
+
+impl Format {
+    fn new(is_json: bool) -> Self {
+        Self {
+            is_json,
+            goes_to_journal: goes_to_journal(),
+            is_coloured: is_coloured(),
+        }
+    }
+
+    /// Writes a record as one line.
+    fn write(self, out: &mut impl Write, record: &Record<'_>) -> io::Result<()> {
+        let (level, time) = (record.level(), format_rfc3339_millis(SystemTime::now()));
+        if self.goes_to_journal {
+            // It keeps the time itself, and takes the priority from this prefix (sd-daemon(3), syslog(3)).
+            let priority = match level {
+                Level::Error => 3,
+                Level::Warn => 4,
+                Level::Info => 6,
+                Level::Debug | Level::Trace => 7,
+            };
+            write!(out, "<{priority}>")?;
+        }
+        if self.is_json {
+            return writeln!(out, "{}", json(record));
+        }
+        let text = record.args().to_string();
+        let line = text::one_line(&text, text::LONGEST_LINE);
+        match (self.goes_to_journal, self.is_coloured) {
+            (true, _) => writeln!(out, "{line}"),
+            (false, true) => {
+                let colour = colour(level);
+                writeln!(out, "[{time} {colour}{level:<5}\x1b[0m] {line}")
+            }
+            (false, false) => writeln!(out, "[{time} {level:<5}] {line}"),
+        }
+    }
+}
+
+/// Returns what makes a terminal show a level in its colour (ECMA-48, SGR).
+fn colour(level: Level) -> &'static str {
+    match level {
+        Level::Error => "\x1b[1;31m",
+        Level::Warn => "\x1b[33m",
+        Level::Info => "\x1b[32m",
+        Level::Debug => "\x1b[34m",
+        Level::Trace => "\x1b[36m",
+    }
+}
+
+/// Returns whether lines go to a terminal that shows colours to somebody who wants them (<https://no-color.org>).
+fn is_coloured() -> bool {
+    let is_set = |name| env::var_os(name).is_some_and(|value| !value.is_empty());
+    let is_dumb = env::var_os("TERM").is_some_and(|terminal| terminal == "dumb");
+    io::stderr().is_terminal() && !is_set("NO_COLOR") && !is_dumb
+}
+
+/// Returns whether standard error is the stream that systemd names in `JOURNAL_STREAM`; the variable alone is
+/// inherited by whatever a service starts (systemd.exec(5)).
+fn goes_to_journal() -> bool {
+    let stderr = std::fs::metadata("/proc/self/fd/2");
+    let stderr = stderr.map(|file| format!("{}:{}", file.dev(), file.ino()));
+    matches!((env::var("JOURNAL_STREAM"), stderr), (Ok(named), Ok(stderr)) if named == stderr)
+}
+
+/// Returns a record as a JSON object: time, level, message, and the fields of the event. Quotes need room of
+/// their own, so that its parts may have to be cut shorter than those of a text.
+fn json(record: &Record<'_>) -> String {
+    let mut longest = text::LONGEST_LINE;
+    loop {
+        let line = json_within(record, longest);
+        if line.len() <= text::LONGEST_LINE {
+            return line;
+        }
+        longest /= 2;
+    }
+}
+
+/// Returns a record as a JSON object, each part of which has at most so many bytes before it is quoted.
+fn json_within(record: &Record<'_>, longest: usize) -> String {
+    let line = String::new();
+    let mut object = JsonObject { line, longest };
+    let now = format_rfc3339_millis(SystemTime::now());
+    object.text("time", &now.to_string());
+    object.text("level", record.level().as_str());
+    object.text("message", &record.args().to_string());
+    // It never fails, as no visit does.
+    let _ = record.key_values().visit(&mut object);
+    object.line + "}"
+}
+
+struct JsonObject {
+    line: String,
+    longest: usize,
+}
+
+impl JsonObject {
+    fn text(&mut self, name: &str, text: &str) {
+        self.field(name, &*text::one_line(text, self.longest));
+    }
+
+    fn field(&mut self, name: &str, value: impl Into<serde_json::Value>) {
+        let separator = if self.line.is_empty() { '{' } else { ',' };
+        let (name, value) = (serde_json::Value::from(name), value.into());
+        let _ = write!(self.line, "{separator}{name}:{value}");
+    }
+}
+
+impl<'kvs> VisitSource<'kvs> for JsonObject {
+    fn visit_pair(&mut self, key: Key<'kvs>, value: Value<'kvs>) -> Result<(), kv::Error> {
+        value.visit(Field(self, key.as_str()))
+    }
+}
+
+/// A field of an object, whose value is not known yet. One that is null is left out.
+struct Field<'a>(&'a mut JsonObject, &'a str);
+
+impl VisitValue<'_> for Field<'_> {
+    fn visit_any(&mut self, value: Value<'_>) -> Result<(), kv::Error> {
+        self.0.text(self.1, &value.to_string());
+        Ok(())
+    }
+
+    fn visit_u64(&mut self, value: u64) -> Result<(), kv::Error> {
+        self.0.field(self.1, value);
+        Ok(())
+    }
+
+    fn visit_f64(&mut self, value: f64) -> Result<(), kv::Error> {
+        self.0.field(self.1, value);
+        Ok(())
+    }
+
+    fn visit_null(&mut self) -> Result<(), kv::Error> {
+        Ok(())
+    }
+}
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use std::cell::Cell;
 
-    /// Standard error that has room never, after a wait, or at once.
-    #[derive(Clone, Copy, PartialEq)]
-    enum Stderr {
-        Full,
-        Slow,
-        Free,
+    #[test]
+    fn a_line_of_json_is_bounded_and_whole_whatever_is_in_it() {
+        for text in ["\"", "\\", "ä", "\n", "x"].map(|text| text.repeat(10_000)) {
+            let values = [("subject", &text[..]), ("reason", &text[..])];
+            let line = json(
+                &Record::builder()
+                    .args(format_args!("{text}"))
+                    .key_values(&values)
+                    .build(),
+            );
+            assert!(line.len() <= text::LONGEST_LINE, "{}", line.len());
+            let object: serde_json::Value = serde_json::from_str(&line).unwrap();
+            assert!(object["reason"].as_str().unwrap().len() > 100, "{line}");
+        }
     }
 
     #[test]
-    fn a_line_waits_for_a_slow_reader_but_not_for_one_that_has_stopped() {
-        use Stderr::{Free, Full, Slow};
-
-        let mut room = Room::default();
-        for (stderr, is_there, waits, unreported) in [
-            (Free, true, false, None),
-            (Slow, true, true, None),
-            (Full, false, true, None),
-            // Until the lost ones are reported, no line waits.
-            (Slow, false, false, None),
-            (Free, true, false, Some(2)),
-            (Free, true, false, None),
-            // Nor for a while after that.
-            (Slow, false, false, None),
-            (Full, false, false, None),
-            (Full, false, false, None),
-            (Free, true, false, Some(3)),
+    fn a_batch_is_of_whole_lines() {
+        let long = [vec![b'x'; PIPE_BUF], vec![b'\n']].concat();
+        let short = "line\n".repeat(PIPE_BUF / 5);
+        for (lines, length) in [
+            (&b"a\nb\n"[..], 4),
+            (b"a\nb", 2),
+            (b"a", 1),
+            (&[&long[..], b"b\n"].concat(), PIPE_BUF + 1),
+            ((short.clone() + "line\n").as_bytes(), short.len()),
         ] {
-            let waited = Cell::new(false);
-            let found = room.is_there(|timeout| {
-                let may_wait = *timeout != Timespec::default();
-                waited.set(waited.get() || may_wait);
-                stderr == Free || (stderr == Slow && may_wait)
-            });
-            assert_eq!((found, waited.get()), (is_there, waits));
-            match found {
-                true => assert_eq!(room.unreported(), unreported),
-                false => room.dropped += 1,
-            }
+            assert_eq!(batch_length(lines), length);
         }
-        room.in_vain = room.in_vain.map(|since| since - PAUSE);
-        assert!(
-            room.is_there(|timeout| *timeout == ROOM_TIMEOUT),
-            "it waits again"
-        );
     }
 }

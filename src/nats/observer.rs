@@ -278,14 +278,14 @@ impl Observer {
                      this NATS user"
                 ));
             }
-            self.refusals.add();
+            self.count_refusal();
             return error!(
                 "no permission to publish on {refused}, so this message was not republished; \
                  allow it for this NATS user"
             );
         }
         if text.eq_ignore_ascii_case("maximum control line exceeded") {
-            self.refusals.add();
+            self.count_refusal();
             return error!(
                 "the subject of a message is too long for the NATS server, so it was not \
                  republished; shorten NATS_RELAYED_SUBJECT_PREFIX, or raise max_control_line of \
@@ -293,7 +293,7 @@ impl Observer {
             );
         }
         if text.eq_ignore_ascii_case("maximum payload violation") {
-            self.refusals.add();
+            self.count_refusal();
             return error!(
                 "a message is larger than the NATS server takes, so it was not republished; raise \
                  max_payload of the server"
@@ -326,6 +326,11 @@ impl Observer {
 
     fn server(&self, progress: &Progress) -> String {
         progress.server.as_ref().map(show).unwrap_or_default()
+    }
+
+    fn count_refusal(&self) {
+        self.refusals.add();
+        self.monitor.add_publish_refused();
     }
 
     fn fatal(&self, reason: anyhow::Error) {
@@ -380,7 +385,7 @@ mod tests {
         ]));
         let config = config.unwrap();
         let refusals = Refusals::default();
-        let monitor = Arc::new(Monitor::new(refusals.clone()).unwrap());
+        let monitor = Arc::new(Monitor::new().unwrap());
         let (observer, _events) = Observer::new(&config, &monitor, &refusals);
         let servers = config.nats.servers.iter().map(|address| Server {
             addr: address.clone(),

@@ -17,7 +17,7 @@ use tokio::{
 
 use crate::{
     operating::metrics,
-    support::{Answer, NatsServer, PATIENCE, Relay, Webhook, next, until, until_ok},
+    support::{Answer, NatsServer, PATIENCE, Relay, Webhook, next, until, until_ok, usual},
 };
 
 /// Where a log goes, and where it can be read: a pipe, a socket, and a terminal.
@@ -65,15 +65,22 @@ fn fill(into: OwnedFd) -> OwnedFd {
 
 /// A relay with this as its standard error, and the address of its status port, once it is subscribed.
 async fn start(nats: &NatsServer, webhook: &Webhook, stderr: OwnedFd) -> (Child, String) {
+    start_by(Command::new(Relay::program()), nats, webhook, stderr).await
+}
+
+/// The same, by another command.
+async fn start_by(
+    mut command: Command,
+    nats: &NatsServer,
+    webhook: &Webhook,
+    stderr: OwnedFd,
+) -> (Child, String) {
     let free = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = free.local_addr().unwrap().to_string();
     drop(free);
-    let relay = Command::new(Relay::program())
+    let relay = command
         .env_clear()
-        .env("WEBHOOK_DESTINATION", webhook.url())
-        .env("NATS_HOST", nats.url())
-        .env("NATS_SUBJECT_PREFIX", "cms.cache")
-        .env("NATS_RELAYED_SUBJECT_PREFIX", "relayed.cache")
+        .envs(usual(&nats.url(), &webhook.url()))
         .env("STATUS_LISTEN", &address)
         .env("SHUTDOWN_TIMEOUT", "10m")
         .current_dir(std::env::temp_dir())
@@ -107,10 +114,13 @@ async fn what_nobody_reads_is_dropped_and_counted_and_stops_nothing() {
     let webhook = Webhook::ok().await;
     for (mut reader, stderr) in standard_errors() {
         let (relay, address) = start(&nats, &webhook, fill(stderr)).await;
-        for _ in 0..200 {
-            client.publish("cms.cache.x", "x".into()).await.unwrap();
+        // Long lines, because some thousand short ones wait for a reader.
+        let subject = format!("cms.cache.{}", "x".repeat(1400));
+        for _ in 0..600 {
+            let subject = subject.clone();
+            client.publish(subject, "x".into()).await.unwrap();
         }
-        for _ in 0..200 {
+        for _ in 0..600 {
             next(&mut relayed).await;
         }
 
@@ -124,21 +134,45 @@ async fn what_nobody_reads_is_dropped_and_counted_and_stops_nothing() {
                 text.lock().unwrap().push_str(&new);
             }
         });
-        until("all has been read", async || {
-            log.lock().unwrap().len() > 4096
+        until("there is room again", async || {
+            log.lock().unwrap().contains("were dropped")
         })
         .await;
         client.publish("cms.cache.y", "y".into()).await.unwrap();
-        until("there is room again", async || {
+        until("the next line is written", async || {
             log.lock().unwrap().contains("cms.cache.y -> ")
         })
         .await;
         let dropped = metrics(&address).await["log_lines_dropped_total"];
-        // A terminal that is full makes room once more, of a page, before it really is.
         assert!(dropped > 100.0, "{dropped}");
         let report = format!("{dropped} log lines could not be written and were dropped");
         let text = log.lock().unwrap().clone();
-        assert!(text.contains(&report), "{report}: {}", text.trim());
+        assert!(text.contains(&report), "{report}: {}", text.len());
+        signal(&relay, "TERM");
+        assert_eq!(ended(relay).await, Some(0));
+    }
+}
+
+#[tokio::test]
+async fn lines_that_a_file_does_not_take_are_counted_and_stop_nothing() {
+    let nats = NatsServer::start().await;
+    let mut relayed = nats.client().await.subscribe("relayed.>").await.unwrap();
+    let webhook = Webhook::ok().await;
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    let limited = tempfile::tempfile().unwrap();
+    for (limit, stderr) in [("unlimited", full), ("0", limited)] {
+        let mut command = Command::new("/bin/sh");
+        let script = format!("ulimit -f {limit}; exec \"$0\"");
+        command.args(["-c", &script]).arg(Relay::program());
+        let (relay, address) = start_by(command, &nats, &webhook, stderr.into()).await;
+        for _ in 0..100 {
+            nats.publish("cms.cache.x", "x").await;
+            next(&mut relayed).await;
+        }
+        until("the lines are counted", async || {
+            metrics(&address).await["log_lines_dropped_total"] >= 100.0
+        })
+        .await;
         signal(&relay, "TERM");
         assert_eq!(ended(relay).await, Some(0));
     }
@@ -152,10 +186,13 @@ async fn a_log_file_goes_on_where_it_was() {
     file.write_all(b"before\n").unwrap();
     let stderr = file.as_file().try_clone().unwrap();
     let (_relay, _) = start(&nats, &webhook, stderr.into()).await;
-    let log = std::fs::read_to_string(file.path()).unwrap();
-    let (first, rest) = log.split_once('\n').unwrap();
-    assert_eq!(first, "before");
-    assert!(rest.contains("listening on cms.cache.>"), "{log}");
+    let log = async || std::fs::read_to_string(file.path()).unwrap();
+    until("its lines are written", async || {
+        log().await.contains("listening on cms.cache.>")
+    })
+    .await;
+    let log = log().await;
+    assert!(log.starts_with("before\n["), "{log}");
 }
 
 #[tokio::test]

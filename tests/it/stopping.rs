@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::support::{Answer, NatsServer, Relay, Scene, Webhook, next};
+use crate::support::{Answer, NatsServer, Relay, Scene, Webhook, next, usual};
 
 #[tokio::test]
 async fn each_signal_stops_an_idle_relay_at_once() {
@@ -16,6 +16,20 @@ async fn each_signal_stops_an_idle_relay_at_once() {
         assert_eq!(code, Some(0), "{log:#?}");
         assert!(log.last().unwrap().contains("stopped"), "{log:#?}");
     }
+}
+
+#[tokio::test]
+async fn a_signal_counts_from_the_very_start() {
+    // What is said about each of these takes a moment.
+    let unknown: Vec<_> = (0..1000).map(|n| format!("WEBHOOK_TIMEOUT_{n}")).collect();
+    let usual = usual("nats://127.0.0.1:1", "http://127.0.0.1:1/");
+    let unknown = unknown.iter().map(|name| (&name[..], "1s"));
+    let relay = Relay::start(usual.into_iter().chain(unknown));
+    relay.logged("nats-webhook-relay").await;
+    relay.signal("TERM");
+    let (code, log) = relay.ended().await;
+    assert_eq!(code, Some(0), "{:?}", log.last());
+    assert!(log.last().unwrap().contains("stopped"));
 }
 
 #[tokio::test]
