@@ -21,12 +21,12 @@ use tokio::{
 
 use self::secure::{Connected, secure};
 use crate::{
+    commit::Commit,
     config::{self, Config, Destination, Login, Mode, Proxy},
     monitor::{Monitor, endpoints},
     nats::{
         Connection, ConnectionEvent, ConnectionEvents, Failure, cannot_look, connect_once, show,
     },
-    publish::Publishers,
     source::{Consumer, ConsumerError, try_to_look},
     text::{self, count, reasons},
     tls,
@@ -76,7 +76,7 @@ pub async fn check(config: &Config, out: &mut dyn Write) -> anyhow::Result<bool>
     report.add("configuration", Ok("valid".to_owned()));
     let monitor = Arc::new(Monitor::new()?);
     if let Some((connection, mut events)) = check_servers(config, &monitor, &mut report).await? {
-        let publishers = Publishers::new(connection.clone(), config, &monitor);
+        let commit = Commit::new(connection.clone(), config, &monitor);
         match &config.mode {
             Mode::Core { queue_group } => {
                 let group = queue_group.as_deref();
@@ -92,7 +92,7 @@ pub async fn check(config: &Config, out: &mut dyn Write) -> anyhow::Result<bool>
                 check_consumer(&consumer, &mut events, &mut report).await;
             }
         }
-        check_confirming_streams(&publishers, &mut events, &mut report).await;
+        check_confirming_streams(&commit, &mut events, &mut report).await;
     }
     if let Some(address) = config.status_listen {
         let found = match endpoints::listen(address) {
@@ -228,16 +228,16 @@ async fn check_consumer(
 
 /// Looks at the streams that are to keep what is published.
 async fn check_confirming_streams(
-    publishers: &Publishers,
+    commit: &Commit,
     events: &mut ConnectionEvents,
     report: &mut Report<'_>,
 ) {
-    for (prefix, stream) in publishers.confirming_streams() {
+    for (prefix, stream) in commit.confirming_streams() {
         let found = tokio::select! {
             biased;
             reason = events.fatal() => Err(reason),
             found = stream.open(prefix) => match found {
-                Ok(_) => Ok(format!("is there, and keeps {prefix}.>")),
+                Ok(()) => Ok(format!("is there, and keeps {prefix}.>")),
                 Err(Failure::Permanent(reason) | Failure::Temporary(reason)) => {
                     Err(anyhow!(reason))
                 }

@@ -11,24 +11,23 @@ use std::{
 
 use anyhow::anyhow;
 use log::{error, info, warn};
-use reqwest::header::HeaderValue;
 use tokio::time::sleep;
 
 use self::posting::{Posted, Posting};
 use crate::{
+    commit::{Commit, Publication},
     config::Config,
     monitor::{Cause, Monitor},
     nats::Connection,
-    publish::{Publication, Publishers},
     republish::{GivenUp, failed_headers, relayed_headers, relayed_subject},
     source::{Ack, Delivery, Outcome},
-    webhook::{Webhook, message_id},
+    webhook::{Ids, Webhook},
 };
 
 /// What forwards messages, one at a time.
 pub struct Forward {
     connection: Connection,
-    publishers: Publishers,
+    commit: Commit,
     posting: Posting,
     config: Arc<Config>,
     monitor: Arc<Monitor>,
@@ -79,7 +78,7 @@ impl Forward {
     ) -> Self {
         Self {
             posting: Posting::new(webhook, &config, &monitor),
-            publishers: Publishers::new(connection.clone(), &config, &monitor),
+            commit: Commit::new(connection.clone(), &config, &monitor),
             connection,
             config,
             monitor,
@@ -90,8 +89,8 @@ impl Forward {
     ///
     /// # Errors
     /// If a stream that is to confirm what is published cannot be used.
-    pub async fn open(&mut self) -> anyhow::Result<()> {
-        self.publishers.open().await
+    pub async fn open(&self) -> anyhow::Result<()> {
+        self.commit.open().await
     }
 
     /// Where messages are POSTed to, in words.
@@ -109,8 +108,8 @@ impl Forward {
         let _working = self
             .monitor
             .add_received(since.unwrap_or_else(SystemTime::now));
-        let id = message_id(delivery);
-        match self.try_relay(delivery, &id).await {
+        let ids = Ids::of(delivery);
+        match self.try_relay(delivery, &ids).await {
             Ok(relayed) => {
                 if relayed.is_acknowledged {
                     let elapsed = start.elapsed();
@@ -127,34 +126,34 @@ impl Forward {
                 }
                 relayed.is_acknowledged
             }
-            Err(given_up) => self.give_up(delivery, &id, given_up).await,
+            Err(given_up) => self.give_up(delivery, &ids, given_up).await,
         }
     }
 
     /// POSTs a message until that succeeded, and only then republishes it (promise 1).
-    async fn try_relay(&self, delivery: &Delivery, id: &HeaderValue) -> Result<Relayed, GivenUp> {
-        let publisher = &self.publishers.relayed;
+    async fn try_relay(&self, delivery: &Delivery, ids: &Ids<'_>) -> Result<Relayed, GivenUp> {
+        let publisher = &self.commit.relayed;
         let subject = relayed_subject(delivery, &self.config.prefix, &publisher.prefix)
             .map_err(GivenUp::unpublishable)?;
         if let Some(unrelayable) = delivery.unrelayable {
             return Err(GivenUp::unpublishable(unrelayable.to_owned()));
         }
-        let stream_headers = publisher.stream_headers(delivery, id);
+        // One stream may keep several prefixes, of several environments.
+        let id = format!("{}@{}", ids.message, publisher.prefix);
         let max_payload = self.connection.client().max_payload();
         let publication = Publication {
             publisher,
             subject: &subject,
-            headers: relayed_headers(delivery, stream_headers, max_payload)
-                .map_err(GivenUp::unpublishable)?,
+            headers: relayed_headers(delivery, &id, max_payload).map_err(GivenUp::unpublishable)?,
         };
-        let posted = self.posting.post(delivery, id).await?;
+        let posted = self.posting.post(delivery, &ids.webhook).await?;
         let delay = self.config.republish_delay;
         if !delay.is_zero() {
             sleep(delay).await;
         }
         let is_acknowledged = self
-            .publishers
-            .publish_and_ack(delivery, Some(publication), Outcome::Relayed)
+            .commit
+            .commit(delivery, Some(publication), Outcome::Relayed)
             .await
             .map_err(|error| {
                 GivenUp::unpublishable(format!("it cannot be published on {subject}: {error:#}"))
@@ -168,7 +167,7 @@ impl Forward {
 
     /// Says that a message is not relayed, and why; publishes it on the failed prefix (promise 4). Whether
     /// the server has acknowledged that.
-    async fn give_up(&self, delivery: &Delivery, id: &HeaderValue, given_up: GivenUp) -> bool {
+    async fn give_up(&self, delivery: &Delivery, ids: &Ids<'_>, given_up: GivenUp) -> bool {
         let line = format!("{} is not relayed: {}", delivery.subject, given_up.reason);
         error!(
             subject:% = delivery.subject,
@@ -179,19 +178,21 @@ impl Forward {
         );
         self.monitor.add_given_up(given_up.cause, line);
         let outcome = Outcome::GivenUp(&given_up.reason);
-        if let Some(publisher) = &self.publishers.failed {
+        if let Some(publisher) = &self.commit.failed {
             let published = match relayed_subject(delivery, &self.config.prefix, &publisher.prefix)
             {
                 Ok(subject) => {
-                    let stream_headers = publisher.stream_headers(delivery, id);
+                    // What is given up on again after a replay is no duplicate.
+                    let again: u64 = fastrand::u64(..);
+                    let id = format!("{}@{}@{again:x}", ids.message, publisher.prefix);
                     let max_payload = self.connection.client().max_payload();
                     let publication = Publication {
                         publisher,
                         subject: &subject,
-                        headers: failed_headers(delivery, &given_up, &stream_headers, max_payload),
+                        headers: failed_headers(delivery, &given_up, &id, max_payload),
                     };
-                    self.publishers
-                        .publish_and_ack(delivery, Some(publication), outcome)
+                    self.commit
+                        .commit(delivery, Some(publication), outcome)
                         .await
                 }
                 Err(reason) => Err(anyhow!(reason)),
@@ -206,8 +207,8 @@ impl Forward {
             }
         }
         // It only fails where the client has ended, and with it all that could be told.
-        self.publishers
-            .publish_and_ack(delivery, None, outcome)
+        self.commit
+            .commit(delivery, None, outcome)
             .await
             .unwrap_or(false)
     }

@@ -7,11 +7,11 @@
 //!   NATS ──► source ──► relay ──► forward ──► webhook ──► destination(s)
 //!   cms.cache.>  ▲       loop      │   ▲ retry    POST
 //!                │       and       │   └──────────┘
-//!                │       stopping  ├──► publish ──► NATS  relayed.cache.>
+//!                │       stopping  ├──► commit ──► NATS  relayed.cache.>
 //!                └──── ack ◄───────┘   (durable mode: publish before ack, on one connection)
 //! ```
 //!
-//! Everything goes one way: `relay` knows `source` and `forward`; `forward` knows `webhook` and `publish`;
+//! Everything goes one way: `relay` knows `source` and `forward`; `forward` knows `webhook` and `commit`;
 //! none of them knows `relay`. There is no channel or task of ours between taking a message and
 //! publishing it, and no timer unless there is something to wait for: the job is sequential, and so is
 //! the code. Read `relay`, then `forward`; each names what it hands on to.
@@ -33,6 +33,7 @@
 
 mod backoff;
 mod check;
+mod commit;
 mod config;
 mod forward;
 #[cfg(any(fuzzing, test))]
@@ -42,7 +43,6 @@ pub mod fuzzing;
 mod lock;
 mod monitor;
 mod nats;
-mod publish;
 mod relay;
 mod republish;
 mod source;

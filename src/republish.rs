@@ -1,9 +1,6 @@
 //! What is published: the relayed message, or the one given up.
 
-use async_nats::{
-    HeaderMap,
-    header::{NATS_EXPECTED_STREAM, NATS_MESSAGE_ID},
-};
+use async_nats::{HeaderMap, header::NATS_MESSAGE_ID};
 
 use crate::{
     monitor::Cause,
@@ -70,93 +67,51 @@ pub fn relayed_subject(
     Ok(subject)
 }
 
-/// What streams are to know a message by.
-#[derive(Default)]
-pub struct StreamHeaders<'a> {
-    /// By which a stream recognises a duplicate.
-    pub id: Option<String>,
-    /// The only stream that is to take it.
-    pub stream: Option<&'a str>,
-}
-
-impl StreamHeaders<'_> {
-    fn is_empty(&self) -> bool {
-        self.id.is_none() && self.stream.is_none()
-    }
-
-    fn added_to(&self, headers: &HeaderMap) -> HeaderMap {
-        let mut headers = headers.clone();
-        if let Some(id) = &self.id {
-            headers.insert(NATS_MESSAGE_ID, id.as_str());
-        }
-        if let Some(stream) = self.stream {
-            headers.insert(NATS_EXPECTED_STREAM, stream);
-        }
-        headers
-    }
-}
-
-/// The headers of the relayed message: its own and those for streams, as far as there is room for them. It
-/// must never become a message that can't be relayed at all.
+/// Returns the headers of the relayed message: its own and `id`, by which a stream recognizes a duplicate,
+/// as far as there is room for it. It must never become a message that can't be relayed at all.
 ///
 /// # Errors
 /// With the reason, if not even its own fit: their publisher has written them more tightly than the
 /// client does.
 pub fn relayed_headers(
     delivery: &Delivery,
-    stream_headers: StreamHeaders<'_>,
+    id: &str,
     max_payload: usize,
 ) -> Result<HeaderMap, String> {
     let own = carried_over(delivery);
-    let id_only = StreamHeaders {
-        id: stream_headers.id.clone(),
-        stream: None,
-    };
-    for added in [&stream_headers, &id_only] {
-        if added.is_empty() {
-            break;
-        }
-        let headers = added.added_to(&own);
-        if fits(&headers, delivery, max_payload) {
-            return Ok(headers);
-        }
-    }
-    if fits(&own, delivery, max_payload) {
-        return Ok(own);
-    }
-    Err(format!(
-        "with its headers it has more than the {max_payload} bytes that NATS takes"
-    ))
+    let mut with_id = own.clone();
+    with_id.insert(NATS_MESSAGE_ID, id);
+    [with_id, own]
+        .into_iter()
+        .find(|headers| fits(headers, delivery, max_payload))
+        .ok_or_else(|| {
+            format!("with its headers it has more than the {max_payload} bytes that NATS takes")
+        })
 }
 
-/// The headers of a message given up: its own, those for streams, and why. Where the message would become
+/// Returns the headers of a message given up on: its own, its id, and why. Where the message would become
 /// larger than the server accepts, the reason is cut short, and then left out bit by bit with all the rest.
 #[must_use]
 pub fn failed_headers(
     delivery: &Delivery,
     given_up: &GivenUp,
-    stream_headers: &StreamHeaders<'_>,
+    id: &str,
     max_payload: usize,
 ) -> HeaderMap {
-    let GivenUp {
-        reason,
-        status,
-        attempts,
-        ..
-    } = given_up;
     let own = carried_over(delivery);
-    let none = StreamHeaders::default();
-    let longest = text::LONGEST_NOTE;
-    for (length, stream_headers) in [
-        (longest, stream_headers),
-        (100, stream_headers),
-        (20, stream_headers),
-        (20, &none),
+    for (length, id) in [
+        (text::LONGEST_NOTE, Some(id)),
+        (100, Some(id)),
+        (20, Some(id)),
+        (20, None),
     ] {
-        let mut headers = stream_headers.added_to(&own);
-        headers.insert(RELAY_ERROR, &*text::one_line(reason, length));
-        headers.insert(RELAY_ATTEMPTS, attempts.to_string());
-        if let Some(status) = status {
+        let mut headers = own.clone();
+        if let Some(id) = id {
+            headers.insert(NATS_MESSAGE_ID, id);
+        }
+        headers.insert(RELAY_ERROR, &*text::one_line(&given_up.reason, length));
+        headers.insert(RELAY_ATTEMPTS, given_up.attempts.to_string());
+        if let Some(status) = given_up.status {
             headers.insert(RELAY_STATUS, status.to_string());
         }
         if fits(&headers, delivery, max_payload) {
@@ -164,9 +119,8 @@ pub fn failed_headers(
         }
     }
     // Their publisher may have written them more tightly than the client does.
-    [stream_headers.added_to(&own), own]
-        .into_iter()
-        .find(|headers| fits(headers, delivery, max_payload))
+    Some(own)
+        .filter(|headers| fits(headers, delivery, max_payload))
         .unwrap_or_default()
 }
 
@@ -198,7 +152,7 @@ const SHED_FAMILIES: [&str; 3] = ["Nats-Expected-", "Nats-Batch-", "Nats-Schedul
 
 /// Headers that are not carried over.
 const SHED: [&str; 19] = [
-    // The message gets it anew, see [`StreamHeaders`].
+    // The message gets it anew, with the prefix under which it is published.
     "Nats-Msg-Id",
     // By these a publisher tells a stream what to do (ADR-4, ADR-43, ADR-44, ADR-49).
     "Nats-Rollup",

@@ -26,7 +26,7 @@ use tokio::time::{Instant, timeout_at};
 
 #[cfg(any(fuzzing, test))]
 pub(crate) use self::answer::parse_retry_after;
-pub use self::{addresses::Addresses, endpoint::Endpoint, id::message_id};
+pub use self::{addresses::Addresses, endpoint::Endpoint, id::Ids};
 use self::{
     answer::{printable, read, retry_after},
     endpoint::met_dead_connection,

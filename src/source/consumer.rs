@@ -118,8 +118,7 @@ impl Consumer {
             Ok(Response::Err { .. }) | Err(_) => {
                 return Some(format!(
                     "cannot look at the stream {stream}, and so not tell whether its limits can drop a \
-                     message that is being relayed, or whether it keeps the relayed prefix as well; allow \
-                     {} for this NATS user",
+                     message that is being relayed; allow {} for this NATS user",
                     self.connection
                         .api()
                         .subject(format_args!("STREAM.INFO.{stream}"))

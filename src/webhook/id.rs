@@ -1,27 +1,65 @@
-//! By what a webhook knows a message, whatever the attempt.
+//! What a message is known by, the same on every attempt.
+
+use std::borrow::Cow;
 
 use async_nats::{HeaderMap, header::NATS_MESSAGE_ID};
 use reqwest::header::HeaderValue;
 
 use crate::source::Delivery;
 
-/// The `webhook-id` of a message, the same over retries: its `Nats-Msg-Id`, else its position in its
-/// stream, else a random one.
-#[must_use]
-pub fn message_id(delivery: &Delivery) -> HeaderValue {
-    let own = header(&delivery.headers, NATS_MESSAGE_ID.as_ref());
-    let position = delivery.ack.as_ref().map(|ack| ack.id.as_str());
-    let usable = own.into_iter().chain(position).find(|id| is_webhook_id(id));
-    let random = || format!("msg_{:032x}", fastrand::u128(..));
-    let id = usable.map_or_else(random, str::to_owned);
-    // Never an error: all of these are visible ASCII.
-    HeaderValue::try_from(id).unwrap_or(HeaderValue::from_static("msg"))
+/// The longest `webhook-id`.
+const LONGEST_ID: usize = 256;
+
+/// The ids of a message.
+pub struct Ids<'a> {
+    /// Its `Nats-Msg-Id`, else its place in its stream, else a random one.
+    pub message: Cow<'a, str>,
+    /// The same as far as a Standard Webhooks id can be that, else its place, else a random one.
+    pub webhook: HeaderValue,
 }
 
-/// Whether `id` can be signed: the signed text is `id.timestamp.payload`, so that a dot in the id
+impl<'a> Ids<'a> {
+    /// The ids of this message.
+    #[must_use]
+    pub fn of(delivery: &'a Delivery) -> Self {
+        let own = header(&delivery.headers, NATS_MESSAGE_ID.as_ref()).filter(|id| !id.is_empty());
+        let other = match &delivery.ack {
+            Some(ack) => Cow::from(&ack.id),
+            None => Cow::from(format!("msg_{:032x}", fastrand::u128(..))),
+        };
+        let webhook = match own.filter(|id| is_webhook_id(id)) {
+            Some(own) => HeaderValue::try_from(own),
+            None => HeaderValue::try_from(into_webhook_id(&other)),
+        };
+        Self {
+            message: own.map_or(other, Cow::from),
+            // Never an error: all of these are visible ASCII.
+            webhook: webhook.unwrap_or(HeaderValue::from_static("msg")),
+        }
+    }
+}
+
+/// Returns whether `id` can be signed: the signed text is `id.timestamp.payload`, so that a dot in the id
 /// would make it ambiguous (Standard Webhooks, "Signature scheme").
 fn is_webhook_id(id: &str) -> bool {
-    (1..=256).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic() && b != b'.')
+    (1..=LONGEST_ID).contains(&id.len()) && id.chars().all(can_be_signed)
+}
+
+fn can_be_signed(character: char) -> bool {
+    character.is_ascii_graphic() && character != '.'
+}
+
+/// Turns a place into an id that can be signed: the name of a stream may have any characters, and is long.
+fn into_webhook_id(place: &str) -> String {
+    let sign = |character| {
+        if can_be_signed(character) {
+            character
+        } else {
+            '_'
+        }
+    };
+    let id: String = place.chars().map(sign).collect();
+    id[id.len().saturating_sub(LONGEST_ID)..].to_owned()
 }
 
 /// The value of a message header, whatever the case of its name.
@@ -49,6 +87,20 @@ mod tests {
             (&"x".repeat(257), false),
         ] {
             assert_eq!(is_webhook_id(id), good, "{id:?}");
+        }
+    }
+
+    #[test]
+    fn any_place_becomes_an_id_that_can_be_signed() {
+        let long = format!("{}-1-2", "\u{e9}".repeat(300));
+        for (place, expected) in [
+            ("CMS-1-2", "CMS-1-2"),
+            ("st\u{fc}ck-1-2", "st_ck-1-2"),
+            (&long, &format!("{}-1-2", "_".repeat(LONGEST_ID - 4))),
+        ] {
+            let id = into_webhook_id(place);
+            assert_eq!(id, expected);
+            assert!(is_webhook_id(&id), "{id}");
         }
     }
 }

@@ -48,6 +48,9 @@ pub struct Findings {
     pub lost_by_the_server: usize,
 }
 
+/// What the relay appends to the id of a message.
+const RELAYED: &str = "@relayed.cache";
+
 /// All that a stream has.
 pub async fn read(jetstream: &jetstream::Context, stream: &str) -> anyhow::Result<Vec<Stored>> {
     let mut handle = jetstream.get_stream(stream).await?;
@@ -64,9 +67,10 @@ pub async fn read(jetstream: &jetstream::Context, stream: &str) -> anyhow::Resul
         let place = format!("{stream}-{}-{nanos}", info.stream_sequence);
         stored.push(Stored {
             subject: message.subject.to_string(),
-            id: headers
-                .get("Nats-Msg-Id")
-                .map_or(place, |id| id.as_str().to_owned()),
+            id: headers.get("Nats-Msg-Id").map_or(place, |id| {
+                let id = id.as_str();
+                id.strip_suffix(RELAYED).unwrap_or(id).to_owned()
+            }),
             headers,
             payload: message.payload.to_vec(),
             at: SystemTime::UNIX_EPOCH + Duration::from_nanos(nanos.try_into()?),
@@ -183,8 +187,7 @@ impl Evidence {
             let original = &self.input[n];
             let subject = original.subject.replacen("cms.", "relayed.", 1);
             let mut headers = original.headers.clone();
-            headers.insert("Nats-Msg-Id", id.as_str());
-            headers.insert("Nats-Expected-Stream", "RELAYED");
+            headers.insert("Nats-Msg-Id", format!("{id}{RELAYED}"));
             if message.subject != subject
                 || message.payload != original.payload
                 || message.headers != headers

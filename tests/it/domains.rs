@@ -103,6 +103,7 @@ async fn the_streams_are_those_of_the_hub() {
         }
         relay.logged_times(" -> ", 3).await;
         kept(&hub, "RELAYED", 3).await;
+        kept(&leaf, "EDGE", 3).await;
         kept(&hub, "FAILED", if settings.is_empty() { 0 } else { 1 }).await;
         let (code, report) = Relay::check(&leaf, &webhook, &variables).await;
         assert_eq!(code, Some(0), "{report:#?}");

@@ -2,7 +2,10 @@
 //! has to confirm each message (its publish acknowledgement), and until then it is published again, with
 //! the same `Nats-Msg-Id`.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use anyhow::bail;
 use async_nats::{
@@ -31,7 +34,7 @@ pub const BACKOFF: Backoff = Backoff {
 
 /// A stream that keeps what is published under a prefix, and has to confirm it.
 pub struct ConfirmingStream {
-    connection: Connection,
+    pub(super) connection: Connection,
     monitor: Arc<Monitor>,
     /// The variable that names the stream.
     variable: &'static str,
@@ -62,11 +65,11 @@ impl ConfirmingStream {
         &self.stream
     }
 
-    /// Verifies that the stream is there and keeps all that is published under `prefix`; its subjects.
+    /// Verifies that the stream exists and keeps all that is published under `prefix`.
     ///
     /// # Errors
-    /// If it is not, or does not.
-    pub async fn open(&self, prefix: &Prefix) -> Result<Vec<String>, Failure> {
+    /// If it does not.
+    pub async fn open(&self, prefix: &Prefix) -> Result<(), Failure> {
         let Self {
             variable, stream, ..
         } = self;
@@ -97,14 +100,15 @@ impl ConfirmingStream {
                 )));
             }
         }
-        if !prefix.is_covered_by(&config.subjects) {
+        let mut subjects = config.subjects.iter();
+        if !subjects.any(|subject| prefix.is_covered_by(subject)) {
             return Err(Failure::Permanent(format!(
-                "the stream {stream} does not keep {prefix}.>, but {:?}; add it to its subjects, or \
-                 set {variable} to the stream that does",
+                "none of the subjects of the stream {stream}, {:?}, covers {prefix}.>; add it to them, or \
+                 set {variable} to the stream that keeps it",
                 config.subjects
             )));
         }
-        Ok(config.subjects)
+        Ok(())
     }
 
     /// Publishes a message on `subject` until the stream has confirmed it.
@@ -151,7 +155,8 @@ impl ConfirmingStream {
         let (headers, payload) = (headers.clone(), delivery.payload.clone());
         let domain = self.connection.api().domain();
         // Others that listen to the prefix may answer as well.
-        let confirmation = |answer: &Message| judge(answer, &self.stream, domain);
+        let other = OnceLock::new();
+        let confirmation = |answer: &Message| judge(answer, &self.stream, domain, &other);
         let confirmed = self
             .connection
             .ask(subject.into(), headers, payload, confirmation);
@@ -161,29 +166,39 @@ impl ConfirmingStream {
             Err(NoAnswer::TimedOut) if self.connection.refusals() > refusals => {
                 Err(Failure::Permanent("NATS refuses it".to_owned()))
             }
-            Err(NoAnswer::TimedOut) => Err(Failure::Temporary(format!(
-                "not confirmed within {ANSWER_TIMEOUT:?}"
-            ))),
+            Err(NoAnswer::TimedOut) => Err(Failure::Temporary(match other.get() {
+                Some(other) => format!("not confirmed within {ANSWER_TIMEOUT:?}, but by {other}"),
+                None => format!("not confirmed within {ANSWER_TIMEOUT:?}"),
+            })),
         }
     }
 }
 
-/// What an answer to a message says about whether `stream` has it; nothing if it is none of a stream, or of
-/// one in another domain than that of `stream`, where that is known: the leaf node that a relay is connected to
-/// may keep the same subjects.
-fn judge(answer: &Message, stream: &str, domain: Option<&str>) -> Option<Result<(), Failure>> {
+/// Tells from an answer to a message whether `stream` has it. Every stream that gets the message answers, also
+/// one of another account or of the leaf node that the relay is connected to; `other` notes who that is.
+fn judge(
+    answer: &Message,
+    stream: &str,
+    domain: Option<&str>,
+    other: &OnceLock<String>,
+) -> Option<Result<(), Failure>> {
     if answer.status == Some(StatusCode::NO_RESPONDERS) {
         let reason = "no stream takes it just now";
         return Some(Err(Failure::Temporary(reason.to_owned())));
     }
-    if domain.is_some_and(|domain| is_foreign(&answer.payload, stream, domain)) {
+    let answer: Value = serde_json::from_slice(&answer.payload).ok()?;
+    let (found, found_domain) = (answer["stream"].as_str()?, answer["domain"].as_str());
+    // A refusal does not tell the domain.
+    let is_refusal = answer.get("error").is_some();
+    if found != stream || !is_refusal && domain.is_some() && found_domain != domain {
+        other.get_or_init(|| match found_domain {
+            Some(domain) => format!("the stream {found} of the domain {domain}"),
+            None => format!("the stream {found}"),
+        });
         return None;
     }
-    Some(match serde_json::from_slice(&answer.payload).ok()? {
-        Response::Ok(PublishAck { stream: found, .. }) if found == stream => Ok(()),
-        Response::Ok(PublishAck { stream: found, .. }) => Err(Failure::Permanent(format!(
-            "it went into the stream {found}, not into {stream}"
-        ))),
+    Some(match serde_json::from_value(answer).ok()? {
+        Response::Ok(PublishAck { .. }) => Ok(()),
         Response::Err { error } => {
             let is_temporary = match error.error_code() {
                 // An account at its limit is like a full stream: it drains, or is given more room.
@@ -201,106 +216,78 @@ fn judge(answer: &Message, stream: &str, domain: Option<&str>) -> Option<Result<
     })
 }
 
-/// Whether an answer comes from another stream than this one of this domain.
-fn is_foreign(answer: &[u8], stream: &str, domain: &str) -> bool {
-    let answer: Value = serde_json::from_slice(answer).unwrap_or_default();
-    // An error tells the stream, but not the domain.
-    match answer.get("error") {
-        None => answer["stream"] != stream || answer["domain"] != domain,
-        Some(_) => answer.get("stream").is_some_and(|found| found != stream),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// What `RELAYED` says by this answer, in a word.
+    fn said(payload: &'static str, domain: Option<&str>) -> &'static str {
+        let answer = message(payload, None);
+        match judge(&answer, "RELAYED", domain, &OnceLock::new()) {
+            None => "nothing",
+            Some(Ok(())) => "confirmed",
+            Some(Err(Failure::Temporary(_))) => "temporary",
+            Some(Err(Failure::Permanent(_))) => "permanent",
+        }
+    }
+
     #[test]
     fn only_a_publish_acknowledgement_of_the_right_stream_confirms() {
-        let (confirmed, temporary, permanent) = ("confirmed", "temporary", "permanent");
         for (payload, expected) in [
-            (r#"{"stream":"RELAYED","seq":7}"#, confirmed),
+            (r#"{"stream":"RELAYED","seq":7}"#, "confirmed"),
             (
                 r#"{"stream":"RELAYED","seq":7,"domain":"hub","duplicate":true}"#,
-                confirmed,
+                "confirmed",
             ),
-            (r#"{"stream":"OTHER","seq":7}"#, permanent),
+            (r#"{"stream":"OTHER","seq":7}"#, "nothing"),
             // What else listens to the prefix may answer too.
             ("", "nothing"),
             ("ok", "nothing"),
             ("{}", "nothing"),
             (r#"{"stream":"RELAYED"}"#, "nothing"),
-            (r#"{"error":"no"}"#, "nothing"),
-            (
-                r#"{"error":{"code":503,"err_code":10077,"description":"maximum messages exceeded"}}"#,
-                temporary,
-            ),
-            (
-                r#"{"error":{"code":503,"err_code":10008,"description":"unavailable"}}"#,
-                temporary,
-            ),
-            (
-                r#"{"error":{"code":400,"err_code":10002,"description":"limits exceeded"}}"#,
-                temporary,
-            ),
-            (
-                r#"{"error":{"code":429,"err_code":10167,"description":"too many requests"}}"#,
-                temporary,
-            ),
-            (
-                r#"{"error":{"code":409,"err_code":10158,"description":"conflict"}}"#,
-                temporary,
-            ),
-            (
-                r#"{"error":{"code":400,"err_code":10060,"description":"expected stream"}}"#,
-                permanent,
-            ),
-            (
-                r#"{"error":{"code":400,"err_code":10054,"description":"message size"}}"#,
-                permanent,
-            ),
-            (
-                r#"{"error":{"code":400,"err_code":10109,"description":"sealed"}}"#,
-                permanent,
-            ),
+            (r#"{"error":"no","stream":"RELAYED"}"#, "nothing"),
         ] {
-            let answer = message(payload, None);
-            let found = match judge(&answer, "RELAYED", None) {
-                None => "nothing",
-                Some(Ok(())) => confirmed,
-                Some(Err(Failure::Temporary(_))) => temporary,
-                Some(Err(Failure::Permanent(_))) => permanent,
-            };
-            assert_eq!(found, expected, "{payload}");
+            assert_eq!(said(payload, None), expected, "{payload}");
         }
-        let nobody = judge(
-            &message("", Some(StatusCode::NO_RESPONDERS)),
-            "RELAYED",
-            None,
-        );
+        let nobody = message("", Some(StatusCode::NO_RESPONDERS));
+        let nobody = judge(&nobody, "RELAYED", None, &OnceLock::new());
         assert!(matches!(nobody, Some(Err(Failure::Temporary(_)))));
     }
 
     #[test]
+    fn a_refusal_is_temporary_unless_the_message_is_at_fault() {
+        for (error, expected) in [
+            (r#"{"code":503,"err_code":10077}"#, "temporary"),
+            (r#"{"code":503,"err_code":10008}"#, "temporary"),
+            (r#"{"code":400,"err_code":10002}"#, "temporary"),
+            (r#"{"code":429,"err_code":10167}"#, "temporary"),
+            (r#"{"code":409,"err_code":10158}"#, "temporary"),
+            (r#"{"code":400,"err_code":10054}"#, "permanent"),
+            (r#"{"code":400,"err_code":10109}"#, "permanent"),
+        ] {
+            let payload = format!(r#"{{"error":{error},"stream":"RELAYED","seq":0}}"#);
+            assert_eq!(said(payload.leak(), None), expected, "{error}");
+            let payload = format!(r#"{{"error":{error},"stream":"OTHER","seq":0}}"#);
+            assert_eq!(said(payload.leak(), None), "nothing", "{error}");
+        }
+    }
+
+    #[test]
     fn only_the_stream_of_the_right_domain_confirms() {
-        for (payload, counts) in [
-            (r#"{"stream":"RELAYED","seq":7,"domain":"hub"}"#, true),
-            (r#"{"stream":"RELAYED","seq":7,"domain":"leaf"}"#, false),
-            (r#"{"stream":"RELAYED","seq":7}"#, false),
-            (r#"{"stream":"OTHER","seq":7,"domain":"hub"}"#, false),
+        for (payload, expected) in [
+            (
+                r#"{"stream":"RELAYED","seq":7,"domain":"hub"}"#,
+                "confirmed",
+            ),
+            (r#"{"stream":"RELAYED","seq":7,"domain":"leaf"}"#, "nothing"),
+            (r#"{"stream":"RELAYED","seq":7}"#, "nothing"),
+            (r#"{"stream":"OTHER","seq":7,"domain":"hub"}"#, "nothing"),
             (
                 r#"{"error":{"code":503,"err_code":10077},"stream":"RELAYED","seq":0}"#,
-                true,
+                "temporary",
             ),
-            (
-                r#"{"error":{"code":400,"err_code":10060},"stream":"OTHER","seq":0}"#,
-                false,
-            ),
-            (r#"{"error":{"code":503,"err_code":10008}}"#, true),
-            ("ok", false),
         ] {
-            let found = judge(&message(payload, None), "RELAYED", Some("hub"));
-            assert_eq!(found.is_some(), counts, "{payload}");
+            assert_eq!(said(payload, Some("hub")), expected, "{payload}");
         }
     }
 

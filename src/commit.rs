@@ -1,0 +1,196 @@
+//! The point of no return: a message is published, and then its delivery is acknowledged.
+
+mod stream;
+
+use std::sync::Arc;
+
+use anyhow::bail;
+use async_nats::HeaderMap;
+use log::warn;
+use tokio::{time::sleep, try_join};
+
+use self::stream::BACKOFF;
+pub use self::stream::ConfirmingStream;
+use crate::{
+    config::{Config, FAILED_STREAM, RELAYED_STREAM},
+    monitor::Monitor,
+    nats::{Connection, Failure},
+    source::{Delivery, Outcome},
+    subject::Prefix,
+};
+
+/// Publishes and acknowledges.
+pub struct Commit {
+    connection: Connection,
+    /// Where messages are published that were relayed.
+    pub relayed: Publisher,
+    /// Where messages are published that were given up on, if anywhere.
+    pub failed: Option<Publisher>,
+}
+
+/// Where messages are published.
+pub struct Publisher {
+    /// Under this prefix.
+    pub prefix: Prefix,
+    /// The stream that has to confirm them, if one has to.
+    stream: Option<ConfirmingStream>,
+}
+
+/// A message to be published.
+pub struct Publication<'a> {
+    /// Where.
+    pub publisher: &'a Publisher,
+    /// The subject, below the publisher's prefix.
+    pub subject: &'a str,
+    /// With these headers; the payload is the delivery's.
+    pub headers: HeaderMap,
+}
+
+impl Commit {
+    /// Publishes and acknowledges by `connection`.
+    #[must_use]
+    pub fn new(connection: Connection, config: &Config, monitor: &Arc<Monitor>) -> Self {
+        let publisher = |prefix: &Prefix, variable, stream: &Option<String>| Publisher {
+            prefix: prefix.clone(),
+            stream: stream.clone().map(|stream| {
+                ConfirmingStream::new(connection.clone(), Arc::clone(monitor), variable, stream)
+            }),
+        };
+        let failed_prefix = config.failed_prefix.as_ref();
+        Self {
+            relayed: publisher(
+                &config.relayed_prefix,
+                RELAYED_STREAM,
+                &config.relayed_stream,
+            ),
+            failed: failed_prefix
+                .map(|prefix| publisher(prefix, FAILED_STREAM, &config.failed_stream)),
+            connection,
+        }
+    }
+
+    /// Verifies the streams that are to keep what is published; waits for a JetStream that is not ready.
+    ///
+    /// # Errors
+    /// If one of them cannot be used.
+    pub async fn open(&self) -> anyhow::Result<()> {
+        let failed = async {
+            match &self.failed {
+                Some(failed) => failed.open().await,
+                None => Ok(()),
+            }
+        };
+        try_join!(self.relayed.open(), failed).map(drop)
+    }
+
+    /// Publishes a message, if there is one to publish, and tells the server what became of the delivery.
+    /// Returns whether the server acknowledged that; if not, the message may be redelivered. Both on one
+    /// connection and in this order, so that a server that has seen the ack has seen the message too; where
+    /// a stream has to confirm the message, only once it has.
+    ///
+    /// # Errors
+    /// If it cannot be published.
+    pub async fn commit(
+        &self,
+        delivery: &Delivery,
+        mut publication: Option<Publication<'_>>,
+        outcome: Outcome<'_>,
+    ) -> anyhow::Result<bool> {
+        if let Some(unconfirmed) = &publication
+            && let Some(stream) = &unconfirmed.publisher.stream
+        {
+            if !is_current(delivery).await {
+                return Ok(false);
+            }
+            let (subject, headers) = (unconfirmed.subject, &unconfirmed.headers);
+            stream.publish(delivery, subject, headers).await?;
+            publication = None;
+        }
+        loop {
+            self.connection.up().await;
+            if !is_current(delivery).await {
+                return Ok(false);
+            }
+            let epoch = self.connection.epoch();
+            let acknowledged = self.try_commit(delivery, publication.as_ref(), outcome);
+            let is_acknowledged = acknowledged.await?;
+            // What was under way on a connection that broke may be lost: once more, then.
+            if self.connection.epoch() == epoch {
+                return Ok(is_acknowledged);
+            }
+        }
+    }
+
+    async fn try_commit(
+        &self,
+        delivery: &Delivery,
+        publication: Option<&Publication<'_>>,
+        outcome: Outcome<'_>,
+    ) -> anyhow::Result<bool> {
+        let refusals = self.connection.refusals();
+        if let Some(publication) = publication {
+            let (subject, headers) = (publication.subject.into(), publication.headers.clone());
+            self.connection
+                .publish(subject, None, headers, delivery.payload.clone())
+                .await?;
+        }
+        let Some(ack) = &delivery.ack else {
+            self.connection.flush().await;
+            return Ok(true);
+        };
+        let is_acknowledged = ack.confirm(outcome).await;
+        // A refusal comes before the confirmation of the ack.
+        if publication.is_some() && self.connection.refusals() > refusals {
+            bail!("NATS refuses it");
+        }
+        Ok(is_acknowledged)
+    }
+
+    /// The streams that are to keep what is published, with the prefix of each.
+    pub fn confirming_streams(&self) -> impl Iterator<Item = (&Prefix, &ConfirmingStream)> {
+        let publishers = [Some(&self.relayed), self.failed.as_ref()];
+        publishers
+            .into_iter()
+            .flatten()
+            .filter_map(|publisher| Some((&publisher.prefix, publisher.stream.as_ref()?)))
+    }
+}
+
+impl Publisher {
+    /// Verifies the stream, if there is one; waits for a JetStream that is not ready.
+    async fn open(&self) -> anyhow::Result<()> {
+        let Some(stream) = &self.stream else {
+            return Ok(());
+        };
+        let mut waits = BACKOFF.waits();
+        loop {
+            let reason = match stream.open(&self.prefix).await {
+                Ok(()) => return Ok(()),
+                Err(Failure::Permanent(reason)) => bail!(reason),
+                Err(Failure::Temporary(reason)) => reason,
+            };
+            let wait = waits.next();
+            // Without a connection that is what the log says already.
+            if stream.connection.is_up() {
+                warn!("JetStream is not ready: {reason}; next attempt in {wait:.1?}");
+            }
+            sleep(wait).await;
+        }
+    }
+}
+
+/// Returns whether a message is still ours to publish; says so if it is not.
+async fn is_current(delivery: &Delivery) -> bool {
+    let Some(ack) = &delivery.ack else {
+        return true;
+    };
+    let is_current = ack.is_current().await;
+    if !is_current {
+        warn!(
+            subject:% = delivery.subject;
+            "{} is abandoned: NATS has handed it, or what follows it, to another relay meanwhile",
+            delivery.subject
+        );
+    }
+    is_current
+}
