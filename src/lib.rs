@@ -38,7 +38,7 @@ mod config;
 mod forward;
 #[cfg(any(fuzzing, test))]
 #[doc(hidden)]
-#[path = "../fuzz/properties.rs"]
+#[path = "../tests/properties/mod.rs"]
 pub mod fuzzing;
 mod lock;
 mod monitor;
