@@ -14,7 +14,7 @@
         "aarch64-darwin"
       ];
       eachSystem = f: lib.genAttrs systems (system: f nixpkgs.legacyPackages.${system});
-      packageFor = pkgs: self.packages.${pkgs.stdenv.hostPlatform.system}.default;
+      packageFor = pkgs: self.packages.${pkgs.stdenv.hostPlatform.system}.nats-webhook-relay;
       onLinux = pkgs: lib.optionalAttrs pkgs.stdenv.hostPlatform.isLinux;
     in
     {
@@ -27,7 +27,8 @@
       packages = eachSystem (
         pkgs:
         {
-          default = pkgs.callPackage ./nix/package.nix { };
+          default = packageFor pkgs;
+          nats-webhook-relay = pkgs.callPackage ./nix/package.nix { };
         }
         // onLinux pkgs {
           image = pkgs.callPackage ./nix/image.nix { nats-webhook-relay = packageFor pkgs; };
@@ -64,11 +65,12 @@
           package = packageFor pkgs;
         in
         {
-          package = package.overrideAttrs { doCheck = true; };
+          inherit (package.tests) package;
 
           clippy = pkgs.stdenv.mkDerivation {
             name = "clippy";
-            inherit (package) cargoDeps src;
+            inherit (package) cargoDeps;
+            src = self;
             nativeBuildInputs = with pkgs; [
               cargo
               clippy
