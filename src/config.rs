@@ -4,8 +4,6 @@ use std::{net::SocketAddr, time::Duration};
 
 pub mod environment;
 mod files;
-mod log;
-mod log_filter;
 mod misnamed;
 mod nats;
 mod proxies;
@@ -18,14 +16,13 @@ mod webhook;
 use self::{
     environment::Environment,
     files::check_authorities,
-    reader::{Noted, Reader, parse_duration},
+    reader::{Noted, Reader, any_text, parse_duration},
     variables::{
-        CONSUMER, DOMAIN, FAILED_PREFIX, INBOX_PREFIX, PREFIX, QUEUE_GROUP, RELAYED_PREFIX,
-        REPUBLISH_DELAY, SHUTDOWN_TIMEOUT, STATUS_LISTEN, STREAM, TRUST,
+        CONSUMER, DOMAIN, FAILED_PREFIX, INBOX_PREFIX, LOG, LOG_FORMAT, PREFIX, QUEUE_GROUP,
+        RELAYED_PREFIX, REPUBLISH_DELAY, SHUTDOWN_TIMEOUT, STATUS_LISTEN, STREAM, TRUST,
     },
 };
 pub use self::{
-    log::{Log, LogFormat},
     misnamed::{Misnamed, misnamed, nearest},
     nats::{Login, Nats},
     proxies::Proxy,
@@ -92,6 +89,45 @@ pub enum Mode {
         /// The name of the durable consumer.
         consumer: String,
     },
+}
+
+/// What is logged, and how.
+#[derive(Clone, Debug)]
+pub struct Log {
+    /// What, in the form that env_logger knows.
+    pub filter: String,
+    /// How.
+    pub format: LogFormat,
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+impl Log {
+    /// Reads how problems are logged if the configuration is bad: as it says, if it says that much.
+    #[must_use]
+    pub fn of_problems(environment: &Environment) -> Self {
+        let log = Self::read(&mut Reader::new(environment));
+        log.unwrap_or(Self {
+            filter: "info".to_owned(),
+            format: LogFormat::Text,
+        })
+    }
+
+    fn read(reader: &mut Reader<'_>) -> Result<Self, Noted> {
+        let filter = reader.value(LOG, any_text);
+        let format = reader.value(LOG_FORMAT, parse_format);
+        Ok(Self {
+            filter: filter?,
+            format: format?,
+        })
+    }
 }
 
 impl Config {
@@ -287,6 +323,14 @@ fn parse_group(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
+fn parse_format(text: &str) -> Result<LogFormat, String> {
+    match text {
+        "text" => Ok(LogFormat::Text),
+        "json" => Ok(LogFormat::Json),
+        _ => Err(format!("is {text:?}; write text or json")),
+    }
+}
+
 fn parse_address(text: &str) -> Result<SocketAddr, String> {
     text.parse()
         .map_err(|_| format!("{text:?} is no address and port; write it like 127.0.0.1:9642"))
@@ -418,7 +462,6 @@ mod tests {
             ),
             (QUEUE_GROUP, "a b", "is no queue group"),
             (SHUTDOWN_TIMEOUT, "soon", "is no duration"),
-            (LOG, "nats_webhook_relay=loud", "is no filter"),
             (STATUS_LISTEN, "9642", "is no address and port"),
             (STATUS_LISTEN, "localhost:9642", "is no address and port"),
         ]);

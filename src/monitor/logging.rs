@@ -18,8 +18,9 @@ use std::{
 use env_logger::{Builder, Target};
 use humantime::format_rfc3339_millis;
 use log::{
-    Level, Record,
+    Level, LevelFilter, Log as _, Metadata, Record,
     kv::{self, Key, Value, VisitSource, VisitValue},
+    warn,
 };
 
 use crate::{lock::lock, text};
@@ -35,6 +36,9 @@ const END_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// What a pipe takes as a whole, however many others write to it (pipe(7)).
 const PIPE_BUF: usize = 4096;
+
+/// What the relay's own lines are logged by.
+const OWN: &str = "nats_webhook_relay";
 
 /// Lines on their way to standard error.
 static QUEUE: Mutex<Queue> = Mutex::new(Queue {
@@ -61,6 +65,10 @@ pub fn start(filter: &str, is_json: bool) {
     let format = Format::new(is_json);
     let mut builder = Builder::new();
     builder.parse_filters(filter);
+    let is_silent = is_silent(filter);
+    if is_silent {
+        builder.filter_module(OWN, LevelFilter::Info);
+    }
     builder.format(move |out, record| format.write(out, record));
     // A thread of its own, because a full pipe or a stopped terminal makes whoever writes wait.
     let writer = thread::Builder::new().name("log".to_owned());
@@ -69,6 +77,20 @@ pub fn start(filter: &str, is_json: bool) {
         builder.target(Target::Pipe(Box::new(Enqueue(waker))));
     }
     builder.init();
+    if is_silent {
+        warn!(
+            "RUST_LOG={filter:?} shows nothing of the relay, which logs at info besides; write off to silence it"
+        );
+    }
+}
+
+/// Returns whether a filter shows nothing of the relay without saying so: it is meant for another program, or
+/// has a misspelling, which is taken for the name of a module.
+fn is_silent(filter: &str) -> bool {
+    let error = Metadata::builder().target(OWN).level(Level::Error).build();
+    let shows_errors = Builder::new().parse_filters(filter).build().enabled(&error);
+    let says_so = |directive: &str| directive.trim().eq_ignore_ascii_case("off");
+    !shows_errors && !filter.contains(OWN) && !filter.split(',').any(says_so)
 }
 
 /// Waits until all lines are written, but not long.

@@ -505,7 +505,7 @@ async fn check_says_what_holds_and_what_does_not() {
         "warning WEBHOOK_TIMEOUTS is set but not known; is WEBHOOK_TIMEOUT meant?"
     );
 
-    let (code, lines) = check(&with(&[("WEBHOOK_TIMEOUT", "15"), ("RUST_LOG", "a=b=c")])).await;
+    let (code, lines) = check(&with(&[("WEBHOOK_TIMEOUT", "15"), ("LOG_FORMAT", "yaml")])).await;
     assert_eq!(code, Some(78), "{lines:#?}");
     assert_eq!(lines.len(), 3, "{lines:#?}");
 
