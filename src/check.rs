@@ -1,8 +1,6 @@
 //! `--check`: what of a configuration holds, and what does not. Takes and publishes no message, sends
 //! no request to a destination, creates nothing.
 
-mod secure;
-
 use std::{
     io::{ErrorKind, Write},
     net::SocketAddr,
@@ -10,19 +8,18 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, anyhow};
 use reqwest::Url;
-use rustls::ClientConfig;
+use rustls::{ClientConfig, pki_types::ServerName};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpStream, lookup_host},
     time::timeout,
 };
+use tokio_rustls::TlsConnector;
 
-use self::secure::{Connected, secure};
 use crate::{
     commit::Commit,
-    config::{self, Config, Destination, Login, Mode, Proxy},
+    config::{self, Config, Destination, Login, Mode, WEBHOOK_TLS},
     monitor::{Monitor, endpoints},
     nats::{
         Connection, ConnectionEvent, ConnectionEvents, Failure, cannot_look, connect_once, show,
@@ -34,9 +31,6 @@ use crate::{
 
 /// How long anything may take.
 const TIMEOUT: Duration = Duration::from_secs(5);
-
-/// The head of an answer is not longer.
-const MAX_HEAD_BYTES: usize = 16 * 1024;
 
 /// What is found, line by line, as it is found.
 struct Report<'a> {
@@ -59,7 +53,7 @@ impl Report<'_> {
 
     fn line(&mut self, mark: &str, words: &str) {
         let line = format!("{mark:<7} {words}");
-        // Whoever does not listen any more does not want to know.
+        // The reader is gone; ignore.
         let _ = writeln!(self.out, "{}", text::one_line(&line, text::LONGEST_LINE));
         let _ = self.out.flush();
     }
@@ -98,7 +92,7 @@ pub async fn check(config: &Config, out: &mut dyn Write) -> anyhow::Result<bool>
         let found = match endpoints::listen(address) {
             Ok(_) => Ok("can be listened on".to_owned()),
             Err(error) if error.kind() == ErrorKind::AddrInUse => {
-                Ok("is in use, which is right where the relay runs already".to_owned())
+                Ok("is in use (expected if the relay is already running)".to_owned())
             }
             Err(error) => Err(error.into()),
         };
@@ -200,9 +194,9 @@ async fn check_consumer(
         reason = events.fatal() => Err(reason),
         found = consumer.verify() => match found {
             Ok(waiting) => Ok(format!(
-                "is there and as it must be; waiting in the stream: {}", count(waiting, "message")
+                "exists and is configured correctly; waiting in the stream: {}", count(waiting, "message")
             )),
-            Err(ConsumerError::Missing) => Ok("is missing, and created at the start".to_owned()),
+            Err(ConsumerError::Missing) => Ok("does not exist yet; will be created on start".to_owned()),
             Err(ConsumerError::Fatal(reason) | ConsumerError::NobodyAnswers(reason)) => Err(reason),
             Err(ConsumerError::Temporary(reason)) => Err(anyhow!(reason)),
         },
@@ -218,7 +212,7 @@ async fn check_consumer(
         };
         report.add(
             &format!("messages of the stream {stream}"),
-            found.map(|()| "can be looked at".to_owned()),
+            found.map(|()| "readable".to_owned()),
         );
         if let Some(warning) = consumer.stream_warning().await {
             report.line("warning", &warning);
@@ -264,25 +258,18 @@ async fn look_refused(events: &mut ConnectionEvents, consumer: &Consumer) -> any
     }
 }
 
-/// Gets as far as a request would, and sends none.
+/// Gets as far as a request would, and sends none: to the proxy, where the destination is reached through one.
 async fn reach(destination: &Destination, tls: Option<&ClientConfig>) -> anyhow::Result<String> {
     let url = destination.expose_url();
     let Some(proxy) = destination.proxy() else {
-        connect_by_name(url, tls).await?;
+        connect(url, &look_up(url).await?, tls).await?;
         return Ok(connected(destination));
     };
-    let stream = connect_by_name(proxy.expose_url(), tls)
-        .await
-        .with_context(|| format!("the proxy {proxy}"))?;
-    if !destination.is_https() {
-        return Ok(format!(
-            "goes through the proxy {proxy}, which can be connected to; only a request would tell more"
-        ));
-    }
-    let stream = tunnel(stream, proxy, url).await?;
-    secure(stream, url, tls).await?;
+    let url = proxy.expose_url();
+    let reached = async { connect(url, &look_up(url).await?, tls).await }.await;
+    reached.with_context(|| format!("the proxy {proxy}"))?;
     Ok(format!(
-        "can be connected to through the proxy {proxy}, its certificate is trusted"
+        "goes through the proxy {proxy}, which can be connected to; only a request would tell more"
     ))
 }
 
@@ -294,7 +281,7 @@ fn connected(destination: &Destination) -> String {
     }
 }
 
-/// The addresses of the host of `url`, each once.
+/// Looks up the addresses of the host of `url`, each once.
 async fn look_up(url: &Url) -> anyhow::Result<Vec<SocketAddr>> {
     let found = lookup_host(config::authority(url)).await;
     let mut addresses = Vec::new();
@@ -306,58 +293,26 @@ async fn look_up(url: &Url) -> anyhow::Result<Vec<SocketAddr>> {
     Ok(addresses)
 }
 
-/// A connection to the host of `url`.
-async fn connect_by_name(
-    url: &Url,
-    tls: Option<&ClientConfig>,
-) -> anyhow::Result<Box<dyn Connected>> {
-    connect(url, &look_up(url).await?, tls).await
-}
-
-/// A connection to the host of `url` at one of its `addresses`.
+/// Connects to the host of `url` at one of its `addresses`, and shakes hands where that is by TLS. A server
+/// that refuses the client certificate may say so only after that.
 async fn connect(
     url: &Url,
     addresses: &[SocketAddr],
     tls: Option<&ClientConfig>,
-) -> anyhow::Result<Box<dyn Connected>> {
+) -> anyhow::Result<()> {
     let stream = TcpStream::connect(addresses)
         .await
         .context("cannot connect")?;
-    secure(Box::new(stream), url, tls).await
-}
-
-/// Asks a proxy for a way to the host of `url` (RFC 9110, 9.3.6).
-async fn tunnel(
-    mut stream: Box<dyn Connected>,
-    proxy: &Proxy,
-    url: &Url,
-) -> anyhow::Result<Box<dyn Connected>> {
-    let authority = config::authority(url);
-    let mut request = format!("CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n").into_bytes();
-    if let Some(authorization) = proxy.expose_authorization() {
-        request.extend([b"Proxy-Authorization: ", authorization.as_bytes(), b"\r\n"].concat());
+    if let Some(tls) = tls.filter(|_| url.scheme() == "https") {
+        // IPv6 addresses are in brackets in a URL, and nowhere else.
+        let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
+        let name = ServerName::try_from(host.to_owned())?;
+        let connecting = TlsConnector::from(Arc::new(tls.clone())).connect(name, stream);
+        connecting.await.map_err(|error| {
+            let error = error.to_string();
+            let reason = tls::explain(&error, &WEBHOOK_TLS).unwrap_or(error);
+            anyhow!(reason).context("TLS failed")
+        })?;
     }
-    request.extend(b"\r\n");
-    stream.write_all(&request).await?;
-    // Byte by byte, for what follows the head belongs to the destination already.
-    let mut head = Vec::new();
-    while !head.ends_with(b"\r\n\r\n") {
-        if head.len() == MAX_HEAD_BYTES {
-            bail!("the proxy {proxy} gives no valid answer");
-        }
-        head.push(
-            stream
-                .read_u8()
-                .await
-                .with_context(|| format!("the proxy {proxy} hangs up"))?,
-        );
-    }
-    let status = head.split(|byte| *byte == b' ').nth(1).unwrap_or_default();
-    if !status.starts_with(b"2") {
-        bail!(
-            "the proxy {proxy} refuses, with status {}",
-            String::from_utf8_lossy(status)
-        );
-    }
-    Ok(stream)
+    Ok(())
 }

@@ -3,7 +3,7 @@
 use std::{fmt, net::IpAddr};
 
 use hyper_util::client::proxy::matcher::Matcher;
-use reqwest::{Url, header::HeaderValue};
+use reqwest::Url;
 
 use super::{
     reader::{Noted, Reader, any_text},
@@ -15,7 +15,6 @@ use super::{
 #[derive(Clone)]
 pub struct Proxy {
     url: Url,
-    authorization: Option<HeaderValue>,
 }
 
 impl Proxy {
@@ -23,12 +22,6 @@ impl Proxy {
     #[must_use]
     pub fn expose_url(&self) -> &Url {
         &self.url
-    }
-
-    /// The `Proxy-Authorization` for the login in the URL, if there is one.
-    #[must_use]
-    pub fn expose_authorization(&self) -> Option<&HeaderValue> {
-        self.authorization.as_ref()
     }
 }
 
@@ -75,11 +68,8 @@ impl Proxies {
             .all(url.as_str())
             .no(self.exempt.as_str())
             .build();
-        let choice = rules.intercept(&destination.as_str().parse().ok()?)?;
-        Some(Proxy {
-            url: url.clone(),
-            authorization: choice.basic_auth().cloned(),
-        })
+        rules.intercept(&destination.as_str().parse().ok()?)?;
+        Some(Proxy { url: url.clone() })
     }
 }
 

@@ -93,18 +93,12 @@ async fn a_client_certificate_is_shown_and_what_the_server_has_against_it_is_tol
                 assert!(line.contains(words), "{line}");
             }
         }
-        let (code, line) = checked(&nats, &url, &variables).await;
-        assert_eq!(code, Some(words.is_some().into()), "{line}");
-        assert!(
-            line.contains(words.unwrap_or("its certificate is trusted")),
-            "{line}"
-        );
         assert_eq!(webhook.count(), 1, "no other request arrives");
     }
 }
 
 #[tokio::test]
-async fn a_server_that_hangs_up_instead_of_a_word_against_the_certificate_is_found() {
+async fn a_server_that_hangs_up_instead_of_refusing_the_certificate_is_no_valid_answer() {
     let nats = NatsServer::start().await;
     let authority = Authority::new();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -121,10 +115,6 @@ async fn a_server_that_hangs_up_instead_of_a_word_against_the_certificate_is_fou
         ("WEBHOOK_CERT", &certificate),
         ("WEBHOOK_KEY", &key),
     ];
-    let (code, line) = checked(&nats, &url, &variables).await;
-    let hint = "it hung up after the TLS handshake, as some servers do that refuse the client \
-                certificate; check WEBHOOK_CERT and WEBHOOK_KEY";
-    assert!(code == Some(1) && line.contains(hint), "{line}");
     let relay = Relay::between(&nats, &url, &variables);
     relay.logged("listening on").await;
     nats.publish("cms.cache.x", "x").await;
@@ -156,9 +146,6 @@ async fn certificates_count_through_a_proxy() {
         assert_eq!(next(&mut relayed).await.payload, "far away");
         let (code, line) = checked(&nats, url, &variables).await;
         assert_eq!(code, Some(0), "{line}");
-        let (code, line) = checked(&nats, url, &variables[..2]).await;
-        let demands = line.contains("it demands a client certificate; set WEBHOOK_CERT");
-        assert!(code == Some(1) && demands, "{line}");
         assert!(heads.lock().unwrap()[0].starts_with("CONNECT app.invalid:443"));
     }
 }

@@ -411,7 +411,9 @@ async fn check_says_what_holds_and_what_does_not() {
     let (code, lines) = check(&with(&durable)).await;
     assert_eq!(code, Some(0), "{lines:#?}");
     assert!(
-        lines[3].contains("consumer relay of the stream CMS: is missing, and created"),
+        lines[3].contains(
+            "consumer relay of the stream CMS: does not exist yet; will be created on start"
+        ),
         "{lines:#?}"
     );
     let stream = nats.jetstream().await.get_stream("CMS").await.unwrap();
@@ -423,13 +425,10 @@ async fn check_says_what_holds_and_what_does_not() {
     let (code, lines) = check(&with(&durable)).await;
     assert_eq!(code, Some(0), "{lines:#?}");
     assert!(
-        lines[3].contains("is there and as it must be; waiting in the stream: 0 messages"),
+        lines[3].contains("exists and is configured correctly; waiting in the stream: 0 messages"),
         "{lines:#?}"
     );
-    assert_eq!(
-        lines[4],
-        "ok      messages of the stream CMS: can be looked at"
-    );
+    assert_eq!(lines[4], "ok      messages of the stream CMS: readable");
 
     for (changes, failures) in [
         (

@@ -327,13 +327,10 @@ async fn proxies_are_used_said_and_never_asked_for_loopback_addresses() {
     let (code, lines) = check(&[&usual[..], &variables].concat()).await;
     assert_eq!(code, Some(0), "{lines:#?}");
     let through = format!(
-        "can be connected to through the proxy {}",
+        "goes through the proxy {}, which can be connected to",
         shown(&https_proxy)
     );
     assert!(lines.last().unwrap().contains(&through), "{lines:#?}");
-    let heads = https_heads.lock().unwrap();
-    assert_eq!(heads.len(), 2);
-    assert!(heads[1].to_lowercase().contains(login), "{heads:?}");
     assert_eq!(
         (plain.count(), secure.count()),
         (2, 1),
