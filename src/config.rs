@@ -23,7 +23,7 @@ use self::{
     },
 };
 pub use self::{
-    misnamed::{Misnamed, misnamed, nearest},
+    misnamed::{Misnamed, misnamed},
     nats::{Login, Nats},
     proxies::Proxy,
     secrets::Secrets,

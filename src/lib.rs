@@ -62,7 +62,7 @@ pub use self::{
     config::environment::Environment,
     config::{
         Config, Default as VariableDefault, Kind, Log, LogFormat, Misnamed, VARIABLES, Variable,
-        help, misnamed, nearest,
+        help, misnamed,
     },
     monitor::logging::finish as finish_logging,
     text::reasons,

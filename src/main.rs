@@ -1,14 +1,14 @@
 //! Wiring only: arguments, environment, logger, signals, exit code.
 
 use std::{
-    ffi::OsString,
+    ffi::OsStr,
     io::{self, Write},
 };
 
 use futures::{Stream, stream::poll_fn};
 use log::{error, info, warn};
 use nats_webhook_relay::{
-    Config, Environment, Log, finish_logging, help as variables, misnamed, nearest, reasons, run,
+    Config, Environment, Log, finish_logging, help as variables, misnamed, reasons, run,
     start_logging,
 };
 use tokio::{
@@ -51,33 +51,18 @@ async fn run_as_told() -> End {
         // kernel for events first, which would be two more system calls for each message.
         [] => tokio::spawn(relay()).await.unwrap_or(End::Failed),
         [Some("--help" | "-h")] => print(&help()),
-        [Some("--check")] => check().await,
+        [Some("--check")] => check(true).await,
+        [Some("--check=config")] => check(false).await,
         [Some("--version" | "-V")] => print(&format!("{}\n", version())),
         _ => {
-            let _ = writeln!(io::stderr(), "{}", not_understood(&arguments));
+            let given = arguments.join(OsStr::new(" "));
+            let _ = writeln!(
+                io::stderr(),
+                "nats-webhook-relay does not understand {given:?}; see nats-webhook-relay --help"
+            );
             End::BadConfiguration
         }
     }
-}
-
-/// One line for what is no usage.
-fn not_understood(arguments: &[OsString]) -> String {
-    let given: Vec<_> = arguments
-        .iter()
-        .map(|argument| argument.to_string_lossy())
-        .collect();
-    let meant = match &given[..] {
-        [one] => nearest(one, ["--check", "--help", "--version"]),
-        _ => None,
-    };
-    let hint = match meant {
-        Some(meant) => format!("is {meant} meant?"),
-        None => "see nats-webhook-relay --help".to_owned(),
-    };
-    format!(
-        "nats-webhook-relay does not understand {:?}; {hint}",
-        given.join(" ")
-    )
 }
 
 async fn relay() -> End {
@@ -103,14 +88,14 @@ async fn relay() -> End {
             End::Good
         }
         Err(reason) => {
-            error!("cannot go on: {}", reasons(&reason));
+            error!("exiting: {}", reasons(&reason));
             End::Failed
         }
     }
 }
 
-/// Says what of the configuration holds.
-async fn check() -> End {
+/// Reports whether the configuration is valid, and works if it is to be tried.
+async fn check(tries: bool) -> End {
     let (environment, config) = read();
     for file in environment.files() {
         print(&format!("ok      environment: {file}\n"));
@@ -127,6 +112,10 @@ async fn check() -> End {
             return End::BadConfiguration;
         }
     };
+    let valid = print("ok      configuration: valid\n");
+    if !tries {
+        return valid;
+    }
     match nats_webhook_relay::check(&config, &mut io::stdout()).await {
         Ok(true) => End::Good,
         Ok(false) => End::Failed,
@@ -144,7 +133,7 @@ fn configure() -> Result<Config, Vec<String>> {
         Ok(config) => start_logging(&config.log),
         Err(_) => start_logging(&Log::of_problems(&environment)),
     }
-    std::panic::set_hook(Box::new(|panic| error!("a task has broken down: {panic}")));
+    std::panic::set_hook(Box::new(|panic| error!("a task panicked: {panic}")));
     info!("{}", version());
     // Nobody misses a dotenv file where all is set without one.
     if environment.has_files() || config.is_err() {
@@ -213,17 +202,18 @@ fn help() -> String {
         "Relays NATS messages to a webhook, and republishes each one only after its webhook
 succeeded: one message at a time, in order.
 
-Usage: nats-webhook-relay [--check | --help | --version]
+Usage: nats-webhook-relay [--check | --check=config | --help | --version]
 
-      --check    says what of the configuration holds: it connects, and sends and changes nothing
-  -h, --help     prints this
-  -V, --version  prints the version
+      --check         tests the configuration: connects, but sends and changes nothing
+      --check=config  tests the settings alone, offline
+  -h, --help          prints this
+  -V, --version       prints the version
 
 All settings are environment variables; .env.local, then .env in the working directory fill
 what the environment leaves unset. X_FILE may name a file that holds the value of X.
 
 {}
-Exit codes: 0 stopped by its operator; 1 cannot go on; 78 bad configuration.
+Exit codes: 0 stopped by a signal; 1 failed; 78 bad configuration.
 ",
         variables()
     )

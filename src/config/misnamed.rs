@@ -84,15 +84,6 @@ fn is_set(environment: &Environment, known: &str) -> bool {
     has(known) || (known == HOST && has(ADDRESS))
 }
 
-/// The one of a few known words that was probably meant.
-#[must_use]
-pub fn nearest(word: &str, known: impl IntoIterator<Item = &'static str>) -> Option<&'static str> {
-    known.into_iter().find(|known| {
-        let abbreviates = word.len() > 2 && (known.starts_with(word) || word.starts_with(known));
-        abbreviates || is_close(word, known)
-    })
-}
-
 /// Whether `word` is probably a misspelling of `known`.
 fn is_close(word: &str, known: &str) -> bool {
     let tolerance = if known.len() < 12 { 1 } else { 2 };
@@ -136,18 +127,6 @@ mod tests {
                 .map(|misnamed| misnamed.known)
                 .collect();
             assert_eq!(found, Vec::from_iter(expected), "{set:?}");
-        }
-    }
-
-    #[test]
-    fn an_abbreviation_has_three_letters_at_least() {
-        for (word, expected) in [
-            ("deb", Some("debug")),
-            ("debugging", Some("debug")),
-            ("debgu", Some("debug")),
-            ("de", None),
-        ] {
-            assert_eq!(nearest(word, ["trace", "debug"]), expected, "{word}");
         }
     }
 }

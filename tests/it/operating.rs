@@ -347,7 +347,7 @@ async fn an_address_that_cannot_be_listened_on_may_get_better() {
         let relay = Relay::between(&nats, &webhook.url(), &[("STATUS_LISTEN", &address)]);
         let (code, log) = relay.ended().await;
         assert_eq!(code, Some(1), "{log:#?}");
-        let expected = format!("cannot go on: STATUS_LISTEN {address} cannot be listened on: ");
+        let expected = format!("exiting: STATUS_LISTEN {address} cannot be listened on: ");
         assert!(log.last().unwrap().contains(&expected), "{log:#?}");
 
         let (url, destination) = (nats.url(), webhook.url());
