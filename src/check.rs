@@ -80,7 +80,8 @@ pub async fn check(config: &Config, out: &mut dyn Write) -> anyhow::Result<bool>
                     connection,
                     stream: stream.clone(),
                     name: consumer.clone(),
-                    filter: config.prefix.wildcard(),
+                    prefix: config.prefix.clone(),
+                    relayed_prefix: config.relayed_prefix.clone(),
                 };
                 check_consumer(&consumer, &mut events, &mut report).await;
             }
@@ -191,31 +192,38 @@ async fn check_consumer(
     let found = tokio::select! {
         biased;
         reason = events.fatal() => Err(reason),
-        found = consumer.verify() => match found {
-            Ok(waiting) => Ok(format!(
-                "exists and is configured correctly; waiting in the stream: {}", count(waiting, "message")
-            )),
-            Err(ConsumerError::Missing) => Ok("does not exist yet; will be created on start".to_owned()),
-            Err(ConsumerError::Fatal(reason) | ConsumerError::NobodyAnswers(reason)) => Err(reason),
-            Err(ConsumerError::Temporary(reason)) => Err(anyhow!(reason)),
-        },
+        found = async { anyhow::Ok((consumer.verify_stream().await?, consumer.verify().await)) } => found,
     };
-    let is_usable = found.is_ok();
-    report.add(&format!("consumer {name} of the stream {stream}"), found);
-    // Without a stream there is nothing to look at.
-    if is_usable {
-        let found = tokio::select! {
-            biased;
-            reason = look_refused(events, consumer) => Err(reason),
-            found = try_to_look(consumer) => found.map_err(anyhow::Error::from),
-        };
-        report.add(
-            &format!("messages of the stream {stream}"),
-            found.map(|()| "readable".to_owned()),
-        );
-        if let Some(warning) = consumer.stream_warning().await {
-            report.line("warning", &warning);
+    let what = format!("consumer {name} of the stream {stream}");
+    let (warnings, words): (Vec<_>, _) = match found {
+        Ok((warning, Ok(info))) => {
+            let words = format!(
+                "exists and is configured correctly; waiting in the stream: {}",
+                count(info.num_pending, "message")
+            );
+            let warnings = warning.into_iter().chain(consumer.warnings(&info.config));
+            (warnings.collect(), words)
         }
+        Ok((warning, Err(ConsumerError::Missing))) => {
+            let words = "does not exist yet; will be created on start".to_owned();
+            (Vec::from_iter(warning), words)
+        }
+        // Without a stream there is nothing else to look at.
+        Ok((_, Err(error))) => return report.add(&what, Err(anyhow!(error.reason()))),
+        Err(reason) => return report.add(&what, Err(reason)),
+    };
+    report.add(&what, Ok(words));
+    let found = tokio::select! {
+        biased;
+        reason = look_refused(events, consumer) => Err(reason),
+        found = try_to_look(consumer) => found.map_err(|error| anyhow!("{error}")),
+    };
+    report.add(
+        &format!("messages of the stream {stream}"),
+        found.map(|()| "readable".to_owned()),
+    );
+    for warning in warnings {
+        report.line("warning", &warning);
     }
 }
 

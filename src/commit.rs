@@ -94,12 +94,12 @@ impl Commit {
         &self,
         delivery: &Delivery,
         mut publication: Option<Publication<'_>>,
-        outcome: Outcome<'_>,
+        outcome: Outcome,
     ) -> anyhow::Result<bool> {
         if let Some(unconfirmed) = &publication
             && let Some(stream) = &unconfirmed.publisher.stream
         {
-            if !is_current(delivery).await {
+            if !delivery.may_be_published().await {
                 return Ok(false);
             }
             let (subject, headers) = (unconfirmed.subject, &unconfirmed.headers);
@@ -108,7 +108,7 @@ impl Commit {
         }
         loop {
             self.connection.up().await;
-            if !is_current(delivery).await {
+            if !delivery.may_be_published().await {
                 return Ok(false);
             }
             let epoch = self.connection.epoch();
@@ -125,7 +125,7 @@ impl Commit {
         &self,
         delivery: &Delivery,
         publication: Option<&Publication<'_>>,
-        outcome: Outcome<'_>,
+        outcome: Outcome,
     ) -> anyhow::Result<bool> {
         let refusals = self.connection.refusals();
         if let Some(publication) = publication {
@@ -177,20 +177,4 @@ impl Publisher {
             sleep(wait).await;
         }
     }
-}
-
-/// Returns whether a message is still ours to publish; says so if it is not.
-async fn is_current(delivery: &Delivery) -> bool {
-    let Some(ack) = &delivery.ack else {
-        return true;
-    };
-    let is_current = ack.is_current().await;
-    if !is_current {
-        warn!(
-            subject:% = delivery.subject;
-            "{} is abandoned: NATS has handed it, or what follows it, to another relay meanwhile",
-            delivery.subject
-        );
-    }
-    is_current
 }

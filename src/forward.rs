@@ -19,8 +19,8 @@ use crate::{
     config::Config,
     monitor::{Cause, Monitor},
     nats::Connection,
-    republish::{GivenUp, failed_headers, relayed_headers, relayed_subject},
-    source::{Ack, Delivery, Outcome},
+    republish::{GivenUp, Unrelayed, failed_headers, relayed_headers, relayed_subject},
+    source::{Delivery, Outcome},
     webhook::{Ids, Webhook},
 };
 
@@ -104,7 +104,7 @@ impl Forward {
     pub async fn forward(&self, delivery: &Delivery) -> bool {
         let start = Instant::now();
         // In durable mode it has been waiting ever since the stream got it.
-        let since = delivery.ack.as_ref().map(Ack::stored);
+        let since = delivery.ack.as_ref().map(|ack| ack.stored());
         let _working = self
             .monitor
             .add_received(since.unwrap_or_else(SystemTime::now));
@@ -126,17 +126,18 @@ impl Forward {
                 }
                 relayed.is_acknowledged
             }
-            Err(given_up) => self.give_up(delivery, &ids, given_up).await,
+            Err(Unrelayed::GivenUp(given_up)) => self.give_up(delivery, &ids, given_up).await,
+            Err(Unrelayed::Abandoned) => false,
         }
     }
 
     /// POSTs a message until that succeeded, and only then republishes it (promise 1).
-    async fn try_relay(&self, delivery: &Delivery, ids: &Ids<'_>) -> Result<Relayed, GivenUp> {
+    async fn try_relay(&self, delivery: &Delivery, ids: &Ids<'_>) -> Result<Relayed, Unrelayed> {
         let publisher = &self.commit.relayed;
         let subject = relayed_subject(delivery, &self.config.prefix, &publisher.prefix)
             .map_err(GivenUp::unpublishable)?;
         if let Some(unrelayable) = delivery.unrelayable {
-            return Err(GivenUp::unpublishable(unrelayable.to_owned()));
+            return Err(GivenUp::unpublishable(unrelayable.to_owned()).into());
         }
         // One stream may keep several prefixes, of several environments.
         let id = format!("{}@{}", ids.message, publisher.prefix);
@@ -146,6 +147,9 @@ impl Forward {
             subject: &subject,
             headers: relayed_headers(delivery, &id, max_payload).map_err(GivenUp::unpublishable)?,
         };
+        if !delivery.may_be_posted().await {
+            return Err(Unrelayed::Abandoned);
+        }
         let posted = self.posting.post(delivery, &ids.webhook).await?;
         let delay = self.config.republish_delay;
         if !delay.is_zero() {
@@ -177,7 +181,7 @@ impl Forward {
             "{line}"
         );
         self.monitor.add_given_up(given_up.cause, line);
-        let outcome = Outcome::GivenUp(&given_up.reason);
+        let outcome = Outcome::GivenUp;
         if let Some(publisher) = &self.commit.failed {
             let published = match relayed_subject(delivery, &self.config.prefix, &publisher.prefix)
             {

@@ -15,7 +15,7 @@ use secrecy::ExposeSecret;
 
 use self::observer::{Observer, REFUSALS, explain, refusal};
 pub use self::{
-    api::{Api, Failure, refused},
+    api::{Api, ApiError, Failure, refused},
     connection::{ClientCrashed, Connection, Refusals},
     events::{ConnectionEvent, ConnectionEvents},
     inbox::{ANSWER_TIMEOUT, NoAnswer},

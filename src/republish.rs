@@ -22,6 +22,21 @@ pub struct GivenUp {
     pub cause: Cause,
 }
 
+/// Why a message is not relayed.
+#[derive(Debug)]
+pub enum Unrelayed {
+    /// The relay gives up on it.
+    GivenUp(GivenUp),
+    /// It is another relay's.
+    Abandoned,
+}
+
+impl From<GivenUp> for Unrelayed {
+    fn from(given_up: GivenUp) -> Self {
+        Self::GivenUp(given_up)
+    }
+}
+
 impl GivenUp {
     /// For a message that can't be published, whatever a webhook says.
     #[must_use]
@@ -85,7 +100,11 @@ pub fn relayed_headers(
         .into_iter()
         .find(|headers| fits(headers, delivery, max_payload))
         .ok_or_else(|| {
-            format!("with its headers it has more than the {max_payload} bytes that NATS takes")
+            let what = match delivery.payload.len() > max_payload {
+                true => "its payload has",
+                false => "with its headers it has",
+            };
+            format!("{what} more than the {max_payload} bytes that NATS takes")
         })
 }
 

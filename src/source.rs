@@ -12,12 +12,13 @@ mod pull;
 mod requests;
 mod unreadable;
 
-use std::{future::pending, sync::Arc};
+use std::{future::pending, sync::Arc, time::Duration};
 
 use async_nats::{HeaderMap, Message, Subject, Subscriber};
 use bytes::Bytes;
 use futures::StreamExt;
-use tokio::task::coop::unconstrained;
+use log::warn;
+use tokio::{task::coop::unconstrained, time::sleep};
 
 use crate::{
     config::{Config, Mode},
@@ -25,6 +26,7 @@ use crate::{
     nats::{Connection, ConnectionEvents},
 };
 
+use self::ack::Ownership;
 pub use self::{
     ack::{Ack, Outcome},
     core::Core,
@@ -46,7 +48,7 @@ pub struct Delivery {
     /// Its payload.
     pub payload: Bytes,
     /// How it is acknowledged; not at all in core mode.
-    pub ack: Option<Ack>,
+    pub ack: Option<Arc<Ack>>,
     /// Why it cannot be relayed at all, if it cannot.
     pub unrelayable: Option<&'static str>,
 }
@@ -61,6 +63,55 @@ impl From<Message> for Delivery {
             ack: None,
             unrelayable: None,
         }
+    }
+}
+
+/// How long to wait before asking again whether a message is still ours.
+const ASK_AGAIN: Duration = Duration::from_millis(500);
+
+impl Delivery {
+    /// Returns whether the message may be POSTed: not if it is certainly not ours any more. Says so.
+    pub async fn may_be_posted(&self) -> bool {
+        let Some(ack) = &self.ack else {
+            return true;
+        };
+        match ack.ownership().await {
+            // Who cannot be reached hands out nothing either, as far as anyone can tell.
+            Ownership::Ours | Ownership::Unknown(_) => true,
+            Ownership::Lost => self.abandon(),
+        }
+    }
+
+    /// Returns whether the message may be published: only if it is certainly still ours, so it waits until
+    /// NATS tells. Says so if it is not.
+    pub async fn may_be_published(&self) -> bool {
+        let Some(ack) = &self.ack else {
+            return true;
+        };
+        loop {
+            match ack.ownership().await {
+                Ownership::Ours => return true,
+                Ownership::Lost => return self.abandon(),
+                Ownership::Unknown(reason) => {
+                    warn!(
+                        subject:% = self.subject, reason;
+                        "{} waits to be published, because NATS does not tell whether it is still ours: \
+                         {reason}",
+                        self.subject
+                    );
+                    sleep(ASK_AGAIN).await;
+                }
+            }
+        }
+    }
+
+    fn abandon(&self) -> bool {
+        warn!(
+            subject:% = self.subject;
+            "{} is abandoned: NATS has handed it, or what follows it, to another relay meanwhile",
+            self.subject
+        );
+        false
     }
 }
 
@@ -85,14 +136,14 @@ impl Source {
         config: &Config,
         monitor: &Arc<Monitor>,
     ) -> Self {
-        let (subject, monitor) = (config.prefix.wildcard(), Arc::clone(monitor));
+        let monitor = Arc::clone(monitor);
         match config.mode.clone() {
             Mode::Core { queue_group } => {
                 let needs_inbox = config.relayed_stream.is_some() || config.failed_stream.is_some();
                 let core = Core::new(
                     connection,
                     events,
-                    subject,
+                    config.prefix.wildcard(),
                     queue_group,
                     needs_inbox,
                     monitor,
@@ -104,10 +155,10 @@ impl Source {
                     connection: connection.clone(),
                     stream,
                     name: consumer,
-                    filter: subject,
+                    prefix: config.prefix.clone(),
+                    relayed_prefix: config.relayed_prefix.clone(),
                 };
-                let asks_ahead = !config.nats.has_web_socket();
-                let durable = Durable::new(connection, events, monitor, consumer, asks_ahead);
+                let durable = Durable::new(connection, events, monitor, consumer);
                 Self::Durable(Box::new(durable))
             }
         }

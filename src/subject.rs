@@ -52,7 +52,21 @@ impl Prefix {
         false
     }
 
-    /// Whether `subject` is below the prefix.
+    /// Returns whether anything below the prefix matches `subject`, which may have wildcards.
+    #[must_use]
+    pub fn meets(&self, subject: &str) -> bool {
+        let (mut ours, mut theirs) = (self.0.split('.').chain([">"]), subject.split('.'));
+        loop {
+            match (ours.next(), theirs.next()) {
+                (Some(">"), Some(_)) | (Some(_), Some(">")) => return true,
+                (Some(_), Some("*")) => {}
+                (Some(ours), Some(theirs)) if ours == theirs => {}
+                _ => return false,
+            }
+        }
+    }
+
+    /// Returns whether `subject` is below the prefix.
     #[must_use]
     pub fn contains(&self, subject: &str) -> bool {
         self.rest_of(subject).is_some()
@@ -203,27 +217,28 @@ mod tests {
     }
 
     #[test]
-    fn a_subject_covers_a_prefix_if_it_matches_all_that_is_below() {
-        for (subject, expected) in [
-            ("relayed.cache.>", true),
-            (">", true),
-            ("relayed.>", true),
-            ("*.cache.>", true),
-            ("relayed.*.>", true),
-            ("*.*.>", true),
-            ("relayed.cache.*", false),
-            ("relayed.cache.*.>", false),
-            ("*.*.*.>", false),
-            ("relayed.cache.pages.>", false),
-            ("*.*.home", false),
-            ("relayed.cache", false),
-            ("relayed.*", false),
-            ("relayed.cached.>", false),
-            ("cms.cache.>", false),
-            ("", false),
+    fn a_subject_covers_a_prefix_if_it_matches_all_that_is_below_and_meets_it_if_it_matches_any() {
+        for (subject, covers, meets) in [
+            ("relayed.cache.>", true, true),
+            (">", true, true),
+            ("relayed.>", true, true),
+            ("*.cache.>", true, true),
+            ("relayed.*.>", true, true),
+            ("*.*.>", true, true),
+            ("relayed.cache.*", false, true),
+            ("relayed.cache.*.>", false, true),
+            ("*.*.*.>", false, true),
+            ("relayed.cache.pages.>", false, true),
+            ("*.*.home", false, true),
+            ("relayed.cache", false, false),
+            ("relayed.*", false, false),
+            ("relayed.cached.>", false, false),
+            ("cms.cache.>", false, false),
+            ("", false, false),
         ] {
-            let covers = prefix("relayed.cache").is_covered_by(subject);
-            assert_eq!(covers, expected, "{subject}");
+            let prefix = prefix("relayed.cache");
+            assert_eq!(prefix.is_covered_by(subject), covers, "{subject}");
+            assert_eq!(prefix.meets(subject), meets, "{subject}");
         }
     }
 

@@ -15,7 +15,7 @@ use crate::{
     backoff::Backoff,
     config::Config,
     monitor::{Cause, DestinationMetrics, Monitor},
-    republish::GivenUp,
+    republish::{GivenUp, Unrelayed},
     source::Delivery,
     webhook::{Addresses, Destination, Endpoint, Failure, Reach, Webhook, temporary},
 };
@@ -84,7 +84,7 @@ impl Posting {
         &self,
         delivery: &Delivery,
         id: &HeaderValue,
-    ) -> Result<Vec<Posted>, GivenUp> {
+    ) -> Result<Vec<Posted>, Unrelayed> {
         let job = |(destination, metrics)| Job {
             destination,
             address: None,
@@ -103,7 +103,7 @@ impl Posting {
         all_of(ends.await)
     }
 
-    async fn post_to_destination(&self, job: &Job<'_>) -> Result<Vec<Posted>, GivenUp> {
+    async fn post_to_destination(&self, job: &Job<'_>) -> Result<Vec<Posted>, Unrelayed> {
         match &job.destination.reach {
             Reach::Name(endpoint) => self.post_to(job, endpoint).await,
             // In a box: what few relays do must not enlarge the future that all others have.
@@ -117,7 +117,7 @@ impl Posting {
         &self,
         job: &Job<'_>,
         addresses: &Addresses,
-    ) -> Result<Vec<Posted>, GivenUp> {
+    ) -> Result<Vec<Posted>, Unrelayed> {
         let mut attempts = 0;
         loop {
             let current = self.look_up(job, addresses, &mut attempts).await?;
@@ -142,7 +142,7 @@ impl Posting {
         job: &Job<'_>,
         addresses: &Addresses,
         attempts: &mut u32,
-    ) -> Result<Vec<(IpAddr, Arc<Endpoint>)>, GivenUp> {
+    ) -> Result<Vec<(IpAddr, Arc<Endpoint>)>, Unrelayed> {
         loop {
             let start = Instant::now();
             let failure = match addresses.current().await {
@@ -158,7 +158,7 @@ impl Posting {
 
     /// POSTs to one endpoint until that succeeds, or is to be given up; nothing if it is one address of
     /// several, and gone.
-    async fn post_to(&self, job: &Job<'_>, endpoint: &Endpoint) -> Result<Vec<Posted>, GivenUp> {
+    async fn post_to(&self, job: &Job<'_>, endpoint: &Endpoint) -> Result<Vec<Posted>, Unrelayed> {
         let mut attempts = 0;
         loop {
             attempts += 1;
@@ -203,7 +203,7 @@ impl Posting {
         job: &Job<'_>,
         attempts: u32,
         failure: Failure,
-    ) -> Result<(), GivenUp> {
+    ) -> Result<(), Unrelayed> {
         let Destination { url, reach, .. } = job.destination;
         let name = |reason: String| match (job.address, reach, self.webhook.destinations()) {
             (Some(address), ..) => format!("{url} at {address}: {reason}"),
@@ -212,12 +212,13 @@ impl Posting {
         };
         let (reason, status, retry_after) = match failure {
             Failure::Permanent { reason, status } => {
-                return Err(GivenUp {
+                let given_up = GivenUp {
                     reason: name(reason),
                     status: Some(status.as_u16()),
                     attempts,
                     cause: Cause::Refused,
-                });
+                };
+                return Err(given_up.into());
             }
             Failure::Temporary {
                 reason,
@@ -231,12 +232,13 @@ impl Posting {
         };
         if Some(attempts) == self.max_attempts {
             let reason = format!("given up after {attempts} attempts: {reason}");
-            return Err(GivenUp {
+            let given_up = GivenUp {
                 reason,
                 status,
                 attempts,
                 cause: Cause::AttemptsUsed,
-            });
+            };
+            return Err(given_up.into());
         }
         let subject = &job.delivery.subject;
         let wait = BACKOFF.wait(attempts).max(retry_after.unwrap_or_default());
@@ -247,7 +249,10 @@ impl Posting {
         );
         self.monitor.set_last_failure(failure);
         sleep(wait).await;
-        Ok(())
+        match job.delivery.may_be_posted().await {
+            true => Ok(()),
+            false => Err(Unrelayed::Abandoned),
+        }
     }
 }
 
@@ -258,14 +263,15 @@ fn is_temporary(failure: &Failure) -> bool {
     }
 }
 
-/// What has become of a message that was POSTed to several: all successes, or why it is given up.
-fn all_of(ends: Vec<Result<Vec<Posted>, GivenUp>>) -> Result<Vec<Posted>, GivenUp> {
+/// What has become of a message that was POSTed to several: all successes, or why it is not relayed.
+fn all_of(ends: Vec<Result<Vec<Posted>, Unrelayed>>) -> Result<Vec<Posted>, Unrelayed> {
     let (mut posted, mut given_up) = (Vec::new(), Vec::new());
     for end in ends {
         match end {
             Ok(successes) => posted.extend(successes),
-            Err(failure) => given_up.push(failure),
+            Err(Unrelayed::GivenUp(failure)) => given_up.push(failure),
+            Err(Unrelayed::Abandoned) => return Err(Unrelayed::Abandoned),
         }
     }
-    GivenUp::all(given_up).map_or(Ok(posted), Err)
+    GivenUp::all(given_up).map_or(Ok(posted), |given_up| Err(given_up.into()))
 }

@@ -4,10 +4,14 @@
 use std::{fmt, sync::Arc};
 
 use async_nats::{
-    Client,
+    Client, HeaderMap, Message, StatusCode,
     jetstream::{self, Context, ErrorCode},
 };
 
+use bytes::Bytes;
+use serde_json::Value;
+
+use super::Connection;
 use crate::config::Config;
 
 /// The API of a JetStream.
@@ -68,6 +72,47 @@ impl Api {
                 "JetStream is not enabled on the NATS server; enable it (behind a leaf node: set \
                  NATS_JS_DOMAIN to the domain of the stream), or unset {variable}"
             )),
+        }
+    }
+}
+
+/// Why the API did not answer a request.
+#[derive(Debug)]
+pub enum ApiError {
+    /// Nobody listens to such requests (see [`Api::silence`]).
+    NobodyAnswers,
+    /// There was no answer, for this reason.
+    NoAnswer(String),
+}
+
+impl fmt::Display for ApiError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NobodyAnswers => "nobody answers",
+            Self::NoAnswer(reason) => reason,
+        })
+    }
+}
+
+impl Connection {
+    /// Asks the JetStream API, and returns its answer, a [`Response`](jetstream::response::Response) as JSON. By
+    /// our own inbox: a request of the client that gets no answer leaves an entry behind in it for ever.
+    ///
+    /// # Errors
+    /// If there is no answer.
+    pub async fn request(&self, request: &str, question: &Value) -> Result<Bytes, ApiError> {
+        let subject = self.api().subject(format_args!("{request}")).into();
+        let question = question.to_string().into();
+        let read = |answer: &Message| {
+            Some(match answer.status {
+                Some(StatusCode::NO_RESPONDERS) => None,
+                _ => Some(answer.payload.clone()),
+            })
+        };
+        match self.ask(subject, HeaderMap::new(), question, read).await {
+            Ok(Some(answer)) => Ok(answer),
+            Ok(None) => Err(ApiError::NobodyAnswers),
+            Err(error) => Err(ApiError::NoAnswer(error.to_string())),
         }
     }
 }

@@ -4,7 +4,7 @@
 //! subject and an entry in a map for each question. Here one subscription takes all answers, and whoever asks
 //! says what is one.
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use async_nats::{HeaderMap, Message, Subject, Subscriber};
 use bytes::Bytes;
@@ -32,6 +32,15 @@ pub enum NoAnswer {
     Refused(String),
     /// There was none within [`ANSWER_TIMEOUT`].
     TimedOut,
+}
+
+impl fmt::Display for NoAnswer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused(reason) => f.write_str(reason),
+            Self::TimedOut => write!(f, "no answer within {ANSWER_TIMEOUT:?}"),
+        }
+    }
 }
 
 impl Inbox {

@@ -1,21 +1,18 @@
 //! What JetStream is told about a delivery, and what it confirms (NATS ADR-15, "Acknowledgements"): all
-//! that knows how that is written.
+//! that knows how that is written. And whether the delivery is still ours.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
+    sync::{Arc, Mutex},
     time::{Duration, SystemTime},
 };
 
 use anyhow::Context as _;
 use async_nats::{HeaderMap, Message, StatusCode, Subject, jetstream};
-use bytes::Bytes;
 use log::warn;
 use tokio::time::{Instant, sleep};
 
 use super::Consumer;
+use crate::lock::lock;
 
 /// After this long the server is no longer asked to confirm.
 const CONFIRM_WITHIN: Duration = Duration::from_secs(6);
@@ -23,14 +20,13 @@ const CONFIRM_WITHIN: Duration = Duration::from_secs(6);
 /// When the server is asked once more.
 const CONFIRM_AGAIN: Duration = Duration::from_millis(250);
 
-/// A message that was handed out longer ago than this may have been handed out to another relay too.
+/// For how long it goes without saying that a message is still ours.
 const MOMENT: Duration = Duration::from_secs(1);
 
 /// How long a delivery that the server tells of may be under way to us.
 const UNDER_WAY: Duration = Duration::from_millis(250);
 
 /// How a delivery of JetStream is acknowledged.
-#[derive(Clone)]
 pub struct Ack {
     /// What the message is known by to a webhook and to the stream behind the relay:
     /// `<stream>-<sequence>-<time>`. The sequence alone would do until the stream is created anew, and
@@ -38,12 +34,20 @@ pub struct Ack {
     pub id: String,
     /// Which message of the stream it is.
     pub(super) position: Position,
-    /// Which of all that the consumer has ever handed out it is.
-    consumer_sequence: u64,
+    /// Which of all deliveries of the consumer it is.
+    number: u64,
+    /// How often the consumer has handed out the message, this time included.
+    times: u64,
     subject: Subject,
-    taken: SystemTime,
     consumer: Arc<Consumer>,
-    handed_out: HandedOut,
+    deliveries: Deliveries,
+    /// When the consumer was created that handed it out.
+    created: Option<i128>,
+    /// How many deliveries came to us before and with it.
+    received: u64,
+    /// The last moment at which it was certainly not another relay's. By the wall clock, because no other
+    /// goes on while a laptop sleeps.
+    ours_at: Mutex<SystemTime>,
 }
 
 /// The position of a message in its stream. The sequence alone does not tell: a stream that was restored
@@ -56,52 +60,88 @@ pub(super) struct Position {
 }
 
 impl Position {
-    /// Whether a relay that has acknowledged this message has acknowledged `other` before, or it is the
-    /// same.
-    pub(super) fn covers(self, other: Self) -> bool {
-        other.sequence <= self.sequence && other.time <= self.time
-    }
-
     fn stored(self) -> SystemTime {
         SystemTime::UNIX_EPOCH + Duration::from_nanos(self.nanoseconds())
     }
 
-    /// Its time in nanoseconds since 1970, which the server counts in 64 bits.
+    /// Returns its time in nanoseconds since 1970, which the server counts in 64 bits.
     fn nanoseconds(self) -> u64 {
         u64::try_from(self.time).unwrap_or_default()
     }
 }
 
-/// How far the consumer has come with handing out, by the numbers of its deliveries; shared by all of them.
-#[derive(Clone, Default)]
-pub(super) struct HandedOut(Arc<Numbers>);
+/// What is known of the deliveries to us; shared by all of them.
+#[derive(Clone)]
+pub(super) struct Deliveries(Arc<Mutex<Known>>);
 
-#[derive(Default)]
-struct Numbers {
-    /// The last one to us.
-    to_us: AtomicU64,
-    /// The last one to another relay that we know of.
-    to_another: AtomicU64,
+struct Known {
+    /// How many there were.
+    received: u64,
+    /// When the consumer was created, in nanoseconds since 1970.
+    created: Option<i128>,
+    /// Whether that may be another one by now.
+    is_doubtful: bool,
+    /// The last moment at which none of those to come had been handed out.
+    none_out_at: SystemTime,
+}
+
+impl Deliveries {
+    pub(super) fn new() -> Self {
+        Self(Arc::new(Mutex::new(Known {
+            received: 0,
+            created: None,
+            is_doubtful: false,
+            none_out_at: SystemTime::UNIX_EPOCH,
+        })))
+    }
+
+    /// Notes that nothing has been handed out to us, because we have not asked for anything yet.
+    pub(super) fn begin(&self) {
+        lock(&self.0).none_out_at = SystemTime::now();
+    }
+
+    /// Notes that the consumer may have been deleted, and created anew.
+    pub(super) fn doubt_consumer(&self) {
+        lock(&self.0).is_doubtful = true;
+    }
+
+    /// Notes which consumer hands out what comes from now on.
+    pub(super) fn come_from(&self, consumer: &jetstream::consumer::Info) {
+        let mut known = lock(&self.0);
+        known.created = Some(consumer.created.unix_timestamp_nanos());
+        known.is_doubtful = false;
+    }
 }
 
 /// What has become of a message.
 #[derive(Clone, Copy, Debug)]
-pub enum Outcome<'a> {
+pub enum Outcome {
     /// It was relayed.
     Relayed,
-    /// It was given up, with the reason.
-    GivenUp(&'a str),
+    /// The relay gave up on it.
+    GivenUp,
+}
+
+/// Whether a message is still ours.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Ownership {
+    /// It is.
+    Ours,
+    /// It, or a later one, has been handed out to another relay, or was acknowledged.
+    Lost,
+    /// Nobody can tell just now, for this reason.
+    Unknown(String),
 }
 
 impl Ack {
-    /// The ack of a message that the consumer handed out, and how many follow it.
+    /// Returns the ack of a message that the consumer handed out, and how many follow it.
     ///
     /// # Errors
     /// If it was not handed out by a consumer.
     pub(super) fn of(
         message: &Message,
         consumer: &Arc<Consumer>,
-        handed_out: &HandedOut,
+        deliveries: &Deliveries,
     ) -> anyhow::Result<(Self, u64)> {
         let subject = message
             .reply
@@ -127,43 +167,41 @@ impl Ack {
             sequence: info.stream_sequence,
             time: info.published.unix_timestamp_nanos(),
         };
+        let times = u64::try_from(info.delivered).unwrap_or_default();
         let ack = Self::new(
             subject,
             position,
             info.consumer_sequence,
+            times,
             consumer,
-            handed_out,
+            deliveries,
         );
         Ok((ack, info.pending))
     }
 
-    /// The ack of the message that the consumer handed out last, as the stream tells of it.
+    /// Returns the ack of the message that the consumer handed out last, as the stream tells of it.
     pub(super) fn of_last(
         position: Position,
-        consumer_sequence: u64,
+        number: u64,
         consumer: &Arc<Consumer>,
-        handed_out: &HandedOut,
+        deliveries: &Deliveries,
     ) -> Self {
         let Consumer { stream, name, .. } = &**consumer;
         let sequence = position.sequence;
-        let subject = format!("$JS.ACK.{stream}.{name}.1.{sequence}.{consumer_sequence}.0.0");
-        Self::new(
-            subject.into(),
-            position,
-            consumer_sequence,
-            consumer,
-            handed_out,
-        )
+        let subject = format!("$JS.ACK.{stream}.{name}.1.{sequence}.{number}.0.0");
+        Self::new(subject.into(), position, number, 1, consumer, deliveries)
     }
 
     fn new(
         subject: Subject,
         position: Position,
-        consumer_sequence: u64,
+        number: u64,
+        times: u64,
         consumer: &Arc<Consumer>,
-        handed_out: &HandedOut,
+        deliveries: &Deliveries,
     ) -> Self {
-        handed_out.0.to_us.fetch_max(consumer_sequence, Relaxed);
+        let mut known = lock(&deliveries.0);
+        known.received += 1;
         Self {
             id: format!(
                 "{}-{}-{}",
@@ -172,46 +210,64 @@ impl Ack {
                 position.nanoseconds()
             ),
             position,
-            consumer_sequence,
+            number,
+            times,
             subject,
-            taken: SystemTime::now(),
             consumer: Arc::clone(consumer),
-            handed_out: handed_out.clone(),
+            deliveries: deliveries.clone(),
+            created: known.created,
+            received: known.received,
+            ours_at: Mutex::new(known.none_out_at),
         }
     }
 
-    /// When the stream got the message.
+    /// Returns when the stream got the message.
     pub fn stored(&self) -> SystemTime {
         self.position.stored()
     }
 
-    /// Tells the server what has become of the message, until it has confirmed that; whether it has.
+    /// Returns whether this is another delivery of the same message by the same consumer, and `earlier` is
+    /// the one before.
+    pub(super) fn repeats(&self, earlier: &Self) -> bool {
+        self.position == earlier.position
+            && self.created == earlier.created
+            && self.number > earlier.number
+            && self.times > 1
+    }
+
+    /// Tells the server what has become of the message, until it has confirmed that; returns whether it has.
     ///
-    /// Returns early when the connection was lost meanwhile, for what was sent before on it may be lost
+    /// Returns early when the connection was lost meanwhile, because what was sent on it may be lost
     /// as well. A server that was killed may have forgotten that it had handed the message out, and never
     /// confirms; it then hands out the message again. So does one that a dead connection never reached.
     ///
     /// It is not async-nats's `double_ack`, which takes any answer for a confirmation, that of a server without
     /// the consumer (503) too.
-    pub async fn confirm(&self, outcome: Outcome<'_>) -> bool {
+    pub async fn confirm(&self, outcome: Outcome) -> bool {
         let connection = &self.consumer.connection;
-        let word: Bytes = match outcome {
-            Outcome::Relayed => "+ACK".into(),
-            // Older servers do not know a `+TERM` with a reason.
-            Outcome::GivenUp(reason) if connection.client().is_server_compatible(2, 10, 4) => {
-                format!("+TERM {reason}").into()
-            }
-            Outcome::GivenUp(_) => "+TERM".into(),
+        let text = match outcome {
+            Outcome::Relayed => "+ACK",
+            // Without a reason: whether one is understood depends on the server of the stream, which need
+            // not be the one that we are connected to.
+            Outcome::GivenUp => "+TERM",
         };
         let is_confirmation =
             |answer: &Message| Some(answer.status != Some(StatusCode::NO_RESPONDERS));
-        let (epoch, start) = (connection.epoch(), Instant::now());
+        let (epoch, start, started_at) = (connection.epoch(), Instant::now(), SystemTime::now());
         loop {
-            let (subject, word) = (self.subject.clone(), word.clone());
-            let answer = connection.ask(subject, HeaderMap::new(), word, is_confirmation);
-            let is_confirmed = matches!(answer.await, Ok(true));
-            if is_confirmed || connection.epoch() != epoch {
-                return is_confirmed;
+            let answer = connection.ask(
+                self.subject.clone(),
+                HeaderMap::new(),
+                text.into(),
+                is_confirmation,
+            );
+            if matches!(answer.await, Ok(true)) {
+                // The next message is handed out only after this ack.
+                lock(&self.deliveries.0).none_out_at = started_at;
+                return true;
+            }
+            if connection.epoch() != epoch {
+                return false;
             }
             if start.elapsed() >= CONFIRM_WITHIN {
                 warn!("{} may come again: NATS does not confirm its ack", self.id);
@@ -237,43 +293,52 @@ impl Ack {
         self.tell("-NAK").await;
     }
 
-    /// Tells the server what it need not confirm. A client that crashed does not send it, and then the
-    /// server hands the message out again.
-    async fn tell(&self, word: &'static str) {
+    /// Tells the server something that it need not confirm. A client that has crashed does not send it, and
+    /// then the server hands the message out again.
+    async fn tell(&self, text: &'static str) {
         let client = self.consumer.connection.client();
-        let _ = client.publish(self.subject.clone(), word.into()).await;
+        let _ = client.publish(self.subject.clone(), text.into()).await;
     }
 
-    /// Whether the message is still ours: false once the server has handed out it, or what follows it, to
-    /// another relay. It does so where this one was suspended, and where the message has left the stream,
-    /// as by a limit, which makes room for the next one.
+    /// Returns whether the message is still ours: not once the server has handed out it, or one that follows
+    /// it, to another relay. It does so where this relay was suspended, where the message has left the
+    /// stream, as by a limit, which makes room for the next one, and where an operator has reset the consumer
+    /// or created it anew.
     ///
-    /// It asks the server, but not about a message that has only just been handed out.
-    pub async fn is_current(&self) -> bool {
-        // By the wall clock, for no other goes on while a laptop sleeps.
-        if self.taken.elapsed().is_ok_and(|age| age < MOMENT) {
-            return true;
+    /// The server hands out one message at a time, so a message is ours exactly as long as all that the
+    /// consumer has handed out since came to us as well. It is asked for that, but not more than once a second.
+    pub(super) async fn ownership(&self) -> Ownership {
+        let is_doubtful = {
+            let known = lock(&self.deliveries.0);
+            // The server hands out another one only where this one is out no more.
+            known.is_doubtful || known.received != self.received
+        };
+        let age = lock(&self.ours_at).elapsed();
+        if !is_doubtful && age.is_ok_and(|age| age < MOMENT) {
+            return Ownership::Ours;
         }
-        // Where nobody answers, nobody hands out anything either.
-        let last = self.consumer.last_delivery().await.unwrap_or_default();
-        let Numbers { to_us, to_another } = &*self.handed_out.0;
-        let is_ours = || last <= to_us.load(Relaxed);
-        if is_ours() {
-            return true;
+        let asked_at = SystemTime::now();
+        let info = match self.consumer.info().await {
+            Ok(info) => info,
+            Err(error) => return Ownership::Unknown(error.reason()),
+        };
+        if Some(info.created.unix_timestamp_nanos()) != self.created {
+            return Ownership::Lost;
         }
-        // The answer may have overtaken a delivery to us.
-        sleep(UNDER_WAY).await;
-        if is_ours() {
-            return true;
+        let handed_out = info.delivered.consumer_sequence.checked_sub(self.number);
+        let is_ours = || {
+            let received = lock(&self.deliveries.0).received - self.received;
+            handed_out == Some(received)
+        };
+        if !is_ours() {
+            // The answer may have overtaken a delivery to us.
+            sleep(UNDER_WAY).await;
+            if !is_ours() {
+                return Ownership::Lost;
+            }
         }
-        to_another.fetch_max(last, Relaxed);
-        false
-    }
-
-    /// Whether the message had been handed out to us before it, or what follows it, was handed out to
-    /// another relay: it reached us late, and is that one's now.
-    pub(super) fn is_late(&self) -> bool {
-        self.consumer_sequence <= self.handed_out.0.to_another.load(Relaxed)
+        *lock(&self.ours_at) = asked_at;
+        Ownership::Ours
     }
 }
 
@@ -291,24 +356,5 @@ mod tests {
             epoch,
             "the server counts no such time"
         );
-    }
-
-    #[test]
-    fn what_was_acknowledged_before_is_recognised_but_not_in_a_restored_stream() {
-        let last = Position {
-            sequence: 7,
-            time: 1000,
-        };
-        for (sequence, time, covered) in [
-            (7, 1000, true),
-            (6, 900, true),
-            (8, 1100, false),
-            // A stream that was restored gives away the same sequences again, later.
-            (7, 1100, false),
-            (6, 1100, false),
-        ] {
-            let other = Position { sequence, time };
-            assert_eq!(last.covers(other), covered, "{other:?}");
-        }
     }
 }

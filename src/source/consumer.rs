@@ -4,18 +4,28 @@ use std::time::Duration;
 
 use anyhow::{anyhow, bail};
 use async_nats::jetstream::{
-    consumer::{self, AckPolicy, pull},
-    context::ConsumerInfoErrorKind,
+    ErrorCode,
+    consumer::{self, AckPolicy, Info, ReplayPolicy},
     response::Response,
-    stream::{self, ConsumerErrorKind, DiscardPolicy, Stream},
+    stream::{self, DiscardPolicy},
 };
 use log::{info, warn};
+use serde_json::json;
 
-use crate::nats::{Connection, Failure, refused};
+use crate::{
+    nats::{ApiError, Connection, Failure, refused},
+    subject::Prefix,
+};
 
 /// How long the server waits for a sign of life about a message before it hands it out again. It
 /// bounds how long a dead replica holds up the others.
 const ACK_WAIT: Duration = Duration::from_secs(5);
+
+/// An ack wait from which on it is worth a warning.
+const LONG_ACK_WAIT: Duration = Duration::from_secs(30);
+
+/// What the description of a consumer begins with that a relay has created; its relayed prefix follows.
+const DESCRIPTION: &str = "nats-webhook-relay republishes under ";
 
 /// Why a consumer cannot be used.
 pub(crate) enum ConsumerError {
@@ -37,65 +47,43 @@ pub(crate) struct Consumer {
     pub(crate) stream: String,
     /// Its name.
     pub(crate) name: String,
-    /// The subject that it consumes.
-    pub(crate) filter: String,
+    /// It consumes everything below this one.
+    pub(crate) prefix: Prefix,
+    /// Its messages are republished under this one.
+    pub(crate) relayed_prefix: Prefix,
 }
 
 impl Consumer {
-    /// Whether the consumer is to hand out what has this subject.
-    pub(crate) fn wants(&self, subject: &str) -> bool {
-        let prefix = self.filter.trim_end_matches('>');
-        subject.starts_with(prefix)
-    }
-
-    /// Verifies that the consumer is there and as it must be; creates it if it is missing.
-    pub(crate) async fn ensure(&self) -> Result<(), ConsumerError> {
+    /// Verifies that the consumer exists and is configured correctly; creates it if it is missing.
+    pub(crate) async fn ensure(&self) -> Result<Info, ConsumerError> {
         match self.verify().await {
             Err(ConsumerError::Missing) => self.create().await,
-            verified => verified.map(drop),
+            verified => verified,
         }
     }
 
-    /// Verifies that the consumer is there and as it must be; how many messages it has yet to hand
-    /// out.
-    pub(crate) async fn verify(&self) -> Result<u64, ConsumerError> {
-        let Self { stream, name, .. } = self;
-        let error = match self.handle().await?.consumer_info(name).await {
-            Ok(info) => {
-                self.compare(&info.config).map_err(ConsumerError::Fatal)?;
-                return Ok(info.num_pending);
-            }
-            Err(error) => error,
-        };
-        Err(match error.kind() {
-            ConsumerInfoErrorKind::NotFound => ConsumerError::Missing,
-            ConsumerInfoErrorKind::StreamNotFound => ConsumerError::Fatal(anyhow!(
-                "there is no stream {stream}; create it, or set NATS_STREAM to one that exists"
-            )),
-            ConsumerInfoErrorKind::NoResponders => {
-                match self.connection.api().silence("NATS_STREAM") {
-                    Failure::Temporary(reason) => ConsumerError::Temporary(reason),
-                    Failure::Permanent(reason) => ConsumerError::NobodyAnswers(anyhow!(reason)),
-                }
-            }
-            ConsumerInfoErrorKind::JetStream(error) => self.judge(&error),
-            ConsumerInfoErrorKind::InvalidName => ConsumerError::Fatal(anyhow!(
-                "{stream} or {name} is no name for a stream or a consumer"
-            )),
-            ConsumerInfoErrorKind::Offline
-            | ConsumerInfoErrorKind::Request
-            | ConsumerInfoErrorKind::TimedOut => ConsumerError::Temporary(error.to_string()),
-        })
+    /// Verifies that the consumer exists and is configured correctly; returns what the server tells of it.
+    pub(crate) async fn verify(&self) -> Result<Info, ConsumerError> {
+        let info = self.info().await?;
+        self.compare(&info.config).map_err(ConsumerError::Fatal)?;
+        Ok(info)
     }
 
-    /// Verifies that the consumer is still as it must be; how many messages it has yet to hand out, if
-    /// anyone can tell just now.
+    /// Returns what the server tells of the consumer.
+    pub(crate) async fn info(&self) -> Result<Info, ConsumerError> {
+        let Self { stream, name, .. } = self;
+        let request = format!("CONSUMER.INFO.{stream}.{name}");
+        self.read(self.connection.request(&request, &json!({})).await)
+    }
+
+    /// Verifies that the consumer is still configured correctly; returns what the server tells of it, if it
+    /// answers just now.
     ///
     /// # Errors
     /// If it is gone, or was edited into one that cannot be used.
-    pub(crate) async fn verify_again(&self) -> anyhow::Result<Option<u64>> {
+    pub(crate) async fn verify_again(&self) -> anyhow::Result<Option<Info>> {
         let reason = match self.verify().await {
-            Ok(pending) => return Ok(Some(pending)),
+            Ok(info) => return Ok(Some(info)),
             Err(ConsumerError::Fatal(reason)) => return Err(reason),
             Err(ConsumerError::Missing) => bail!(
                 "the consumer {} was deleted; the next start creates it anew",
@@ -109,100 +97,184 @@ impl Consumer {
         Ok(None)
     }
 
-    /// What makes a stream like this one dangerous to several relays, if anything does, as far as our user
-    /// may know.
-    pub(crate) async fn stream_warning(&self) -> Option<String> {
+    /// Verifies that the stream keeps what the relay wants; returns a warning of what can disturb the order, if
+    /// there is one, as far as this NATS user may look at the stream.
+    ///
+    /// # Errors
+    /// If the stream keeps nothing that the relay wants.
+    pub(crate) async fn verify_stream(&self) -> anyhow::Result<Option<String>> {
         let stream = &self.stream;
-        let config = match self.connection.stream_info(stream).await {
-            Ok(Response::Ok(info)) => info.config,
-            Ok(Response::Err { .. }) | Err(_) => {
-                return Some(format!(
-                    "cannot look at the stream {stream}, and so not tell whether its limits can drop a \
-                     message that is being relayed; allow {} for this NATS user",
-                    self.connection
-                        .api()
-                        .subject(format_args!("STREAM.INFO.{stream}"))
-                ));
+        let request = format!("STREAM.INFO.{stream}");
+        let answer = self.connection.request(&request, &json!({})).await;
+        let config = match answer.map(|answer| serde_json::from_slice(&answer)) {
+            Ok(Ok(Response::Ok(stream::Info { config, .. }))) => config,
+            // That it is missing, the consumer tells.
+            Ok(Ok(Response::Err { .. })) => return Ok(None),
+            Ok(Err(_)) | Err(_) => {
+                return Ok(Some(format!(
+                    "cannot look at the stream {stream}, so its limits may drop a message that is being \
+                     relayed; allow {} for this NATS user",
+                    self.connection.api().subject(format_args!("{request}"))
+                )));
             }
         };
+        // What comes from other streams has their subjects.
+        let is_original = config.mirror.is_none() && config.sources.is_none();
+        if is_original
+            && !config
+                .subjects
+                .iter()
+                .any(|subject| self.prefix.meets(subject))
+        {
+            bail!(
+                "the stream {stream} does not keep {}, but {:?}; add it to its subjects, or set \
+                 NATS_STREAM to the stream that does",
+                self.prefix.wildcard(),
+                config.subjects
+            );
+        }
         let limits = dropping_limits(&config);
-        (!limits.is_empty()).then(|| {
+        Ok((!limits.is_empty()).then(|| {
             format!(
                 "the stream {stream} can drop a message while it is being relayed ({}), and then another \
                  relay gets the next one too early; run one relay on it, not several",
                 limits.join(", ")
             )
-        })
+        }))
     }
 
-    /// The number of the last delivery that the consumer has handed out to anyone, if the server tells.
-    pub(crate) async fn last_delivery(&self) -> Option<u64> {
-        let info = self.handle().await.ok()?.consumer_info(&self.name).await;
-        info.ok().map(|info| info.delivered.consumer_sequence)
-    }
-
-    async fn create(&self) -> Result<(), ConsumerError> {
+    /// Returns warnings of settings of the consumer that can cost messages or time.
+    pub(crate) fn warnings(&self, config: &consumer::Config) -> Vec<String> {
         let Self { stream, name, .. } = self;
-        match self.handle().await?.create_consumer(self.config()).await {
-            Ok(_) => {
-                info!("created the consumer {name} on the stream {stream}");
-                Ok(())
-            }
-            Err(error) => Err(match error.kind() {
-                ConsumerErrorKind::JetStream(error) => self.judge(&error),
-                _ => ConsumerError::Temporary(error.to_string()),
-            }),
+        let again = "then every message of the stream is POSTed again";
+        let mut warnings = Vec::new();
+        if !config.inactive_threshold.is_zero() {
+            warnings.push(format!(
+                "the server deletes the consumer {name} once no relay has used it for {:?} \
+                 (inactive_threshold), and {again}; raise it: nats consumer edit {stream} {name} --force \
+                 --inactive-threshold 87600h",
+                config.inactive_threshold
+            ));
         }
+        if config.memory_storage {
+            warnings.push(format!(
+                "the server keeps the consumer {name} in memory only (mem_storage) and forgets it when it \
+                 restarts, and {again}; once nothing waits, stop its relays, delete it (nats consumer rm \
+                 {stream} {name} --force), and start them with NATS_DELIVER_POLICY=new"
+            ));
+        }
+        if config.ack_wait >= LONG_ACK_WAIT {
+            warnings.push(format!(
+                "a message of a relay that dies is taken over only after {:?} (ack_wait); shorten it: \
+                 nats consumer edit {stream} {name} --force --wait {ACK_WAIT:?}",
+                config.ack_wait
+            ));
+        }
+        if config.replay_policy == ReplayPolicy::Original {
+            warnings.push(format!(
+                "the consumer {name} hands out messages no faster than they came (replay_policy original)"
+            ));
+        }
+        warnings
     }
 
-    async fn handle(&self) -> Result<Stream<()>, ConsumerError> {
-        let handle = self
-            .connection
-            .jetstream()
-            .get_stream_no_info(&self.stream)
-            .await;
-        handle.map_err(|error| ConsumerError::Fatal(error.into()))
+    async fn create(&self) -> Result<Info, ConsumerError> {
+        let Self { stream, name, .. } = self;
+        let config = self.config();
+        let request = format!("CONSUMER.CREATE.{stream}.{name}.{}", config.filter_subject);
+        let question = json!({ "stream_name": stream, "config": config, "action": "create" });
+        let created = self.read(self.connection.request(&request, &question).await)?;
+        info!("created the consumer {name} on the stream {stream}");
+        Ok(created)
     }
 
-    fn config(&self) -> pull::Config {
-        pull::Config {
+    fn config(&self) -> consumer::Config {
+        consumer::Config {
             durable_name: Some(self.name.clone()),
-            description: Some("nats-webhook-relay".to_owned()),
+            description: Some(format!("{DESCRIPTION}{}", self.relayed_prefix)),
             ack_policy: AckPolicy::Explicit,
             ack_wait: ACK_WAIT,
-            filter_subject: self.filter.clone(),
+            filter_subject: self.prefix.wildcard(),
             max_ack_pending: 1,
-            ..pull::Config::default()
+            ..consumer::Config::default()
         }
     }
 
-    /// Whether an existing consumer keeps the order and gets the right messages.
+    /// Verifies that an existing consumer keeps the order and gets the right messages, and that it is ours.
     fn compare(&self, found: &consumer::Config) -> anyhow::Result<()> {
-        match difference(found, &self.filter) {
-            None => Ok(()),
-            Some((field, found, wanted)) => bail!(
-                "the consumer {} of the stream {} exists with {field} {found:?}, but needs \
-                 {wanted:?}; delete it, or set NATS_CONSUMER to another name",
-                self.name,
-                self.stream
-            ),
+        let Self { stream, name, .. } = self;
+        if let Some((field, found, wanted)) = difference(found, &self.prefix.wildcard()) {
+            bail!(
+                "the consumer {name} of the stream {stream} exists with {field} {found:?}, but needs \
+                 {wanted:?}; delete it, or set NATS_CONSUMER to another name"
+            );
         }
+        let description = found.description.as_deref().unwrap_or_default();
+        let wanted = self.relayed_prefix.to_string();
+        // One without such a description was made by an operator.
+        if let Some(prefix) = description.strip_prefix(DESCRIPTION)
+            && prefix != wanted
+        {
+            bail!(
+                "the consumer {name} of the stream {stream} belongs to a relay that republishes under \
+                 {prefix}, and this one republishes under {wanted}: each would get only a part of the \
+                 messages; set NATS_CONSUMER to another name, or, if you have changed \
+                 NATS_RELAYED_SUBJECT_PREFIX on purpose, take the consumer over: nats consumer edit {stream} \
+                 {name} --force --description '{DESCRIPTION}{wanted}'"
+            );
+        }
+        Ok(())
     }
 
-    /// What an error of the JetStream API means.
-    fn judge(&self, error: &async_nats::jetstream::Error) -> ConsumerError {
-        let what = format!("the consumer {} of the stream {}", self.name, self.stream);
-        match refused(error, &what, "NATS_STREAM") {
-            Failure::Temporary(reason) => ConsumerError::Temporary(reason),
-            Failure::Permanent(reason) => ConsumerError::Fatal(anyhow!(reason)),
+    /// Reads an answer of the JetStream API about the consumer.
+    fn read(&self, answer: Result<bytes::Bytes, ApiError>) -> Result<Info, ConsumerError> {
+        let Self { stream, name, .. } = self;
+        let answer = match answer {
+            Ok(answer) => answer,
+            Err(ApiError::NobodyAnswers) => {
+                return Err(match self.connection.api().silence("NATS_STREAM") {
+                    Failure::Temporary(reason) => ConsumerError::Temporary(reason),
+                    Failure::Permanent(reason) => ConsumerError::NobodyAnswers(anyhow!(reason)),
+                });
+            }
+            Err(ApiError::NoAnswer(reason)) => return Err(ConsumerError::Temporary(reason)),
+        };
+        let error = match serde_json::from_slice(&answer) {
+            Ok(Response::Ok(info)) => return Ok(info),
+            Ok(Response::Err { error }) => error,
+            Err(error) => return Err(ConsumerError::Temporary(format!("not understood: {error}"))),
+        };
+        Err(match error.error_code() {
+            ErrorCode::CONSUMER_NOT_FOUND => ConsumerError::Missing,
+            ErrorCode::STREAM_NOT_FOUND => ConsumerError::Fatal(anyhow!(
+                "there is no stream {stream}; create it, or set NATS_STREAM to one that exists"
+            )),
+            _ => {
+                let what = format!("the consumer {name} of the stream {stream}");
+                match refused(&error, &what, "NATS_STREAM") {
+                    Failure::Temporary(reason) => ConsumerError::Temporary(reason),
+                    Failure::Permanent(reason) => ConsumerError::Fatal(anyhow!(reason)),
+                }
+            }
+        })
+    }
+}
+
+impl ConsumerError {
+    /// Returns the reason in words.
+    pub(crate) fn reason(&self) -> String {
+        match self {
+            Self::Missing => "the consumer is missing".to_owned(),
+            Self::Fatal(reason) | Self::NobodyAnswers(reason) => reason.to_string(),
+            Self::Temporary(reason) => reason.clone(),
         }
     }
 }
 
-/// A message does not wait so long while all is well.
+/// A shorter `max_age` can expire a message in progress.
 const SHORT_AGE: Duration = Duration::from_secs(60 * 60);
 
-/// The limits of a stream by which it can drop a message that is being relayed.
+/// Returns the limits and permissions of a stream by which it can drop a message that is being relayed.
 fn dropping_limits(config: &stream::Config) -> Vec<String> {
     let drops_old = config.discard == DiscardPolicy::Old;
     let age = config.max_age;
@@ -214,13 +286,15 @@ fn dropping_limits(config: &stream::Config) -> Vec<String> {
         (drops_old && config.max_bytes > 0)
             .then(|| format!("max_bytes {}, discard old", config.max_bytes)),
         (!age.is_zero() && age < SHORT_AGE).then(|| format!("max_age {age:?}")),
+        config.allow_message_ttl.then(|| "allow_msg_ttl".to_owned()),
+        config.allow_rollup.then(|| "allow_rollup_hdrs".to_owned()),
     ]
     .into_iter()
     .flatten()
     .collect()
 }
 
-/// The essential in which an existing consumer differs from the one that a relay needs, with what it
+/// Returns the essential in which an existing consumer differs from the one that a relay needs, with what it
 /// has and what it needs. What an operator may tune, such as the deliver policy or replicas, is left
 /// alone.
 fn difference(found: &consumer::Config, filter: &str) -> Option<(&'static str, String, String)> {

@@ -18,18 +18,16 @@ mod opening;
 use std::{collections::VecDeque, pin::Pin, sync::Arc, time::Duration};
 
 use anyhow::bail;
-use async_nats::{Message, Subscriber};
+use async_nats::{
+    Message, Subscriber,
+    jetstream::consumer::{Info, ReplayPolicy},
+};
 use futures::{FutureExt, StreamExt};
 use log::info;
 use tokio::time::{Instant, Sleep, sleep, timeout};
 
 use super::{
-    Ack, Delivery,
-    ack::{HandedOut, Position},
-    consumer::Consumer,
-    next_of,
-    pull::Meaning,
-    requests::Requests,
+    Ack, Delivery, ack::Deliveries, consumer::Consumer, next_of, pull::Meaning, requests::Requests,
     unreadable,
 };
 use crate::{
@@ -52,24 +50,22 @@ pub struct Durable {
     events: ConnectionEvents,
     monitor: Arc<Monitor>,
     consumer: Arc<Consumer>,
-    handed_out: HandedOut,
+    deliveries: Deliveries,
     requests: Requests,
-    /// Whether the next message is asked for while one is worked on, so that no time is lost. Not on a web
-    /// socket, which the client leaves with Nagle's algorithm (RFC 1122, 4.2.3.4): a pull request that the
-    /// server has no answer to yet would hold back what is sent after it, the ack, for 40 ms.
-    asks_ahead: bool,
     subscriber: Option<Subscriber>,
     /// Whether the subscription has been ended by ourselves.
     is_stopped: bool,
     /// When the consumer was last verified.
     verified: Instant,
+    /// Whether it hands out messages at the pace at which they came.
+    is_slow: bool,
     tick: Pin<Box<Sleep>>,
     /// What is to be worked on next, in this order.
     arrived: VecDeque<Delivery>,
     /// What is worked on.
-    current: Option<Ack>,
-    /// The last message of the stream that was acknowledged.
-    acknowledged: Option<Position>,
+    current: Option<Arc<Ack>>,
+    /// The last one that was acknowledged.
+    acknowledged: Option<Arc<Ack>>,
 }
 
 impl Durable {
@@ -78,22 +74,21 @@ impl Durable {
         events: ConnectionEvents,
         monitor: Arc<Monitor>,
         consumer: Consumer,
-        asks_ahead: bool,
     ) -> Self {
         let Consumer { stream, name, .. } = &consumer;
         let request = format_args!("CONSUMER.MSG.NEXT.{stream}.{name}");
         let subject = connection.api().subject(request);
         Self {
-            asks_ahead,
             requests: Requests::new(subject.into(), connection.client().new_inbox()),
             consumer: Arc::new(consumer),
-            handed_out: HandedOut::default(),
+            deliveries: Deliveries::new(),
             connection,
             events,
             monitor,
             subscriber: None,
             is_stopped: false,
             verified: Instant::now(),
+            is_slow: false,
             tick: Box::pin(sleep(TICK)),
             arrived: VecDeque::new(),
             current: None,
@@ -106,50 +101,51 @@ impl Durable {
             if self.is_stopped {
                 return Ok(None);
             }
-            if self.asks_ahead || self.arrived.is_empty() {
-                self.request_next().await;
+            // Here as well as at a tick, because what is done there ends with the current message.
+            if self.is_verification_due() {
+                self.verify().await?;
             }
-            let is_strange = |delivery: &Delivery| !self.consumer.wants(&delivery.subject);
+            let is_strange =
+                |delivery: &Delivery| !self.consumer.prefix.contains(&delivery.subject);
             if self.arrived.front().is_some_and(is_strange) && !self.verify().await? {
                 // It may be meant for someone else. Nobody can tell before the consumer is verified.
                 self.step().await?;
                 continue;
             }
             let Some(delivery) = self.arrived.pop_front() else {
+                self.request_next().await;
                 self.step().await?;
                 continue;
             };
-            if let (Some(ack), Some(last)) = (&delivery.ack, self.acknowledged)
-                && last.covers(ack.position)
+            if let (Some(ack), Some(last)) = (&delivery.ack, &self.acknowledged)
+                && ack.repeats(last)
             {
-                // Handed out again while it was worked on, as after a lost connection.
+                info!(
+                    "{} was handed out again while it was being relayed; acknowledged once more",
+                    ack.id
+                );
                 ack.again().await;
                 continue;
             }
-            if delivery.ack.as_ref().is_some_and(Ack::is_late) {
-                continue;
-            }
             self.current = delivery.ack.clone();
-            if self.asks_ahead {
-                // The next request is with the server before the ack is.
-                self.request_next().await;
-            }
             return Ok(Some(delivery));
         }
     }
 
-    /// The current message has come to its end. If the server has not acknowledged that, the message may
-    /// come again, and is then worked on again: nobody knows whether it was republished.
+    /// Notes that the current message has come to its end. If the server has not acknowledged that, the message
+    /// may come again, and is then worked on again: nobody knows whether it was republished.
     pub(super) fn done(&mut self, is_acknowledged: bool) {
-        if let Some(ack) = self.current.take().filter(|_| is_acknowledged) {
-            self.acknowledged = Some(ack.position);
+        let ended = self.current.take();
+        if is_acknowledged {
+            self.acknowledged = ended;
         }
     }
 
     /// Takes the message that is out and not acked, if no client can read it.
     async fn find_unreadable(&mut self) {
-        let found = unreadable::find(&self.consumer, &self.handed_out).await;
-        self.arrived.extend(found);
+        if let Some(delivery) = unreadable::find(&self.consumer, &self.deliveries).await {
+            self.wait(delivery);
+        }
     }
 
     pub(super) async fn attend(&mut self) -> anyhow::Error {
@@ -179,13 +175,24 @@ impl Durable {
             .arrived
             .iter()
             .filter_map(|delivery| delivery.ack.as_ref());
-        for ack in self.current.iter().chain(arrived) {
-            info!("{} is handed back to its stream", ack.id);
+        let unfinished: Vec<_> = self.current.iter().chain(arrived).collect();
+        for ack in &unfinished {
             ack.nak().await;
         }
         // Without a connection it would wait in vain.
-        if self.connection.is_up() {
-            let _ = timeout(FLUSH_TIMEOUT, self.connection.client().flush()).await;
+        let is_flushed = self.connection.is_up()
+            && matches!(
+                timeout(FLUSH_TIMEOUT, self.connection.client().flush()).await,
+                Ok(Ok(()))
+            );
+        for ack in unfinished {
+            match is_flushed {
+                true => info!("{} is handed back to its stream", ack.id),
+                false => info!(
+                    "{} stays in its stream, which hands it out again after the ack wait",
+                    ack.id
+                ),
+            }
         }
     }
 
@@ -211,11 +218,9 @@ impl Durable {
                 }
                 ConnectionEvent::LookRefused | ConnectionEvent::ProbeRefused => {}
                 ConnectionEvent::Connected => {
-                    if self.current.is_none() {
-                        self.find_unreadable().await;
-                    }
                     // The server has forgotten the request along with the old connection.
                     self.requests.end();
+                    self.find_unreadable().await;
                 }
             },
             message = next_of(&mut self.subscriber) => match message {
@@ -237,11 +242,14 @@ impl Durable {
         match meaning {
             Meaning::Delivery => {
                 // It comes on its own subject, which does not tell what request it answers.
-                self.requests.succeeded();
+                self.requests.delivered();
                 self.take(message)?;
             }
-            Meaning::Ended => self.requests.succeeded(),
-            Meaning::Failed(reason) => self.requests.failed(&reason),
+            Meaning::Ended => self.requests.expired(),
+            Meaning::Failed(reason) => {
+                self.deliveries.doubt_consumer();
+                self.requests.failed(&reason);
+            }
             Meaning::Unusable(reason) => {
                 bail!(
                     "the consumer {} cannot be used: {reason}; delete it, or set NATS_CONSUMER to \
@@ -256,61 +264,74 @@ impl Durable {
     }
 
     fn take(&mut self, message: Message) -> anyhow::Result<()> {
-        let (ack, pending) = Ack::of(&message, &self.consumer, &self.handed_out)?;
+        let (ack, pending) = Ack::of(&message, &self.consumer, &self.deliveries)?;
         self.monitor.set_waiting(pending, 0);
-        let position = ack.position;
-        let delivery = Delivery {
-            ack: Some(ack),
+        self.wait(Delivery {
+            ack: Some(Arc::new(ack)),
             ..message.into()
-        };
-        // It may have been handed out again, as by a request that was taken for lost.
-        self.arrived.retain(|waiting| {
-            waiting
-                .ack
-                .as_ref()
-                .is_none_or(|waiting| waiting.position != position)
         });
-        self.arrived.push_back(delivery);
         Ok(())
     }
 
-    /// What is due at every tick.
+    /// Has a delivery wait for its turn. It takes the place of an earlier one of the same message, as after a
+    /// request that was taken for lost.
+    fn wait(&mut self, delivery: Delivery) {
+        let position = |delivery: &Delivery| delivery.ack.as_ref().map(|ack| ack.position);
+        self.arrived
+            .retain(|waiting| position(waiting) != position(&delivery));
+        self.arrived.push_back(delivery);
+    }
+
+    /// Does what is due at every tick.
     async fn on_tick(&mut self) -> anyhow::Result<()> {
-        let connected = self.connection.is_up();
-        if connected {
-            let arrived = self.arrived.iter().flat_map(|delivery| &delivery.ack);
-            for ack in self.current.iter().chain(arrived) {
-                ack.in_progress().await;
-            }
+        if !self.connection.is_up() {
+            return Ok(());
         }
-        if connected && self.subscriber.is_some() && self.arrived.is_empty() {
+        let arrived = self.arrived.iter().flat_map(|delivery| &delivery.ack);
+        for ack in self.current.iter().chain(arrived) {
+            ack.in_progress().await;
+        }
+        if self.subscriber.is_some() && self.arrived.is_empty() {
             // Also while there is a current message: a server that was killed may have forgotten that
             // it had handed the message out, and confirms no ack before it has done so again. Not when
-            // another one waits already, as when the current one has left the stream: there would be
-            // no end to those that wait.
+            // another one waits already, as when the current one has left the stream, so that no more wait
+            // than one batch has.
             self.request_next().await;
         }
         let is_suspicious = self.requests.is_suspicious();
         // Somebody may have edited the consumer; and while there is a current message, nothing else
         // tells how many wait behind it.
-        let due = self.verified.elapsed() >= VERIFY_EVERY;
-        if connected && (is_suspicious || due) {
-            let is_verified = self.verify().await?;
-            if is_suspicious && is_verified {
-                self.requests.start_over();
-            }
+        let is_due = is_suspicious || self.is_verification_due();
+        let is_verified = is_due && self.verify().await?;
+        if is_suspicious && is_verified {
+            self.requests.start_over(match self.is_slow {
+                true => "with replay_policy original it waits as long as the publisher did",
+                false => "max_waiting of the consumer may be used up",
+            });
         }
         Ok(())
     }
 
-    /// Whether the consumer is still as it must be; an error if it is not. False where nobody can tell
-    /// just now.
+    fn is_verification_due(&self) -> bool {
+        self.connection.is_up() && self.verified.elapsed() >= VERIFY_EVERY
+    }
+
+    /// Returns whether the consumer is still configured correctly; an error if it is not. False where nobody
+    /// can tell just now.
     async fn verify(&mut self) -> anyhow::Result<bool> {
+        let info = self.consumer.verify_again().await?;
         self.verified = Instant::now();
-        let pending = self.consumer.verify_again().await?;
-        if let Some(pending) = pending {
-            self.monitor.set_waiting(pending, 0);
+        if let Some(info) = &info {
+            self.learn(info);
         }
-        Ok(pending.is_some())
+        Ok(info.is_some())
+    }
+
+    /// Takes in what the server tells of the consumer.
+    fn learn(&mut self, info: &Info) {
+        self.monitor.set_waiting(info.num_pending, 0);
+        self.requests.limit_batch(info.config.max_batch);
+        self.is_slow = info.config.replay_policy == ReplayPolicy::Original;
+        self.deliveries.come_from(info);
     }
 }

@@ -1,5 +1,5 @@
-//! The pull requests of durable mode: one at a time, and what has become of it. Sending them and the
-//! messages that answer them is the consumer's affair.
+//! The pull requests of durable mode: one at a time, each for a batch of messages, and what has become of it.
+//! Sending them and the messages that answer them is the consumer's affair.
 
 use std::time::Duration;
 
@@ -7,6 +7,10 @@ use async_nats::Subject;
 use bytes::Bytes;
 use log::{debug, warn};
 use tokio::time::Instant;
+
+/// How many messages a pull request asks for. The server hands them out one at a time all the same, each
+/// after the ack of the one before; a request for each of them would cost two more messages on the wire.
+const BATCH: u32 = 64;
 
 /// How long a pull request stays with the server. Shorter than the ack wait: a relay that is suspended with a
 /// message gets no other one in the meantime, and so holds up only that one.
@@ -26,10 +30,12 @@ const REPORT_EVERY: Duration = Duration::from_secs(60);
 pub(super) struct Requests {
     /// Where the server takes them.
     subject: Subject,
-    /// What they all say (NATS ADR-13).
-    text: Bytes,
+    /// How many messages each asks for.
+    batch: u32,
     /// Request `n` is answered on `<inbox>.<n>`.
     inbox: String,
+    /// The number of the last one.
+    last: u64,
     current: Request,
     /// When the server last said something about it.
     last_answer: Instant,
@@ -46,29 +52,25 @@ pub(super) struct PullRequest {
     pub(super) text: Bytes,
 }
 
-/// What has become of the current request.
+/// What has become of the last request.
 #[derive(Clone, Copy, PartialEq)]
 enum Request {
-    /// Request `n` is with the server.
-    UnderWay(u64),
-    /// Request `n` has ended; the next one may follow at once.
-    Ended(u64),
-    /// Request `n` has failed; before the next one, at the next tick, the consumer is verified.
-    Failed(u64),
+    /// It is with the server, which may hand out so many more messages for it.
+    UnderWay(u32),
+    /// It has ended; the next one may follow at once.
+    Ended,
+    /// It has failed; before the next one, at the next tick, the consumer is verified.
+    Failed,
 }
 
 impl Requests {
     pub(super) fn new(subject: Subject, inbox: String) -> Self {
-        let text = format!(
-            r#"{{"batch":1,"expires":{},"idle_heartbeat":{}}}"#,
-            EXPIRES.as_nanos(),
-            HEARTBEAT.as_nanos()
-        );
         Self {
             subject,
-            text: text.into(),
+            batch: BATCH,
             inbox,
-            current: Request::Ended(0),
+            last: 0,
+            current: Request::Ended,
             last_answer: Instant::now(),
             failures: 0,
             reported: None,
@@ -80,70 +82,92 @@ impl Requests {
         &self.inbox
     }
 
-    /// The number of the request that is with the server, if one is.
-    pub(super) fn under_way(&self) -> Option<u64> {
-        match self.current {
-            Request::UnderWay(n) => Some(n),
-            Request::Ended(_) | Request::Failed(_) => None,
-        }
+    /// Asks for no more messages at a time than the consumer allows (its `max_batch`, if it has one).
+    pub(super) fn limit_batch(&mut self, max_batch: i64) {
+        self.batch = match u32::try_from(max_batch) {
+            Ok(limit) if limit > 0 => limit.min(BATCH),
+            _ => BATCH,
+        };
     }
 
-    /// The next request, if the last one has ended.
+    /// Returns the number of the request that is with the server, if one is.
+    pub(super) fn under_way(&self) -> Option<u64> {
+        matches!(self.current, Request::UnderWay(_)).then_some(self.last)
+    }
+
+    /// Returns the next request, if the last one has ended.
     pub(super) fn next(&mut self) -> Option<PullRequest> {
-        let Request::Ended(last) = self.current else {
+        if self.current != Request::Ended {
             return None;
-        };
-        let n = last + 1;
-        self.current = Request::UnderWay(n);
+        }
+        self.last += 1;
+        self.current = Request::UnderWay(self.batch);
         self.last_answer = Instant::now();
+        // NATS ADR-13.
+        let text = format!(
+            r#"{{"batch":{},"expires":{},"idle_heartbeat":{}}}"#,
+            self.batch,
+            EXPIRES.as_nanos(),
+            HEARTBEAT.as_nanos()
+        );
         Some(PullRequest {
             subject: self.subject.clone(),
-            reply: format!("{}.{n}", self.inbox).into(),
-            text: self.text.clone(),
+            reply: format!("{}.{}", self.inbox, self.last).into(),
+            text: text.into(),
         })
     }
 
-    /// The server has said that it still has the current request.
+    /// Notes that the server still has the current request.
     pub(super) fn answered(&mut self) {
         self.last_answer = Instant::now();
     }
 
-    /// The current request has ended as requests do.
-    pub(super) fn succeeded(&mut self) {
+    /// Notes that the server has handed out a message, presumably for the current request.
+    pub(super) fn delivered(&mut self) {
+        self.answered();
+        self.failures = 0;
+        self.current = match self.current {
+            Request::UnderWay(left) if left > 1 => Request::UnderWay(left - 1),
+            _ => Request::Ended,
+        };
+    }
+
+    /// Notes that the current request has expired, as requests do.
+    pub(super) fn expired(&mut self) {
         self.failures = 0;
         self.end();
     }
 
-    /// There is no request any more, whatever has become of it.
+    /// Notes that there is no request any more, whatever has become of it.
     pub(super) fn end(&mut self) {
-        self.current = Request::Ended(self.number());
+        self.current = Request::Ended;
     }
 
-    /// The current request was refused.
+    /// Notes that the current request was refused.
     pub(super) fn failed(&mut self, reason: &str) {
-        self.current = Request::Failed(self.number());
+        self.current = Request::Failed;
         self.report(&format!(
             "the NATS server refuses to hand out the next one: {reason}"
         ));
     }
 
-    /// Whether the consumer should be verified before another request.
+    /// Returns whether the consumer should be verified before another request.
     pub(super) fn is_suspicious(&self) -> bool {
         match self.current {
             Request::UnderWay(_) => self.last_answer.elapsed() >= SILENCE,
-            Request::Ended(_) => false,
-            Request::Failed(_) => true,
+            Request::Ended => false,
+            Request::Failed => true,
         }
     }
 
-    /// The consumer is as it must be, so the suspicious request can be followed by another.
-    pub(super) fn start_over(&mut self) {
+    /// Notes that the consumer is as it must be, so that the suspicious request can be followed by another.
+    /// `silence` says why the server may have said nothing.
+    pub(super) fn start_over(&mut self, silence: &str) {
         if self.under_way().is_some() {
             // Newer servers do not even say that.
-            self.report(
-                "the NATS server does not answer requests for the next one; max_waiting of the consumer \
-                 may be used up",
-            );
+            self.report(&format!(
+                "the NATS server does not answer requests for the next one; {silence}"
+            ));
         }
         self.answered();
         self.end();
@@ -162,11 +186,6 @@ impl Requests {
             debug!("a pull request failed: {reason}");
         }
     }
-
-    fn number(&self) -> u64 {
-        let (Request::UnderWay(n) | Request::Ended(n) | Request::Failed(n)) = self.current;
-        n
-    }
 }
 
 #[cfg(test)]
@@ -182,15 +201,36 @@ mod tests {
     }
 
     #[test]
-    fn one_request_at_a_time_is_under_way_and_each_has_its_number() {
+    fn one_request_at_a_time_is_under_way_until_its_batch_is_handed_out() {
         let mut requests = requests();
+        requests.limit_batch(3);
         assert_eq!(requests.under_way(), None);
         for n in 1..4 {
             assert_eq!(send(&mut requests), Some(format!("inbox.{n}")));
-            assert_eq!(send(&mut requests), None);
-            assert_eq!(requests.under_way(), Some(n));
-            requests.succeeded();
+            for _ in 0..3 {
+                assert_eq!(send(&mut requests), None);
+                assert_eq!(requests.under_way(), Some(n));
+                requests.delivered();
+            }
             assert_eq!(requests.under_way(), None);
+        }
+        // One that comes late is for an earlier request.
+        requests.delivered();
+        assert_eq!(send(&mut requests), Some("inbox.4".to_owned()));
+        requests.expired();
+        assert_eq!(send(&mut requests), Some("inbox.5".to_owned()));
+    }
+
+    #[test]
+    fn a_request_asks_for_no_more_than_the_consumer_allows() {
+        let mut requests = requests();
+        for (max_batch, batch) in [(0, 64), (-1, 64), (1, 1), (64, 64), (65, 64)] {
+            requests.limit_batch(max_batch);
+            requests.end();
+            let text = requests.next().map(|request| request.text);
+            let expected =
+                format!(r#"{{"batch":{batch},"expires":4000000000,"idle_heartbeat":1000000000}}"#);
+            assert_eq!(text, Some(expected.into()), "{max_batch}");
         }
     }
 
@@ -208,12 +248,12 @@ mod tests {
         requests.failed("no");
         assert!(requests.is_suspicious());
         assert_eq!(send(&mut requests), None);
-        requests.start_over();
+        requests.start_over("why");
         assert!(!requests.is_suspicious());
         assert_eq!(send(&mut requests), Some("inbox.2".to_owned()));
 
         requests.last_answer -= SILENCE;
-        requests.start_over();
+        requests.start_over("why");
         assert_eq!(send(&mut requests), Some("inbox.3".to_owned()));
         assert!(!requests.is_suspicious());
     }
@@ -227,7 +267,7 @@ mod tests {
             requests.reported != before
         };
         assert!(!is_reported(&mut requests), "one is regular");
-        requests.succeeded();
+        requests.expired();
         assert!(!is_reported(&mut requests), "so is another one later");
         assert!(is_reported(&mut requests));
         assert!(!is_reported(&mut requests));

@@ -7,44 +7,40 @@
 
 use std::sync::Arc;
 
-use async_nats::jetstream::{context::RequestError, message::StreamMessage, stream::RawMessage};
+use async_nats::jetstream::{message::StreamMessage, stream::RawMessage};
 use base64::{Engine, engine::general_purpose::STANDARD};
+use bytes::Bytes;
 use serde_json::{Value, json};
 
 use super::{
     Ack, Consumer, Delivery,
-    ack::{HandedOut, Position},
+    ack::{Deliveries, Position},
 };
+use crate::nats::ApiError;
 
 /// Asks for a message that is not there, so that a missing permission to ask shows at once.
 ///
 /// # Errors
 /// If there is no answer.
-pub(crate) async fn try_to_look(consumer: &Consumer) -> Result<(), RequestError> {
+pub(crate) async fn try_to_look(consumer: &Consumer) -> Result<(), ApiError> {
     ask(consumer, u64::MAX).await.map(drop)
 }
 
-/// The server's answer to the question for the message of this sequence: the message, or an error.
-async fn ask(consumer: &Consumer, sequence: u64) -> Result<Value, RequestError> {
-    let subject = format!("STREAM.MSG.GET.{}", consumer.stream);
+/// Returns the server's answer to the question for the message of this sequence: the message, or an error.
+async fn ask(consumer: &Consumer, sequence: u64) -> Result<Bytes, ApiError> {
+    let request = format!("STREAM.MSG.GET.{}", consumer.stream);
     let question = json!({ "seq": sequence });
-    consumer
-        .connection
-        .jetstream()
-        .request(subject, &question)
-        .await
+    consumer.connection.request(&request, &question).await
 }
 
-/// The message that is out and not acked, if it cannot be read.
-pub(super) async fn find(consumer: &Arc<Consumer>, handed_out: &HandedOut) -> Option<Delivery> {
-    let context = consumer.connection.jetstream();
-    let stream = context.get_stream_no_info(&consumer.stream).await.ok()?;
-    let info = stream.consumer_info(&consumer.name).await.ok()?;
+/// Returns the message that is out and not acked, if it cannot be read.
+pub(super) async fn find(consumer: &Arc<Consumer>, deliveries: &Deliveries) -> Option<Delivery> {
+    let info = consumer.info().await.ok()?;
     if info.num_ack_pending == 0 {
         return None;
     }
     let sequence = info.delivered.stream_sequence;
-    let mut answer = ask(consumer, sequence).await.ok()?;
+    let mut answer: Value = serde_json::from_slice(&ask(consumer, sequence).await.ok()?).ok()?;
     // An error instead, where it is not there any more.
     let message: RawMessage = serde_json::from_value(answer.get_mut("message")?.take()).ok()?;
     let has_headers = message.headers.is_some();
@@ -64,17 +60,13 @@ pub(super) async fn find(consumer: &Arc<Consumer>, handed_out: &HandedOut) -> Op
         sequence,
         time: time.unix_timestamp_nanos(),
     };
-    let consumer_sequence = info.delivered.consumer_sequence;
+    let number = info.delivered.consumer_sequence;
+    let ack = Ack::of_last(position, number, consumer, deliveries);
     Some(Delivery {
         subject: subject.into(),
         headers: Default::default(),
         payload: payload.into(),
-        ack: Some(Ack::of_last(
-            position,
-            consumer_sequence,
-            consumer,
-            handed_out,
-        )),
+        ack: Some(Arc::new(ack)),
         unrelayable: Some(unrelayable),
     })
 }

@@ -7,12 +7,18 @@ use std::{
 
 use async_nats::{
     HeaderMap,
-    jetstream::{consumer, stream::Stream},
+    jetstream::{
+        consumer,
+        stream::{self, Stream},
+    },
 };
 use futures::{FutureExt, StreamExt};
 use tokio::sync::Notify;
 
 use crate::support::{Answer, Mode, NatsServer, PATIENCE, Relay, Scene, Webhook, next, until};
+
+/// What puts a relay into durable mode.
+const DURABLE: [(&str, &str); 2] = [("NATS_STREAM", "CMS"), ("NATS_CONSUMER", "relay")];
 
 /// Publishes numbered messages, each once the stream has it.
 async fn publish(nats: &NatsServer, numbers: std::ops::Range<usize>) {
@@ -42,8 +48,11 @@ async fn what_was_published_before_the_start_and_during_a_downtime_is_relayed_in
         .await;
     let stream = nats.jetstream().await.get_stream("CMS").await.unwrap();
     let created = stream.consumer_info("relay").await.unwrap().config;
-    // By which its operator knows whose it is.
-    assert_eq!(created.description.as_deref(), Some("nats-webhook-relay"));
+    // By which its operator, and any other relay, knows whose it is.
+    assert_eq!(
+        created.description.as_deref(),
+        Some("nats-webhook-relay republishes under relayed.cache")
+    );
     expect(&mut relayed, 0..20).await;
     publish(&nats, 20..30).await;
     expect(&mut relayed, 20..30).await;
@@ -170,12 +179,8 @@ async fn a_poison_message_goes_to_the_failed_prefix_and_the_rest_goes_on() {
     assert_eq!(header("Relay-Status"), "422");
     assert_eq!(header("Relay-Attempts"), "1");
     assert_eq!(next(&mut acks).await.payload, "+ACK");
-    // Who watches the server is told the reason, where it knows what to do with one.
-    let end = match NatsServer::is_at_least((2, 11)) {
-        true => "+TERM answered 422 Unprocessable Entity: no  such tag",
-        false => "+TERM",
-    };
-    assert_eq!(next(&mut acks).await.payload, end);
+    // Without the reason: not every server understands one.
+    assert_eq!(next(&mut acks).await.payload, "+TERM");
 
     relay.signal("TERM");
     relay.ended().await;
@@ -288,14 +293,168 @@ async fn a_missing_stream_or_jetstream_ends_it() {
 }
 
 #[tokio::test]
-async fn a_consumer_that_would_break_the_order_is_refused_and_tuning_is_left_alone() {
-    let good = consumer::pull::Config {
+async fn a_stream_that_does_not_keep_the_prefix_is_refused_with_its_subjects() {
+    let nats = NatsServer::with_config("jetstream { store_dir: \"$DIR/jetstream\" }").await;
+    let config = stream::Config {
+        name: "CMS".to_owned(),
+        subjects: vec!["cms.pages.>".to_owned(), "news".to_owned()],
+        ..Default::default()
+    };
+    nats.jetstream().await.create_stream(config).await.unwrap();
+    let webhook = Webhook::ok().await;
+    let is_refusal = |line: &str| {
+        let words = ["does not keep", "cms.cache.>", "cms.pages.>", "news"];
+        words.iter().all(|word| line.contains(word))
+    };
+    let (code, report) = Relay::check(&nats, &webhook, &DURABLE).await;
+    assert_eq!(code, Some(1), "{report:#?}");
+    let failed = |line: &&String| line.starts_with("FAILED") && is_refusal(line);
+    assert_eq!(report.iter().filter(failed).count(), 1, "{report:#?}");
+    let relay = Relay::between(&nats, &webhook.url(), &DURABLE);
+    let (code, log) = relay.ended().await;
+    assert_eq!(code, Some(1), "{log:#?}");
+    assert!(is_refusal(log.last().unwrap()), "{log:#?}");
+}
+
+#[tokio::test]
+async fn a_stream_that_gets_the_prefix_from_elsewhere_is_accepted() {
+    let nats = NatsServer::with_config("jetstream { store_dir: \"$DIR/jetstream\" }").await;
+    let client = nats.client().await;
+    if !NatsServer::is_at_least((2, 10)) {
+        eprintln!("not tested: it takes nats-server 2.10");
+        return;
+    }
+    nats.create_stream("ORIGIN", "origin.>", 1).await;
+    let config = |name: &str| stream::Config {
+        name: name.to_owned(),
+        ..Default::default()
+    };
+    let transform = stream::SubjectTransform {
+        source: "origin.>".to_owned(),
+        destination: "cms.cache.>".to_owned(),
+    };
+    let source = stream::Source {
+        name: "ORIGIN".to_owned(),
+        subject_transforms: vec![transform.clone()],
+        ..Default::default()
+    };
+    let jetstream = nats.jetstream().await;
+    for config in [
+        stream::Config {
+            sources: Some(vec![source.clone()]),
+            ..config("SOURCED")
+        },
+        stream::Config {
+            mirror: Some(source),
+            ..config("MIRROR")
+        },
+        stream::Config {
+            subjects: vec!["cms.in.>".to_owned()],
+            subject_transform: Some(stream::SubjectTransform {
+                source: "cms.in.>".to_owned(),
+                ..transform
+            }),
+            ..config("MAPPED")
+        },
+    ] {
+        let name = config.name.clone();
+        jetstream.create_stream(config).await.unwrap();
+        let webhook = Webhook::ok().await;
+        let changes = [("NATS_STREAM", &name[..]), ("NATS_CONSUMER", "relay")];
+        let _relay = Relay::listening(&nats, &webhook, &changes).await;
+        for subject in ["origin.x", "cms.in.x"] {
+            client.publish(subject, "x".into()).await.unwrap();
+        }
+        let request = webhook.received(1).await.remove(0);
+        assert_eq!(request.header("x-nats-subject"), Some("cms.cache.x"));
+    }
+}
+
+/// A consumer that a relay takes as it is.
+fn good_consumer() -> consumer::pull::Config {
+    consumer::pull::Config {
         durable_name: Some("relay".to_owned()),
         filter_subject: "cms.cache.>".to_owned(),
         max_ack_pending: 1,
         ack_wait: Duration::from_secs(7),
-        max_batch: 1,
         ..Default::default()
+    }
+}
+
+#[tokio::test]
+async fn a_consumer_that_costs_messages_or_time_is_warned_of() {
+    let hour = Duration::from_secs(3600);
+    let webhook = Webhook::ok().await;
+    for (config, words) in [
+        (
+            consumer::pull::Config {
+                inactive_threshold: hour,
+                ..good_consumer()
+            },
+            ["inactive_threshold", "nats consumer edit CMS relay"],
+        ),
+        (
+            consumer::pull::Config {
+                memory_storage: true,
+                ..good_consumer()
+            },
+            ["mem_storage", "nats consumer"],
+        ),
+        (
+            consumer::pull::Config {
+                ack_wait: Duration::from_secs(60),
+                ..good_consumer()
+            },
+            ["ack_wait", "nats consumer edit CMS relay"],
+        ),
+    ] {
+        let nats = NatsServer::with_stream().await;
+        let stream = nats.jetstream().await.get_stream("CMS").await.unwrap();
+        stream.create_consumer(config).await.unwrap();
+        warned_of(&nats, &webhook, words).await;
+    }
+    if !NatsServer::is_at_least((2, 10)) {
+        eprintln!("the limits of a stream are not tested: it takes nats-server 2.10");
+        return;
+    }
+    let nats = NatsServer::with_stream().await;
+    let jetstream = nats.jetstream().await;
+    let mut stream = jetstream.get_stream("CMS").await.unwrap();
+    let mut config = stream.info().await.unwrap().config.clone();
+    config.consumer_limits = Some(stream::ConsumerLimits {
+        inactive_threshold: hour,
+        max_ack_pending: 0,
+    });
+    jetstream.update_stream(config).await.unwrap();
+    // The consumer that it creates inherits that.
+    warned_of(&nats, &webhook, ["inactive_threshold", "consumer_limits"]).await;
+}
+
+/// A relay in durable mode warns in these words, and so does `--check`.
+async fn warned_of(nats: &NatsServer, webhook: &Webhook, words: [&str; 2]) {
+    let is_warning = |line: &&String| words.iter().all(|word| line.contains(word));
+    let relay = Relay::durable(nats, webhook, &[]).await;
+    let warnings = relay.lines("WARN");
+    assert_eq!(
+        warnings.iter().filter(is_warning).count(),
+        1,
+        "{words:?}: {:#?}",
+        relay.log()
+    );
+    let (_, report) = Relay::check(nats, webhook, &DURABLE).await;
+    let warning = |line: &&String| line.starts_with("warning") && is_warning(line);
+    assert_eq!(
+        report.iter().filter(warning).count(),
+        1,
+        "{words:?}: {report:#?}"
+    );
+}
+
+#[tokio::test]
+async fn a_consumer_that_would_break_the_order_is_refused_and_tuning_is_left_alone() {
+    let good = consumer::pull::Config {
+        max_batch: 1,
+        ..good_consumer()
     };
     let webhook = Webhook::ok().await;
     for (config, field) in [
@@ -354,8 +513,7 @@ async fn a_consumer_that_would_break_the_order_is_refused_and_tuning_is_left_alo
             webhook.received(3).await;
             continue;
         }
-        let durable = [("NATS_STREAM", "CMS"), ("NATS_CONSUMER", "relay")];
-        let (code, log) = Relay::between(&nats, &webhook.url(), &durable)
+        let (code, log) = Relay::between(&nats, &webhook.url(), &DURABLE)
             .ended()
             .await;
         assert_eq!(code, Some(1), "{log:#?}");
@@ -566,7 +724,7 @@ async fn a_message_that_comes_early_is_kept_once_until_it_is_its_turn() {
 }
 
 #[tokio::test]
-async fn while_a_message_waits_that_came_early_no_further_one_is_asked_for() {
+async fn messages_that_come_early_are_kept_and_relayed_in_order() {
     let release = Arc::new(Notify::new());
     let webhook = Webhook::script([Answer::OkAfter(Arc::clone(&release))]).await;
     let mut scene = Scene::durable(webhook, &[]).await;
@@ -583,13 +741,12 @@ async fn while_a_message_waits_that_came_early_no_further_one_is_asked_for() {
     }
     publish(&scene.nats, 2..3).await;
     let mut acks = scene.client.subscribe("$JS.ACK.>").await.unwrap();
-    // At each tick for both, the current one and the one that waits.
-    for _ in 0..4 {
+    // At each tick for all, the current one and those that wait.
+    for _ in 0..6 {
         assert_eq!(next(&mut acks).await.payload, "+WPI");
     }
-    assert_eq!(delivered(&stream).await, 2);
+    assert_eq!(delivered(&stream).await, 3);
     release.notify_one();
-    // The third one is handed out while the second one is worked on, which is nobody else's for that.
     expect(&mut scene.relayed, 0..3).await;
 }
 
@@ -688,6 +845,44 @@ async fn headers_that_cannot_be_read_hold_nothing_up() {
 }
 
 #[tokio::test]
+async fn a_message_that_cannot_be_read_costs_one_connection_while_another_one_is_worked_on() {
+    let release = Arc::new(Notify::new());
+    let webhook = Webhook::script([Answer::OkAfter(Arc::clone(&release))]).await;
+    let mut scene = Scene::durable(webhook, &[]).await;
+    let mut acks = scene.client.subscribe("$JS.ACK.CMS.relay.>").await.unwrap();
+    scene.client.flush().await.unwrap();
+    publish(&scene.nats, 0..1).await;
+    scene.webhook.received(1).await;
+    let headers = b"NATS/1.0\r\nno colon\r\n\r\n";
+    scene
+        .nats
+        .publish_raw(b"cms.cache.raw", headers, b"raw")
+        .await;
+    // What leaves the stream makes room for the next one.
+    let stream = scene
+        .nats
+        .jetstream()
+        .await
+        .get_stream("CMS")
+        .await
+        .unwrap();
+    stream.delete_message(1).await.unwrap();
+    scene.relay.logged_times("connected to NATS", 2).await;
+    // For longer than the ack wait.
+    for _ in 0..14 {
+        assert_eq!(next(&mut acks).await.payload, "+WPI");
+    }
+    let connections = scene.relay.lines("connected to NATS").len();
+    assert_eq!(connections, 2, "{:#?}", scene.relay.log());
+    publish(&scene.nats, 1..2).await;
+    release.notify_one();
+    scene.relay.logged("cms.cache.raw is not relayed").await;
+    while scene.next().await.payload != "1" {}
+    let connections = scene.relay.lines("connected to NATS").len();
+    assert_eq!(connections, 2, "{:#?}", scene.relay.log());
+}
+
+#[tokio::test]
 async fn a_missing_permission_to_look_at_messages_is_said_at_the_start_and_whenever_it_matters() {
     let nats = NatsServer::with_config(
         r#"jetstream { store_dir: "$DIR/jetstream" }
@@ -752,6 +947,66 @@ async fn pull_requests_that_are_refused_again_and_again_are_reported() {
 }
 
 #[tokio::test]
+async fn messages_at_the_pace_at_which_they_came_are_told_from_requests_that_nobody_answers() {
+    let nats = NatsServer::with_stream().await;
+    let mut relayed = nats.client().await.subscribe("relayed.>").await.unwrap();
+    publish(&nats, 0..1).await;
+    // Longer than two requests go without an answer.
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    publish(&nats, 1..2).await;
+    let stream = nats.jetstream().await.get_stream("CMS").await.unwrap();
+    let original = consumer::pull::Config {
+        replay_policy: consumer::ReplayPolicy::Original,
+        ..good_consumer()
+    };
+    stream.create_consumer(original).await.unwrap();
+    let webhook = Webhook::ok().await;
+    let relay = Relay::durable(&nats, &webhook, &[]).await;
+    relay.logged("replay_policy").await;
+    expect(&mut relayed, 0..2).await;
+    assert_eq!(relay.lines("max_waiting"), [""; 0], "{:#?}", relay.log());
+}
+
+#[tokio::test]
+async fn a_stop_without_nats_does_not_claim_to_hand_anything_back() {
+    let webhook = Webhook::script([Answer::Hang]).await;
+    let mut scene = Scene::durable(webhook, &[("SHUTDOWN_TIMEOUT", "100ms")]).await;
+    publish(&scene.nats, 0..1).await;
+    scene.webhook.received(1).await;
+    scene.nats.kill();
+    scene.relay.logged("lost the connection to NATS").await;
+    scene.relay.signal("TERM");
+    let (code, log) = scene.relay.ended().await;
+    assert_eq!(code, Some(0), "{log:#?}");
+    assert!(!log.concat().contains("handed back"), "{log:#?}");
+    assert!(log.concat().contains(" stays in the stream"), "{log:#?}");
+}
+
+#[tokio::test]
+async fn a_payload_that_has_become_too_large_is_not_blamed_on_its_headers() {
+    let config = |limit: usize| {
+        format!("max_payload: {limit}\njetstream {{ store_dir: \"$DIR/jetstream\" }}")
+    };
+    let mut nats = NatsServer::with_config(&config(2000)).await;
+    nats.create_stream("CMS", "cms.cache.>", 1).await;
+    nats.publish_raw(b"cms.cache.large", b"", &[b'x'; 1500])
+        .await;
+    nats.stop();
+    nats.configure(&config(1000));
+    nats.restart();
+    let webhook = Webhook::ok().await;
+    let relay = Relay::durable(&nats, &webhook, &[]).await;
+    let line = relay.logged("cms.cache.large is not relayed: ").await;
+    assert!(
+        line.contains("payload") && !line.contains("header"),
+        "{line}"
+    );
+    publish(&nats, 0..1).await;
+    webhook.received(1).await;
+    assert_eq!(webhook.bodies(), ["0"]);
+}
+
+#[tokio::test]
 async fn a_message_that_left_the_stream_is_not_republished_after_the_next_one() {
     let nats = NatsServer::with_stream().await;
     let client = nats.client().await;
@@ -788,6 +1043,27 @@ async fn a_message_that_left_the_stream_is_not_republished_after_the_next_one() 
     .await;
     client.publish("cms.cache.y", "v3".into()).await.unwrap();
     assert_eq!(next(&mut relayed).await.payload, "v3", "v1 came late");
+}
+
+#[tokio::test]
+async fn settings_by_which_a_publisher_can_drop_what_is_being_relayed_are_warned_of() {
+    let webhook = Webhook::ok().await;
+    let nats = NatsServer::with_stream().await;
+    let jetstream = nats.jetstream().await;
+    let mut stream = jetstream.get_stream("CMS").await.unwrap();
+    let mut config = stream.info().await.unwrap().config.clone();
+    config.allow_rollup = true;
+    let mut words = ["can drop a message", "allow_rollup_hdrs"];
+    jetstream.update_stream(config.clone()).await.unwrap();
+    warned_of(&nats, &webhook, words).await;
+    if !NatsServer::is_at_least((2, 11)) {
+        eprintln!("allow_msg_ttl is not tested: it takes nats-server 2.11");
+        return;
+    }
+    config.allow_message_ttl = true;
+    words[1] = "allow_msg_ttl";
+    jetstream.update_stream(config).await.unwrap();
+    warned_of(&nats, &webhook, words).await;
 }
 
 #[tokio::test]
@@ -832,4 +1108,47 @@ async fn headers_that_become_too_large_are_given_up_before_they_are_posted() {
         .logged("cms.cache.raw is not relayed: with its headers it has more than")
         .await;
     assert_eq!(scene.webhook.bodies(), ["0"]);
+}
+
+#[tokio::test]
+async fn a_consumer_belongs_to_the_relays_of_one_environment() {
+    let nats = NatsServer::with_stream().await;
+    let webhook = Webhook::ok().await;
+    let production = Relay::durable(&nats, &webhook, &[]).await;
+    let laptop = [
+        ("NATS_STREAM", "CMS"),
+        ("NATS_CONSUMER", "relay"),
+        ("NATS_RELAYED_SUBJECT_PREFIX", "relayed-ana.cache"),
+    ];
+    let words = [
+        "under relayed.cache,",
+        "under relayed-ana.cache:",
+        "NATS_CONSUMER to another name",
+        "nats consumer edit CMS relay --force --description \
+         'nats-webhook-relay republishes under relayed-ana.cache'",
+    ];
+    let (code, log) = Relay::between(&nats, &webhook.url(), &laptop).ended().await;
+    let refusal = log.last().unwrap();
+    assert_eq!(code, Some(1), "{log:#?}");
+    assert!(words.iter().all(|word| refusal.contains(word)), "{log:#?}");
+    let (code, lines) = Relay::check(&nats, &webhook, &laptop).await;
+    assert_eq!(code, Some(1), "{lines:#?}");
+    assert!(
+        lines
+            .iter()
+            .any(|line| line.starts_with("FAILED") && words.iter().all(|word| line.contains(word))),
+        "{lines:#?}"
+    );
+    // Taken over, as the refusal says.
+    let description = "nats-webhook-relay republishes under relayed-ana.cache";
+    edit_consumer(&nats, |config| {
+        config.description = Some(description.to_owned());
+    })
+    .await;
+    let (code, log) = production.ended().await;
+    assert_eq!(code, Some(1), "{log:#?}");
+    let _laptop = Relay::listening(&nats, &webhook, &laptop).await;
+    // What an operator describes in words of their own is anybody's.
+    edit_consumer(&nats, |config| config.description = Some("ours".to_owned())).await;
+    let _production = Relay::durable(&nats, &webhook, &[]).await;
 }

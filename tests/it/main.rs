@@ -18,6 +18,7 @@ mod log;
 mod logins;
 mod nats_faults;
 mod operating;
+mod order;
 mod outcomes;
 mod permissions;
 mod receivers;

@@ -22,14 +22,22 @@ impl Durable {
         let mut waits = BACKOFF.waits();
         self.subscribe().await;
         loop {
+            let stream = tokio::select! {
+                biased;
+                reason = self.events.fatal() => return Err(reason),
+                stream = self.consumer.verify_stream() => stream?,
+            };
             let reason = tokio::select! {
                 biased;
                 reason = self.events.fatal() => return Err(reason),
                 ready = self.consumer.ensure() => match ready {
-                    Ok(()) => {
+                    Ok(info) => {
+                        self.learn(&info);
+                        self.deliveries.begin();
                         // What it means that there is no answer was said where it became known.
                         let _ = unreadable::try_to_look(&self.consumer).await;
-                        if let Some(warning) = self.consumer.stream_warning().await {
+                        let consumer = self.consumer.warnings(&info.config);
+                        for warning in stream.into_iter().chain(consumer) {
                             warn!("{warning}");
                         }
                         self.find_unreadable().await;
@@ -38,9 +46,10 @@ impl Durable {
                     Err(ConsumerError::Fatal(reason) | ConsumerError::NobodyAnswers(reason)) => {
                         return Err(reason);
                     }
-                    // Deleted as soon as it was created; once more, then.
-                    Err(ConsumerError::Missing) => "the consumer is missing".to_owned(),
-                    Err(ConsumerError::Temporary(reason)) => reason,
+                    // If it is missing, it was deleted as soon as it was created; once more, then.
+                    Err(error @ (ConsumerError::Missing | ConsumerError::Temporary(_))) => {
+                        error.reason()
+                    }
                 },
             };
             let wait = waits.next();

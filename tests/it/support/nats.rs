@@ -219,9 +219,14 @@ impl NatsServer {
         self.process = spawn(&self.directory, self.port.into());
     }
 
+    /// With another configuration at the next start.
+    pub fn configure(&self, config: &str) {
+        write_config(&self.directory, config);
+    }
+
     /// With another configuration from now on.
     pub fn reload(&self, config: &str) {
-        write_config(&self.directory, config);
+        self.configure(config);
         let signal = format!("--signal=reload={}", self.process.id());
         assert!(
             Command::new("nats-server")
