@@ -19,7 +19,7 @@ use tokio_rustls::TlsConnector;
 
 use crate::{
     commit::Commit,
-    config::{self, Config, Destination, Login, Mode, WEBHOOK_TLS},
+    config::{self, Config, Destination, Mode, WEBHOOK_TLS},
     monitor::{Monitor, endpoints},
     nats::{
         Connection, ConnectionEvent, ConnectionEvents, Failure, cannot_look, connect_once, show,
@@ -139,9 +139,9 @@ async fn check_servers(
     monitor: &Arc<Monitor>,
     report: &mut Report<'_>,
 ) -> anyhow::Result<Option<(Connection, ConnectionEvents)>> {
-    let welcome = match config.nats.login {
-        Login::Anonymous => "connected, without a login",
-        _ => "connected, the login is accepted",
+    let welcome = match config.nats.login.is_anonymous() {
+        true => "connected, without a login",
+        false => "connected, the login is accepted",
     };
     let mut reached = None;
     for server in &config.nats.servers {

@@ -24,7 +24,7 @@ use self::{
 };
 pub use self::{
     misnamed::{Misnamed, misnamed},
-    nats::{Login, Nats},
+    nats::Nats,
     proxies::Proxy,
     secrets::Secrets,
     tls::{NATS_TLS, TlsNames, WEB_SOCKET_TLS, WEBHOOK_TLS},
@@ -340,7 +340,6 @@ fn parse_address(text: &str) -> Result<SocketAddr, String> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use async_nats::ServerAddr;
-    use secrecy::ExposeSecret;
 
     use super::{variables::*, *};
 
@@ -380,7 +379,7 @@ mod tests {
         assert_eq!(config.webhook.timeout, Duration::from_secs(15));
         assert_eq!(config.webhook.max_attempts, Some(5));
         assert_eq!(config.shutdown_timeout, Duration::from_secs(20));
-        assert!(matches!(config.nats.login, Login::Anonymous));
+        assert!(config.nats.login.is_anonymous());
     }
 
     #[test]
@@ -396,10 +395,9 @@ mod tests {
         .unwrap();
         let hosts: Vec<_> = config.nats.servers.iter().map(ServerAddr::host).collect();
         assert_eq!(hosts, ["a", "b"]);
-        assert!(
-            matches!(&config.nats.login, Login::Password { user, password }
-            if user == "u" && password.expose_secret() == "p")
-        );
+        let auth = config.nats.login.answer(b"nonce").unwrap();
+        assert_eq!(auth.username.as_deref(), Some("u"));
+        assert_eq!(auth.password.as_deref(), Some("p"));
         assert_eq!(config.webhook.timeout, Duration::from_millis(500));
         assert_eq!(config.webhook.max_attempts, None);
         assert_eq!(config.shutdown_timeout, Duration::from_secs(120));

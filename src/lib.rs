@@ -70,7 +70,7 @@ pub use self::{
 use self::{
     forward::Forward,
     monitor::{Heartbeat, Monitor, endpoints, logging},
-    nats::{ClientCrashed, Refusals},
+    nats::ClientCrashed,
     relay::Relay,
     source::Source,
     webhook::Webhook,
@@ -90,7 +90,6 @@ pub fn start_logging(log: &Log) {
 /// When it cannot go on: login refused, permission, stream or consumer missing, status port taken.
 pub async fn run(config: Config, stop: impl Stream<Item = ()> + Unpin) -> anyhow::Result<()> {
     let config = Arc::new(config);
-    let refusals = Refusals::default();
     let monitor = Arc::new(Monitor::new()?);
     if let Some(address) = config.status_listen {
         endpoints::start(address, Arc::clone(&monitor))?;
@@ -100,7 +99,7 @@ pub async fn run(config: Config, stop: impl Stream<Item = ()> + Unpin) -> anyhow
     let mut stop = stop.chain(pending());
     let ended = tokio::select! {
         biased;
-        ended = start_over(&config, &monitor, &heartbeat, &refusals, &mut stop) => ended,
+        ended = start_over(&config, &monitor, &heartbeat, &mut stop) => ended,
         never = heartbeat.beat(&monitor) => match never {},
     };
     heartbeat.stopping(&monitor);
@@ -113,13 +112,13 @@ async fn start_over(
     config: &Arc<Config>,
     monitor: &Arc<Monitor>,
     heartbeat: &Arc<Heartbeat>,
-    refusals: &Refusals,
     stop: &mut (impl Stream<Item = ()> + Unpin),
 ) -> anyhow::Result<()> {
     let mut waits = nats::BACKOFF.waits();
+    let mut is_first = true;
     loop {
         let start = Instant::now();
-        let (connection, events) = nats::connect(config, monitor, refusals.clone()).await?;
+        let (connection, events) = nats::connect(config, monitor, is_first).await?;
         let webhook = Webhook::new(&config.webhook)?;
         let (config, monitor) = (Arc::clone(config), Arc::clone(monitor));
         let source = Source::new(connection.clone(), events, &config, &monitor);
@@ -140,6 +139,7 @@ async fn start_over(
             Err(reason) if reason.is::<ClientCrashed>() => reason,
             ended => return ended,
         };
+        is_first = false;
         monitor.set_disconnected();
         if start.elapsed() >= nats::LASTING {
             waits = nats::BACKOFF.waits();

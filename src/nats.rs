@@ -10,8 +10,7 @@ mod observer;
 use std::{sync::Arc, time::Duration};
 
 use anyhow::anyhow;
-use async_nats::{ConnectOptions, ServerAddr};
-use secrecy::ExposeSecret;
+use async_nats::{AuthError, ConnectOptions, ServerAddr};
 
 use self::observer::{Observer, REFUSALS, explain, refusal};
 pub use self::{
@@ -23,7 +22,7 @@ pub use self::{
 };
 use crate::{
     backoff::Backoff,
-    config::{self, Config, Login},
+    config::{self, Config},
     monitor::Monitor,
 };
 
@@ -53,16 +52,18 @@ pub const BACKOFF: Backoff = Backoff {
 /// overrun otherwise.
 pub const LASTING: Duration = Duration::from_secs(5);
 
-/// Starts connecting in the background, and keeps on until a server is reached.
+/// Starts connecting in the background, and keeps on until a server is reached. Only a refusal of the very first
+/// login is final: `is_first` is false after a client crashed.
 ///
 /// # Errors
 /// If the settings can't be used at all.
 pub async fn connect(
     config: &Config,
     monitor: &Arc<Monitor>,
-    refusals: Refusals,
+    is_first: bool,
 ) -> anyhow::Result<(Connection, ConnectionEvents)> {
-    let (observer, reports) = Observer::new(config, monitor, &refusals);
+    let refusals = Refusals::default();
+    let (observer, reports) = Observer::new(config, monitor, &refusals, is_first);
     let chooser = Arc::clone(&observer);
     let mut options = options(config, Arc::clone(&observer))?
         .retry_on_initial_connect()
@@ -90,14 +91,14 @@ pub async fn connect_once(
     monitor: &Arc<Monitor>,
 ) -> anyhow::Result<(Connection, ConnectionEvents)> {
     let refusals = Refusals::default();
-    let (observer, reports) = Observer::new(config, monitor, &refusals);
+    let (observer, reports) = Observer::new(config, monitor, &refusals, true);
     let client = options(config, observer)?
         .ignore_discovered_servers()
         .connect(server)
         .await
         .map_err(|error| match error.kind() {
             kind if REFUSALS.contains(&kind) => {
-                anyhow!("{}", refusal(kind, config.nats.login.hint()))
+                anyhow!("{}", refusal(kind, &config.nats.login.hint()))
             }
             _ => anyhow!(
                 "{}",
@@ -111,16 +112,11 @@ pub async fn connect_once(
 /// Login, TLS, and what every connection has in common.
 fn options(config: &Config, observer: Arc<Observer>) -> anyhow::Result<ConnectOptions> {
     let nats = &config.nats;
-    let login = ConnectOptions::new();
-    let login = match &nats.login {
-        Login::Anonymous => login,
-        Login::Password { user, password } => {
-            login.user_and_password(user.clone(), password.expose_secret().to_owned())
-        }
-        Login::Token(token) => login.token(token.expose_secret().to_owned()),
-        Login::Nkey(seed) => login.nkey(seed.expose_secret().to_owned()),
-        Login::Credentials(text) => login.credentials(text.expose_secret())?,
-    };
+    let login = config.nats.login.clone();
+    let login = ConnectOptions::with_auth_callback(move |nonce| {
+        let answer = login.answer(&nonce).map_err(AuthError::new);
+        async move { answer }
+    });
     let options = with_tls(login, nats);
     let options = match nats.tls_first {
         true => options.tls_first(),

@@ -18,7 +18,7 @@ const DOTENV_FILES: [&str; 2] = [".env.local", ".env"];
 pub const FILE_SUFFIX: &str = "_FILE";
 
 /// Every variable that is set. An empty value counts as unset.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Environment {
     /// A value, or what is wrong with the line of a dotenv file that sets it.
     variables: BTreeMap<String, Result<OsString, String>>,
@@ -127,6 +127,20 @@ impl Environment {
                 format!("cannot be taken from {shown}, which {file_name} names: {fault}")
             }),
             (None, None) => Ok(None),
+        }
+    }
+
+    /// Takes only these variables, and those that name the files of their values.
+    #[must_use]
+    pub fn only(&self, names: &[&str]) -> Self {
+        let is_wanted =
+            |name: &str| names.contains(&name.strip_suffix(FILE_SUFFIX).unwrap_or(name));
+        let variables = self.variables.iter().filter(|(name, _)| is_wanted(name));
+        Self {
+            variables: variables
+                .map(|(name, value)| (name.clone(), value.clone()))
+                .collect(),
+            ..Self::default()
         }
     }
 

@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use async_nats::ConnectOptions;
+use nkeys::KeyPair;
 use rustls::{
     RootCertStore,
     crypto::ring,
@@ -17,29 +17,37 @@ use rustls::{
 };
 use secrecy::{ExposeSecret, SecretString};
 
-/// The seed of an nkey that a file holds.
-pub(super) fn read_nkey(path: &str) -> Result<SecretString, String> {
-    let text = SecretString::from(read(path, read_text)?);
-    let seed = text.expose_secret().trim();
-    match nkeys::KeyPair::from_seed(seed) {
-        Ok(_) => Ok(seed.into()),
-        Err(_) => Err(format!(
+/// The pair of keys whose seed a file holds.
+pub(super) fn read_nkey(path: &str) -> Result<KeyPair, String> {
+    let seed = SecretString::from(read(path, read_text)?);
+    KeyPair::from_seed(seed.expose_secret().trim()).map_err(|_| {
+        format!(
             "names {}, which holds no seed of an nkey (SU...)",
             shown(Path::new(path))
-        )),
-    }
+        )
+    })
 }
 
-/// The JWT and the seed that a credentials file holds.
-pub(super) fn read_credentials(path: &str) -> Result<SecretString, String> {
+/// The JWT and the pair of keys that a credentials file holds.
+pub(super) fn read_credentials(path: &str) -> Result<(String, KeyPair), String> {
     let text = SecretString::from(read(path, read_text)?);
-    match ConnectOptions::with_credentials(text.expose_secret()) {
-        Ok(_) => Ok(text),
-        Err(_) => Err(format!(
+    parse_credentials(text.expose_secret()).ok_or_else(|| {
+        format!(
             "names {}, which holds no credentials (a JWT and a seed)",
             shown(Path::new(path))
-        )),
-    }
+        )
+    })
+}
+
+/// Takes the line below each of the two `-----BEGIN …-----`.
+fn parse_credentials(text: &str) -> Option<(String, KeyPair)> {
+    let lines: Vec<_> = text.lines().map(str::trim).collect();
+    let mut below = lines
+        .windows(2)
+        .filter(|pair| pair[0].starts_with("---") && pair[0].contains("BEGIN"))
+        .map(|pair| pair[1]);
+    let (jwt, seed) = (below.next()?, below.next()?);
+    Some((jwt.to_owned(), KeyPair::from_seed(seed).ok()?))
 }
 
 /// The path of a file of CAs, if that is what it is. One that can't be used is no reason to refuse all

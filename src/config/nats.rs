@@ -1,11 +1,11 @@
 //! The NATS servers, and how to log in.
 
-use std::path::PathBuf;
+use std::{fmt, path::PathBuf};
 
-use async_nats::ServerAddr;
-use secrecy::SecretString;
+use async_nats::{Auth, ServerAddr};
 
 use super::{
+    environment::Environment,
     files::{read_credentials, read_nkey},
     reader::{Noted, Reader, any_text, parse_bool},
     tls::{NATS_TLS, Tls},
@@ -31,25 +31,10 @@ pub struct Nats {
     pub tls_first: bool,
 }
 
-/// How to log in to NATS.
-#[derive(Debug)]
-pub enum Login {
-    /// Not at all.
-    Anonymous,
-    /// With `NATS_USER` and `NATS_PASS`.
-    Password {
-        /// The user.
-        user: String,
-        /// Its password.
-        password: SecretString,
-    },
-    /// With `NATS_TOKEN`.
-    Token(SecretString),
-    /// With the seed that `NATS_NKEY` holds.
-    Nkey(SecretString),
-    /// With the JWT and the seed that `NATS_CREDS` holds.
-    Credentials(SecretString),
-}
+/// How to log in to NATS: the variables that tell it. The values and the files that they name are read anew for
+/// each connection, because they may have been renewed.
+#[derive(Clone)]
+pub struct Login(Environment);
 
 impl Nats {
     /// Whether one of the servers is reached by a web socket.
@@ -96,47 +81,92 @@ impl Nats {
     }
 }
 
+/// Each way to log in, by the variable that is set for it.
+const LOGINS: [&str; 4] = [USER, TOKEN, NKEY, CREDS];
+
+/// Logins of which one excludes the other. Credentials may come with a token, or a user and a password, as auth
+/// callout wants it.
+const EXCLUSIVE: [(&str, &str); 4] = [(USER, TOKEN), (USER, NKEY), (TOKEN, NKEY), (NKEY, CREDS)];
+
 impl Login {
+    /// Returns whether there is no login.
+    #[must_use]
+    pub fn is_anonymous(&self) -> bool {
+        self.set().next().is_none()
+    }
+
     /// What to look at where the server refuses it.
     #[must_use]
-    pub fn hint(&self) -> &'static str {
-        match self {
-            Self::Anonymous => "set NATS_USER and NATS_PASS, NATS_TOKEN, NATS_NKEY or NATS_CREDS",
-            Self::Password { .. } => "check NATS_USER and NATS_PASS",
-            Self::Token(_) => "check NATS_TOKEN",
-            Self::Nkey(_) => "check NATS_NKEY",
-            Self::Credentials(_) => "check NATS_CREDS",
+    pub fn hint(&self) -> String {
+        let set: Vec<_> = self.set().collect();
+        match &set[..] {
+            [] => "set NATS_USER and NATS_PASS, NATS_TOKEN, NATS_NKEY or NATS_CREDS".to_owned(),
+            set => format!(
+                "check {}",
+                set.join(" and ").replace(USER, "NATS_USER and NATS_PASS")
+            ),
         }
     }
 
-    /// The one way to log in that is set.
-    fn read(reader: &mut Reader<'_>) -> Result<Self, Noted> {
-        let set: Vec<_> = [USER, TOKEN, NKEY, CREDS]
+    /// Logs in: the answer to a server that has sent this `nonce`.
+    ///
+    /// # Errors
+    /// If a value or a file can't be used any more.
+    pub fn answer(&self, nonce: &[u8]) -> Result<Auth, String> {
+        let mut reader = Reader::new(&self.0);
+        let auth = Self::auth(&mut reader, nonce);
+        reader.finish(auth).map_err(|problems| problems.join("; "))
+    }
+
+    fn set(&self) -> impl Iterator<Item = &'static str> {
+        LOGINS
             .into_iter()
-            .filter(|name| reader.is_set(name))
-            .collect();
-        if let [first, others @ ..] = &set[..]
-            && !others.is_empty()
-        {
-            let others = others.join(", ");
-            let problem = format!("and {others} are both set; keep one way to log in");
-            return Err(reader.note(first, &problem));
+            .filter(|name| Reader::new(&self.0).is_set(name))
+    }
+
+    /// Takes the variables that tell how to log in, once it is clear that they can be used.
+    fn read(reader: &mut Reader<'_>) -> Result<Self, Noted> {
+        let both = EXCLUSIVE
+            .into_iter()
+            .find(|(a, b)| reader.is_set(a) && reader.is_set(b));
+        if let Some((name, other)) = both {
+            let problem = format!("and {other} are both set; keep one way to log in");
+            return Err(reader.note(name, &problem));
         }
+        Self::auth(reader, &[])?;
+        Ok(Self(
+            reader.environment.only(&[USER, PASS, TOKEN, NKEY, CREDS]),
+        ))
+    }
+
+    fn auth(reader: &mut Reader<'_>, nonce: &[u8]) -> Result<Auth, Noted> {
+        let password = reader.both_or_neither((USER, any_text), (PASS, any_text));
         let token = reader.optional(TOKEN, any_text);
         let nkey = reader.optional(NKEY, read_nkey);
         let credentials = reader.optional(CREDS, read_credentials);
-        let password = reader.both_or_neither((USER, any_text), (PASS, any_text));
-        let login = match (password?, token?, nkey?, credentials?) {
-            (Some((user, password)), ..) => Self::Password {
-                user,
-                password: password.into(),
-            },
-            (_, Some(token), ..) => Self::Token(token.into()),
-            (_, _, Some(seed), _) => Self::Nkey(seed),
-            (_, _, _, Some(text)) => Self::Credentials(text),
-            (None, None, None, None) => Self::Anonymous,
+        let mut auth = Auth::new();
+        (auth.username, auth.password) = password?.unzip();
+        auth.token = token?;
+        let pair = match (nkey?, credentials?) {
+            (Some(pair), _) => {
+                auth.nkey = Some(pair.public_key());
+                Some(pair)
+            }
+            (None, Some((jwt, pair))) => {
+                auth.jwt = Some(jwt);
+                Some(pair)
+            }
+            (None, None) => None,
         };
-        Ok(login)
+        // A pair that comes from a seed can sign.
+        auth.signature = pair.and_then(|pair| pair.sign(nonce).ok());
+        Ok(auth)
+    }
+}
+
+impl fmt::Debug for Login {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.set()).finish()
     }
 }
 
@@ -196,16 +226,56 @@ mod tests {
     };
 
     #[test]
-    fn there_is_one_way_to_log_in() {
-        assert!(matches!(
-            with(&[(TOKEN, "t")]).unwrap().nats.login,
-            Login::Token(_)
-        ));
-        let problems = problems(&[(TOKEN, "t"), (USER, "u"), (PASS, "p")]);
-        assert_eq!(
-            problems,
-            ["NATS_USER and NATS_TOKEN are both set; keep one way to log in"]
-        );
+    fn there_is_one_way_to_log_in_but_credentials_may_have_company() {
+        let login = with(&[(TOKEN, "t")]).unwrap().nats.login;
+        assert_eq!(login.hint(), "check NATS_TOKEN");
+        assert_eq!(login.answer(b"nonce").unwrap().token.as_deref(), Some("t"));
+        let password = [(USER, "u"), (PASS, "p")];
+        let [seed, credentials] = ["seed", "creds"].map(|name| {
+            let file = tempfile::NamedTempFile::with_suffix(name).unwrap();
+            let seed = nkeys::KeyPair::new_user().seed().unwrap();
+            let text = match name {
+                "seed" => format!("{seed}\n"),
+                _ => format!(
+                    "-----BEGIN NATS USER JWT-----\r\njwt\r\n------END NATS USER JWT------\r\n\r\n\
+                     -----BEGIN USER NKEY SEED-----\r\n{seed}\r\n------END USER NKEY SEED------\r\n"
+                ),
+            };
+            std::fs::write(file.path(), text).unwrap();
+            file
+        });
+        let seed = [(NKEY, seed.path().to_str().unwrap())];
+        let credentials = [(CREDS, credentials.path().to_str().unwrap())];
+        for (a, b, problem) in [
+            (
+                &[(TOKEN, "t")][..],
+                &password[..],
+                "NATS_USER and NATS_TOKEN are both set",
+            ),
+            (&seed, &password, "NATS_USER and NATS_NKEY are both set"),
+            (
+                &seed,
+                &[(TOKEN, "t")],
+                "NATS_TOKEN and NATS_NKEY are both set",
+            ),
+            (&seed, &credentials, "NATS_NKEY and NATS_CREDS are both set"),
+        ] {
+            let problems = problems(&[a, b].concat());
+            assert!(
+                problems.len() == 1 && problems[0].starts_with(problem),
+                "{problems:?}"
+            );
+        }
+        let login = with(&[&credentials[..], &password].concat())
+            .unwrap()
+            .nats
+            .login;
+        assert_eq!(login.hint(), "check NATS_USER and NATS_PASS and NATS_CREDS");
+        let auth = login.answer(b"nonce").unwrap();
+        assert_eq!(auth.jwt.as_deref(), Some("jwt"));
+        assert_eq!(auth.username.as_deref(), Some("u"));
+        assert!(auth.signature.is_some() && auth.nkey.is_none());
+        assert_eq!(format!("{login:?}"), r#"{"NATS_USER", "NATS_CREDS"}"#);
     }
 
     #[test]

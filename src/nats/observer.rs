@@ -3,7 +3,10 @@
 
 use std::{
     fmt::Display,
-    sync::{Arc, Mutex, OnceLock, atomic::Ordering::Relaxed},
+    sync::{
+        Arc, Mutex, OnceLock,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
@@ -96,13 +99,15 @@ pub(super) struct Observer {
     inbox_prefix: Prefix,
     api: Api,
     /// What to look at where the server refuses the login.
-    hint: &'static str,
+    hint: String,
     /// Whether the TLS handshake comes before the server's greeting.
     tls_first: bool,
     /// The stream that it takes messages from, if it does not publish into it as well.
     input: Option<String>,
     /// Whether messages are lost with a connection, as in core mode.
     is_lossy: bool,
+    /// Whether a server has accepted the login before. If not, a refusal is final.
+    was_accepted: AtomicBool,
     progress: Mutex<Progress>,
     /// The client's own, which know of a connection before its event comes.
     pub(super) statistics: OnceLock<Arc<Statistics>>,
@@ -129,6 +134,7 @@ impl Observer {
         config: &Config,
         monitor: &Arc<Monitor>,
         refusals: &Refusals,
+        is_first: bool,
     ) -> (Arc<Self>, mpsc::UnboundedReceiver<ConnectionEvent>) {
         let (sender, receiver) = mpsc::unbounded_channel();
         let observer = Self {
@@ -146,6 +152,7 @@ impl Observer {
                 }),
             },
             is_lossy: matches!(config.mode, Mode::Core { .. }),
+            was_accepted: AtomicBool::new(!is_first),
             progress: Mutex::default(),
             statistics: OnceLock::new(),
             monitor: Arc::clone(monitor),
@@ -179,16 +186,19 @@ impl Observer {
                 .find(|server| server.addr == *last)
                 .and_then(|server| server.last_error.as_deref())
                 .unwrap_or("its name does not resolve");
-            // A refused login ends the relay, which says so.
-            if !is_refusal(reason) {
+            // A refused first login ends the relay, which says so.
+            if !is_refusal(reason) || self.was_accepted.load(Relaxed) {
                 let wait = match delay.is_zero() {
                     true => "now".to_owned(),
                     false => format!("in {delay:.1?}"),
                 };
+                let reason = match is_refusal(reason) {
+                    true => refusal(reason, &self.hint),
+                    false => explain(reason, last, self.tls_first),
+                };
                 warn!(
-                    "cannot connect to NATS at {}: {}; next attempt {wait}",
-                    show(last),
-                    explain(reason, last, self.tls_first),
+                    "cannot connect to NATS at {}: {reason}; next attempt {wait}",
+                    show(last)
                 );
             }
         }
@@ -203,6 +213,7 @@ impl Observer {
     pub(super) fn observe(&self, event: Event) {
         match event {
             Event::Connected => {
+                self.was_accepted.store(true, Relaxed);
                 let mut progress = lock(&self.progress);
                 progress.connected = Some(Instant::now());
                 let server = self.server(&progress);
@@ -225,9 +236,11 @@ impl Observer {
             Event::LameDuckMode => warn!("the NATS server is about to shut down (lame duck mode)"),
             Event::SlowConsumer(_) => error!("the NATS client dropped a message (slow consumer)"),
             Event::ServerError(error) => self.observe_server_error(&error),
-            Event::ClientError(ClientError::Other(kind)) if is_refusal(&kind) => {
+            Event::ClientError(ClientError::Other(kind))
+                if is_refusal(&kind) && !self.was_accepted.load(Relaxed) =>
+            {
                 let progress = lock(&self.progress);
-                let refusal = refusal(kind, self.hint);
+                let refusal = refusal(kind, &self.hint);
                 self.fatal(anyhow!("NATS at {} {refusal}", self.server(&progress)));
             }
             // A failed attempt to connect: the next choice of a server logs it, with the reason.
@@ -386,7 +399,7 @@ mod tests {
         let config = config.unwrap();
         let refusals = Refusals::default();
         let monitor = Arc::new(Monitor::new().unwrap());
-        let (observer, _events) = Observer::new(&config, &monitor, &refusals);
+        let (observer, _events) = Observer::new(&config, &monitor, &refusals, true);
         let servers = config.nats.servers.iter().map(|address| Server {
             addr: address.clone(),
             failed_attempts: 0,

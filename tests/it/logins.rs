@@ -1,17 +1,20 @@
 //! Every way to log in to NATS, and each refused when it is wrong.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use nkeys::KeyPair;
 use serde_json::{Value, json};
 use tokio::{
-    io::copy_bidirectional,
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader, copy_bidirectional},
     net::{TcpListener, TcpStream},
     time::timeout,
 };
 
-use crate::support::{Authority, NatsServer, Relay, Webhook, check, usual};
+use crate::{
+    operating::{STATUS, address, until_answer},
+    support::{Authority, NatsServer, Relay, Webhook, check, publish_all, usual},
+};
 
 async fn accepted(nats: &NatsServer, variables: &[(&str, &str)]) {
     let webhook = Webhook::ok().await;
@@ -62,8 +65,13 @@ async fn an_nkey() {
     refused(&nats, &[("NATS_NKEY", &path)], "check NATS_NKEY").await;
 }
 
-/// A JWT as NATS has them (ADR-14).
+/// A JWT as NATS has them (ADR-14), for ever.
 fn jwt(issuer: &KeyPair, subject: &KeyPair, nats: &Value) -> String {
+    jwt_until(0, issuer, subject, nats)
+}
+
+/// The same until this second.
+fn jwt_until(end: u64, issuer: &KeyPair, subject: &KeyPair, nats: &Value) -> String {
     let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
     let signed = format!(
         "{}.{}",
@@ -71,6 +79,7 @@ fn jwt(issuer: &KeyPair, subject: &KeyPair, nats: &Value) -> String {
         part(&json!({
             "jti": "test",
             "iat": 1_700_000_000,
+            "exp": end,
             "iss": issuer.public_key(),
             "sub": subject.public_key(),
             "name": "test",
@@ -81,9 +90,9 @@ fn jwt(issuer: &KeyPair, subject: &KeyPair, nats: &Value) -> String {
     format!("{signed}.{signature}")
 }
 
-#[tokio::test]
-async fn credentials_of_operator_mode() {
-    let (operator, account) = (KeyPair::new_operator(), KeyPair::new_account());
+/// A server of an operator, with this account.
+async fn operated(account: &KeyPair) -> NatsServer {
+    let operator = KeyPair::new_operator();
     let limits = json!({
         "subs": -1, "data": -1, "payload": -1, "imports": -1, "exports": -1, "wildcards": true,
         "conn": -1, "leaf": -1
@@ -98,27 +107,118 @@ async fn credentials_of_operator_mode() {
         account.public_key(),
         jwt(
             &operator,
-            &account,
+            account,
             &json!({ "type": "account", "version": 2, "limits": limits })
         ),
     );
-    let nats = NatsServer::with_config(&config).await;
-    let credentials = |account: &KeyPair| {
-        let user = KeyPair::new_user();
-        let claims = json!({
-            "type": "user", "version": 2, "pub": {}, "sub": {}, "subs": -1, "data": -1, "payload": -1
-        });
+    NatsServer::with_config(&config).await
+}
+
+/// The credentials of a new user of an account, until this second.
+fn credentials_until(end: u64, account: &KeyPair) -> String {
+    let user = KeyPair::new_user();
+    let claims = json!({
+        "type": "user", "version": 2, "pub": {}, "sub": {}, "subs": -1, "data": -1, "payload": -1
+    });
+    format!(
+        "-----BEGIN NATS USER JWT-----\n{}\n------END NATS USER JWT------\n\n\
+         -----BEGIN USER NKEY SEED-----\n{}\n------END USER NKEY SEED------\n",
+        jwt_until(end, account, &user, &claims),
+        user.seed().unwrap()
+    )
+}
+
+#[tokio::test]
+async fn credentials_of_operator_mode() {
+    let account = KeyPair::new_account();
+    let nats = operated(&account).await;
+    let (_good, path) = file(&credentials_until(0, &account));
+    accepted(&nats, &[("NATS_CREDS", &path)]).await;
+    let (_bad, path) = file(&credentials_until(0, &KeyPair::new_account()));
+    refused(&nats, &[("NATS_CREDS", &path)], "check NATS_CREDS").await;
+}
+
+#[tokio::test]
+async fn credentials_that_expire_are_read_anew_until_they_are_accepted() {
+    let account = KeyPair::new_account();
+    let nats = operated(&account).await;
+    let now = SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs();
+    let (renewed, path) = file(&credentials_until(now + 3, &account));
+    let webhook = Webhook::ok().await;
+    let changes = [("NATS_CREDS", &path[..]), STATUS];
+    let relay = Relay::listening(&nats, &webhook, &changes).await;
+    let lines = relay.logged_times("cannot connect to NATS", 4).await;
+    assert!(
+        lines[3].contains("WARN") && lines[3].contains("check NATS_CREDS; next attempt in"),
+        "{lines:#?}"
+    );
+    let address = address(&relay).await;
+    until_answer(&address, "/readyz", 503, "not connected to NATS").await;
+    std::fs::write(renewed.path(), credentials_until(0, &account)).unwrap();
+    relay.logged_times("connected to NATS at", 2).await;
+    until_answer(&address, "/readyz", 200, "ok").await;
+}
+
+#[tokio::test]
+async fn a_password_that_is_changed_costs_nothing_that_waits() {
+    let config = |password: &str| {
         format!(
-            "-----BEGIN NATS USER JWT-----\n{}\n------END NATS USER JWT------\n\n\
-             -----BEGIN USER NKEY SEED-----\n{}\n------END USER NKEY SEED------\n",
-            jwt(account, &user, &claims),
-            user.seed().unwrap()
+            "jetstream {{ store_dir: \"$DIR/jetstream\" }}
+             authorization {{ users = [
+                {{ user: admin, password: admin }}, {{ user: relay, password: {password} }} ] }}
+             no_auth_user: admin"
         )
     };
-    let (_good, path) = file(&credentials(&account));
-    accepted(&nats, &[("NATS_CREDS", &path)]).await;
-    let (_bad, path) = file(&credentials(&KeyPair::new_account()));
-    refused(&nats, &[("NATS_CREDS", &path)], "check NATS_CREDS").await;
+    let mut nats = NatsServer::with_config(&config("old")).await;
+    nats.create_stream("CMS", "cms.cache.>", 1).await;
+    let (password, path) = file("old");
+    let webhook = Webhook::ok().await;
+    let login = [("NATS_USER", "relay"), ("NATS_PASS_FILE", &path)];
+    let relay = Relay::durable(&nats, &webhook, &login).await;
+    nats.stop();
+    nats.configure(&config("new"));
+    nats.restart();
+    relay
+        .logged_times("check NATS_USER and NATS_PASS; next", 3)
+        .await;
+    publish_all(&nats.jetstream().await, 0..3).await;
+    std::fs::remove_file(password.path()).unwrap();
+    relay.logged("which NATS_PASS_FILE names").await;
+    std::fs::write(password.path(), "new\n").unwrap();
+    relay.logged_times(" -> ", 3).await;
+    assert_eq!(webhook.bodies(), ["0", "1", "2"]);
+}
+
+#[tokio::test]
+async fn credentials_may_have_the_company_that_auth_callout_wants() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("nats://{}", listener.local_addr().unwrap());
+    let (_file, path) = file(&credentials_until(0, &KeyPair::new_account()));
+    for (company, expected) in [
+        (&[("NATS_TOKEN", "t")][..], json!([null, null, "t"])),
+        (
+            &[("NATS_USER", "u"), ("NATS_PASS", "p")],
+            json!(["u", "p", null]),
+        ),
+    ] {
+        let login = [company, &[("NATS_CREDS", &path), ("NATS_HOST", &url)]].concat();
+        let nats = usual(&url, "http://127.0.0.1:1/");
+        let _relay = Relay::start(nats.into_iter().chain(login));
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let info = json!({
+            "server_id": "x", "server_name": "x", "version": "2.10.0", "go": "x", "host": "x",
+            "port": 1, "headers": true, "max_payload": 1024, "proto": 1, "client_id": 1,
+            "auth_required": true, "nonce": "nonce", "client_ip": "127.0.0.1"
+        });
+        let greeting = format!("INFO {info}\r\n");
+        stream.write_all(greeting.as_bytes()).await.unwrap();
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line).await.unwrap();
+        let sent: Value = serde_json::from_str(line.strip_prefix("CONNECT ").unwrap()).unwrap();
+        let found = ["user", "pass", "auth_token"].map(|name| sent[name].clone());
+        assert_eq!(json!(found), expected);
+        assert!(sent["jwt"].is_string() && sent["sig"].is_string(), "{sent}");
+    }
 }
 
 #[tokio::test]

@@ -130,17 +130,6 @@ async fn good_credentials_are_used_and_wrong_ones_end_it() {
 }
 
 #[tokio::test]
-async fn credentials_that_are_withdrawn_end_it() {
-    let nats = NatsServer::with_config(USERS).await;
-    let webhook = Webhook::ok().await;
-    let relay = relay_as(&nats, &webhook, "relay", "good").await;
-    relay.logged("listening on").await;
-    nats.reload(&USERS.replace("password: good", "password: changed"));
-    let (code, log) = relay.ended().await;
-    assert_eq!(code, Some(1), "{log:#?}");
-}
-
-#[tokio::test]
 async fn a_user_without_permission_to_subscribe_ends_it() {
     let nats = NatsServer::with_config(USERS).await;
     let webhook = Webhook::ok().await;
