@@ -26,7 +26,6 @@ use crate::{
     nats::{Connection, ConnectionEvents},
 };
 
-use self::ack::Ownership;
 pub use self::{
     ack::{Ack, Outcome},
     core::Core,
@@ -72,13 +71,10 @@ const ASK_AGAIN: Duration = Duration::from_millis(500);
 impl Delivery {
     /// Returns whether the message may be POSTed: not if it is certainly not ours any more. Says so.
     pub async fn may_be_posted(&self) -> bool {
-        let Some(ack) = &self.ack else {
-            return true;
-        };
-        match ack.ownership().await {
-            // Who cannot be reached hands out nothing either, as far as anyone can tell.
-            Ownership::Ours | Ownership::Unknown(_) => true,
-            Ownership::Lost => self.abandon(),
+        match &self.ack {
+            None => true,
+            // A server that cannot be reached hands out nothing either, as far as anyone can tell.
+            Some(ack) => ack.is_ours().await.unwrap_or(true) || self.abandon(),
         }
     }
 
@@ -89,19 +85,16 @@ impl Delivery {
             return true;
         };
         loop {
-            match ack.ownership().await {
-                Ownership::Ours => return true,
-                Ownership::Lost => return self.abandon(),
-                Ownership::Unknown(reason) => {
-                    warn!(
-                        subject:% = self.subject, reason;
-                        "{} waits to be published, because NATS does not tell whether it is still ours: \
-                         {reason}",
-                        self.subject
-                    );
-                    sleep(ASK_AGAIN).await;
-                }
-            }
+            let reason = match ack.is_ours().await {
+                Ok(is_ours) => return is_ours || self.abandon(),
+                Err(reason) => reason,
+            };
+            warn!(
+                subject:% = self.subject, reason;
+                "{} waits to be published, because NATS does not tell whether it is still ours: {reason}",
+                self.subject
+            );
+            sleep(ASK_AGAIN).await;
         }
     }
 

@@ -122,17 +122,6 @@ pub enum Outcome {
     GivenUp,
 }
 
-/// Whether a message is still ours.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Ownership {
-    /// It is.
-    Ours,
-    /// It, or a later one, has been handed out to another relay, or was acknowledged.
-    Lost,
-    /// Nobody can tell just now, for this reason.
-    Unknown(String),
-}
-
 impl Ack {
     /// Returns the ack of a message that the consumer handed out, and how many follow it.
     ///
@@ -307,7 +296,10 @@ impl Ack {
     ///
     /// The server hands out one message at a time, so a message is ours exactly as long as all that the
     /// consumer has handed out since came to us as well. It is asked for that, but not more than once a second.
-    pub(super) async fn ownership(&self) -> Ownership {
+    ///
+    /// # Errors
+    /// If nobody can tell just now, with the reason.
+    pub(super) async fn is_ours(&self) -> Result<bool, String> {
         let is_doubtful = {
             let known = lock(&self.deliveries.0);
             // The server hands out another one only where this one is out no more.
@@ -315,30 +307,24 @@ impl Ack {
         };
         let age = lock(&self.ours_at).elapsed();
         if !is_doubtful && age.is_ok_and(|age| age < MOMENT) {
-            return Ownership::Ours;
+            return Ok(true);
         }
         let asked_at = SystemTime::now();
-        let info = match self.consumer.info().await {
-            Ok(info) => info,
-            Err(error) => return Ownership::Unknown(error.reason()),
-        };
+        let info = self.consumer.info().await.map_err(|error| error.reason())?;
         if Some(info.created.unix_timestamp_nanos()) != self.created {
-            return Ownership::Lost;
+            return Ok(false);
         }
         let handed_out = info.delivered.consumer_sequence.checked_sub(self.number);
-        let is_ours = || {
-            let received = lock(&self.deliveries.0).received - self.received;
-            handed_out == Some(received)
-        };
-        if !is_ours() {
+        let have_all = || handed_out == Some(lock(&self.deliveries.0).received - self.received);
+        if !have_all() {
             // The answer may have overtaken a delivery to us.
             sleep(UNDER_WAY).await;
-            if !is_ours() {
-                return Ownership::Lost;
+            if !have_all() {
+                return Ok(false);
             }
         }
         *lock(&self.ours_at) = asked_at;
-        Ownership::Ours
+        Ok(true)
     }
 }
 

@@ -10,7 +10,7 @@ use async_nats::jetstream::{
     stream::{self, DiscardPolicy},
 };
 use log::{info, warn};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::{
     nats::{ApiError, Connection, Failure, refused},
@@ -205,8 +205,8 @@ impl Consumer {
         let Self { stream, name, .. } = self;
         if let Some((field, found, wanted)) = difference(found, &self.prefix.wildcard()) {
             bail!(
-                "the consumer {name} of the stream {stream} exists with {field} {found:?}, but needs \
-                 {wanted:?}; delete it, or set NATS_CONSUMER to another name"
+                "the consumer {name} of the stream {stream} exists with {field} {found}, but needs \
+                 {wanted}; delete it, or set NATS_CONSUMER to another name"
             );
         }
         let description = found.description.as_deref().unwrap_or_default();
@@ -295,58 +295,36 @@ fn dropping_limits(config: &stream::Config) -> Vec<String> {
 }
 
 /// Returns the essential in which an existing consumer differs from the one that a relay needs, with what it
-/// has and what it needs. What an operator may tune, such as the deliver policy or replicas, is left
-/// alone.
+/// has and what it needs. What an operator may tune, such as the deliver policy or replicas, is left alone.
 fn difference(found: &consumer::Config, filter: &str) -> Option<(&'static str, String, String)> {
-    let essentials = [
-        (
-            "filter_subject",
-            found.filter_subject.clone(),
-            filter.to_owned(),
-        ),
-        (
-            "ack_policy",
-            format!("{:?}", found.ack_policy),
-            format!("{:?}", AckPolicy::Explicit),
-        ),
-        (
-            "max_ack_pending",
-            found.max_ack_pending.to_string(),
-            "1".to_owned(),
-        ),
-        (
-            "deliver_subject",
-            found.deliver_subject.clone().unwrap_or_default(),
-            String::new(),
-        ),
+    if found.ack_wait < ACK_WAIT {
+        let (found, wanted) = (found.ack_wait, ACK_WAIT);
+        return Some(("ack_wait", format!("{found:?}"), format!("{wanted:?}")));
+    }
+    // As the server has it; a setting that is not there is null.
+    let found = json!(found);
+    [
+        ("filter_subject", json!(filter)),
+        ("ack_policy", json!("explicit")),
+        ("max_ack_pending", json!(1)),
+        ("deliver_subject", Value::Null),
         // The server would drop a message that it has handed out so often.
-        (
-            "max_deliver",
-            found.max_deliver.to_string(),
-            "-1".to_owned(),
-        ),
-        (
-            "headers_only",
-            found.headers_only.to_string(),
-            "false".to_owned(),
-        ),
+        ("max_deliver", json!(-1)),
+        ("headers_only", Value::Null),
         // The server would answer no pull request that does not name its group.
-        (
-            "priority_groups",
-            format!("{:?}", found.priority_groups),
-            "[]".to_owned(),
-        ),
-        // Each of these makes the server hand out a message that is still worked on.
-        ("backoff", format!("{:?}", found.backoff), "[]".to_owned()),
-        (
-            "ack_wait",
-            format!("{:?}", found.ack_wait.min(ACK_WAIT)),
-            format!("{ACK_WAIT:?}"),
-        ),
-    ];
-    essentials
-        .into_iter()
-        .find(|(_, found, wanted)| found != wanted)
+        ("priority_groups", Value::Null),
+        // It would make the server hand out a message that is still worked on.
+        ("backoff", Value::Null),
+    ]
+    .into_iter()
+    .find(|(field, wanted)| found[field] != *wanted)
+    .map(|(field, wanted)| {
+        let wanted = match wanted {
+            Value::Null => "none".to_owned(),
+            wanted => wanted.to_string(),
+        };
+        (field, found[field].to_string(), wanted)
+    })
 }
 
 #[cfg(test)]

@@ -463,7 +463,7 @@ async fn a_consumer_that_would_break_the_order_is_refused_and_tuning_is_left_alo
                 max_ack_pending: 100,
                 ..good.clone()
             },
-            "max_ack_pending \"100\"",
+            "max_ack_pending 100, but needs 1;",
         ),
         (
             consumer::pull::Config {
@@ -477,28 +477,28 @@ async fn a_consumer_that_would_break_the_order_is_refused_and_tuning_is_left_alo
                 ack_policy: consumer::AckPolicy::All,
                 ..good.clone()
             },
-            "ack_policy \"All\"",
+            "ack_policy \"all\"",
         ),
         (
             consumer::pull::Config {
                 max_deliver: 3,
                 ..good.clone()
             },
-            "max_deliver \"3\"",
+            "max_deliver 3,",
         ),
         (
             consumer::pull::Config {
                 headers_only: true,
                 ..good.clone()
             },
-            "headers_only \"true\"",
+            "headers_only true, but needs none;",
         ),
         (
             consumer::pull::Config {
                 ack_wait: Duration::from_secs(1),
                 ..good.clone()
             },
-            "ack_wait \"1s\"",
+            "ack_wait 1s, but needs 5s;",
         ),
         (good, ""),
     ] {

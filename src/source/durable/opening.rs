@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
+use async_nats::jetstream::consumer::Info;
 use log::warn;
 use tokio::time::sleep;
 
 use super::Durable;
 use crate::{
     backoff::Backoff,
-    source::{ConsumerError, unreadable},
+    source::{Consumer, ConsumerError, unreadable},
 };
 
 /// Growing waits for a JetStream that does not answer, as without a leader.
@@ -19,37 +20,20 @@ const BACKOFF: Backoff = Backoff {
 
 impl Durable {
     pub(in crate::source) async fn open(&mut self) -> anyhow::Result<()> {
+        let inbox = format!("{}.*", self.requests.inbox());
+        // It only fails where the client crashed, which the events tell.
+        self.subscriber = self.connection.client().subscribe(inbox).await.ok();
         let mut waits = BACKOFF.waits();
-        self.subscribe().await;
         loop {
-            let stream = tokio::select! {
-                biased;
-                reason = self.events.fatal() => return Err(reason),
-                stream = self.consumer.verify_stream() => stream?,
-            };
             let reason = tokio::select! {
                 biased;
                 reason = self.events.fatal() => return Err(reason),
-                ready = self.consumer.ensure() => match ready {
+                found = find(&self.consumer) => match found? {
                     Ok(info) => {
                         self.learn(&info);
-                        self.deliveries.begin();
-                        // What it means that there is no answer was said where it became known.
-                        let _ = unreadable::try_to_look(&self.consumer).await;
-                        let consumer = self.consumer.warnings(&info.config);
-                        for warning in stream.into_iter().chain(consumer) {
-                            warn!("{warning}");
-                        }
-                        self.find_unreadable().await;
-                        return Ok(());
+                        break;
                     }
-                    Err(ConsumerError::Fatal(reason) | ConsumerError::NobodyAnswers(reason)) => {
-                        return Err(reason);
-                    }
-                    // If it is missing, it was deleted as soon as it was created; once more, then.
-                    Err(error @ (ConsumerError::Missing | ConsumerError::Temporary(_))) => {
-                        error.reason()
-                    }
+                    Err(reason) => reason,
                 },
             };
             let wait = waits.next();
@@ -63,14 +47,33 @@ impl Durable {
                 () = sleep(wait) => {}
             }
         }
+        self.deliveries.begin();
+        // What it means that there is no answer was said where it became known.
+        let _ = unreadable::try_to_look(&self.consumer).await;
+        self.find_unreadable().await;
+        Ok(())
     }
+}
 
-    async fn subscribe(&mut self) {
-        let client = self.connection.client();
-        // It only fails where the client crashed, which the events tell.
-        self.subscriber = client
-            .subscribe(format!("{}.*", self.requests.inbox()))
-            .await
-            .ok();
+/// Finds the consumer, or creates it; returns what the server tells of it, or why it does not just now. Warns of
+/// what can cost messages or time.
+///
+/// # Errors
+/// If it never can be used.
+async fn find(consumer: &Consumer) -> anyhow::Result<Result<Info, String>> {
+    let stream = consumer.verify_stream().await?;
+    match consumer.ensure().await {
+        Ok(info) => {
+            let warnings = consumer.warnings(&info.config);
+            for warning in stream.into_iter().chain(warnings) {
+                warn!("{warning}");
+            }
+            Ok(Ok(info))
+        }
+        Err(ConsumerError::Fatal(reason) | ConsumerError::NobodyAnswers(reason)) => Err(reason),
+        // If it is missing, it was deleted as soon as it was created; once more, then.
+        Err(error @ (ConsumerError::Missing | ConsumerError::Temporary(_))) => {
+            Ok(Err(error.reason()))
+        }
     }
 }
