@@ -19,7 +19,7 @@ use tokio_rustls::TlsConnector;
 
 use crate::{
     commit::Commit,
-    config::{self, Config, Destination, Mode, WEBHOOK_TLS},
+    config::{self, Config, Destination, Mode},
     monitor::{Monitor, endpoints},
     nats::{
         Connection, ConnectionEvent, ConnectionEvents, Failure, cannot_look, connect_once, show,
@@ -268,15 +268,15 @@ async fn look_refused(events: &mut ConnectionEvents, consumer: &Consumer) -> any
 /// Gets as far as a request would, and sends none: to the proxy, where the destination is reached through one.
 async fn reach(destination: &Destination, tls: Option<&ClientConfig>) -> anyhow::Result<String> {
     let url = destination.expose_url();
-    let Some(proxy) = destination.proxy() else {
+    let Some(proxy) = destination.expose_proxy() else {
         connect(url, &look_up(url).await?, tls).await?;
         return Ok(connected(destination));
     };
-    let url = proxy.expose_url();
-    let reached = async { connect(url, &look_up(url).await?, tls).await }.await;
-    reached.with_context(|| format!("the proxy {proxy}"))?;
+    let shown = config::without_secrets(proxy);
+    let reached = async { connect(proxy, &look_up(proxy).await?, tls).await }.await;
+    reached.with_context(|| format!("the proxy {shown}"))?;
     Ok(format!(
-        "goes through the proxy {proxy}, which can be connected to; only a request would tell more"
+        "goes through the proxy {shown}, which can be connected to; only a request would tell more"
     ))
 }
 
@@ -317,7 +317,7 @@ async fn connect(
         let connecting = TlsConnector::from(Arc::new(tls.clone())).connect(name, stream);
         connecting.await.map_err(|error| {
             let error = error.to_string();
-            let reason = tls::explain(&error, &WEBHOOK_TLS).unwrap_or(error);
+            let reason = tls::explain(&error, "WEBHOOK").unwrap_or(error);
             anyhow!(reason).context("TLS failed")
         })?;
     }

@@ -61,8 +61,8 @@ pub use self::{
     check::check,
     config::environment::Environment,
     config::{
-        Config, Default as VariableDefault, Kind, Log, LogFormat, Misnamed, VARIABLES, Variable,
-        help, misnamed,
+        Config, Default as VariableDefault, Kind, Log, LogFormat, VARIABLES, Variable, help,
+        misnamed,
     },
     monitor::logging::finish as finish_logging,
     text::reasons,

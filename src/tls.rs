@@ -7,7 +7,7 @@ use rustls::{
 };
 use rustls_native_certs::{load_certs_from_paths, load_native_certs};
 
-use crate::config::{self, Destination, TlsNames, WEBHOOK_TLS};
+use crate::config::{self, Destination};
 
 /// Makes the one provider of cryptography known to everything in the process that speaks TLS.
 pub fn install_provider() {
@@ -35,8 +35,7 @@ pub fn client_config(config: &config::Webhook) -> anyhow::Result<Option<ClientCo
         let reasons: Vec<_> = found.errors.iter().map(ToString::to_string).collect();
         bail!(
             "there is no CA to trust, and so no https; install the system's CA certificates, or name \
-             a PEM file in SSL_CERT_FILE or {} ({})",
-            WEBHOOK_TLS.ca,
+             a PEM file in SSL_CERT_FILE or WEBHOOK_CA ({})",
             reasons.join("; ")
         );
     }
@@ -45,195 +44,97 @@ pub fn client_config(config: &config::Webhook) -> anyhow::Result<Option<ClientCo
         return Ok(Some(builder.with_no_client_auth()));
     };
     let chain = CertificateDer::pem_file_iter(certificate).and_then(Iterator::collect);
-    let chain = chain.with_context(|| format!("cannot read {}", WEBHOOK_TLS.certificate))?;
-    let key = PrivateKeyDer::from_pem_file(key)
-        .with_context(|| format!("cannot read {}", WEBHOOK_TLS.key))?;
+    let chain = chain.context("cannot read WEBHOOK_CERT")?;
+    let key = PrivateKeyDer::from_pem_file(key).context("cannot read WEBHOOK_KEY")?;
     builder
         .with_client_auth_cert(chain, key)
         .map(Some)
-        .with_context(|| format!("cannot use {}", WEBHOOK_TLS.certificate))
+        .context("cannot use WEBHOOK_CERT")
 }
 
-/// What the text of an error of the TLS library means, and what to do about it; nothing if it says so
-/// itself.
+/// Explains the text of an error of the TLS library, and says what to do about it, where that is one that people
+/// meet. `kind` is what the names of the variables begin with: `NATS` or `WEBHOOK`.
 ///
 /// It goes by the text because the NATS client hands out nothing else.
 #[must_use]
-pub fn explain(error: &str, names: &TlsNames) -> Option<String> {
-    if let Some((_, alert)) = error.split_once("received fatal alert: ") {
-        return explain_alert(alert, names);
-    }
-    let TlsNames {
-        ca,
-        certificate,
-        key,
-        without_tls,
-        ..
-    } = names;
+pub fn explain(error: &str, kind: &str) -> Option<String> {
     let is = |part| error.contains(part);
+    // (RFC 8446, 6.2). Up to TLS 1.2 the last one may mean that a certificate is missing.
+    if let Some((_, alert)) = error.split_once("received fatal alert: ")
+        && [
+            "Certificate",
+            "UnknownCA",
+            "DecryptError",
+            "AccessDenied",
+            "HandshakeFailure",
+        ]
+        .iter()
+        .any(|part| alert.contains(part))
+    {
+        return Some(format!(
+            "it refuses the client certificate, or demands one ({alert}); check {kind}_CERT and {kind}_KEY"
+        ));
+    }
     // A bad signature is that of another CA of the same name.
-    if is("UnknownIssuer") || is("BadSignature") {
-        return Some(format!(
-            "its certificate is signed by a CA that is not trusted; name the PEM file of that CA in {ca}"
-        ));
-    }
-    if is("CaUsedAsEndEntity") {
-        return Some(format!(
-            "its certificate is that of a CA, which no server may use; give the server a certificate \
-             signed by the CA, and name the CA in {ca}"
-        ));
-    }
-    if is("certificate expired") || is("Expired") {
-        return Some("its certificate has expired; renew it".to_owned());
-    }
-    if is("certificate not valid yet") || is("NotValidYet") {
-        return Some("its certificate is not valid yet; check the clocks".to_owned());
-    }
-    if is("InvalidContentType") {
-        return Some(format!(
-            "it does not speak TLS there; check host and port, or {without_tls}"
-        ));
-    }
-    if is("close_notify") {
-        return Some("it hung up without an answer".to_owned());
-    }
-    if is("tls handshake eof") {
-        return Some(format!(
-            "it hung up during the TLS handshake; check host and port, or {without_tls}; if it asks for \
-             a client certificate, check {certificate} and {key}"
-        ));
-    }
-    None
-}
-
-/// What the server has against the client certificate (RFC 8446, 6.2), if it is that.
-fn explain_alert(alert: &str, names: &TlsNames) -> Option<String> {
-    let TlsNames {
-        certificate, key, ..
-    } = names;
-    Some(match alert {
-        "CertificateRequired" => {
-            format!("it demands a client certificate; set {certificate} and {key}")
-        }
-        "CertificateExpired" => {
-            let restart = match names.are_reread {
-                true => "",
-                false => ", and start the relay again",
-            };
-            format!(
-                "it says that the client certificate has expired; renew the one in {certificate}{restart}"
-            )
-        }
-        // As above, another CA of the same name.
-        "UnknownCA" | "DecryptError" => format!(
-            "it does not trust the CA of the client certificate; check {certificate}, which must also \
-             hold the certificates of the CAs between it and the root"
-        ),
-        // Some servers say so where there is none.
-        "BadCertificate"
-        | "UnsupportedCertificate"
-        | "CertificateRevoked"
-        | "CertificateUnknown"
-        | "AccessDenied" => format!(
-            "it refuses the client certificate, or demands one ({alert}); check {certificate} and {key}"
-        ),
-        // Up to TLS 1.2 that may be what is missing.
-        "HandshakeFailure" => format!(
-            "it refuses the TLS handshake ({alert}); if it demands a client certificate, set \
-             {certificate} and {key}"
-        ),
-        _ => return None,
+    Some(if is("UnknownIssuer") || is("BadSignature") {
+        format!(
+            "its certificate is signed by a CA that is not trusted; name the PEM file of that CA in {kind}_CA"
+        )
+    } else if is("CaUsedAsEndEntity") {
+        format!(
+            "its certificate is that of a CA, which no server may use; give the server a certificate signed \
+             by the CA, and name the CA in {kind}_CA"
+        )
+    } else if is("certificate expired") || is("Expired") {
+        "its certificate has expired; renew it".to_owned()
+    } else if is("InvalidContentType") || is("tls handshake eof") {
+        "it does not speak TLS there; check scheme, host and port".to_owned()
+    } else if is("close_notify") {
+        "it hung up without an answer".to_owned()
+    } else {
+        return None;
     })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustls::{
-        AlertDescription, CertificateError, Error, InvalidMessage, OtherError, pki_types::UnixTime,
-    };
-    use std::{fmt, sync::Arc, time::Duration};
-
-    /// Named like the verifier's, of which the library shows the name alone.
-    #[derive(Debug)]
-    struct CaUsedAsEndEntity;
-
-    impl fmt::Display for CaUsedAsEndEntity {
-        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            fmt::Debug::fmt(self, f)
-        }
-    }
-
-    impl std::error::Error for CaUsedAsEndEntity {}
+    use rustls::{AlertDescription, CertificateError, Error, InvalidMessage};
 
     #[test]
     fn what_the_library_says_is_put_into_words() {
-        let time = |seconds| UnixTime::since_unix_epoch(Duration::from_secs(seconds));
-        let other = OtherError(Arc::new(CaUsedAsEndEntity));
+        let alert = |alert| Error::AlertReceived(alert);
         for (error, words) in [
             (
                 CertificateError::UnknownIssuer.into(),
                 "name the PEM file of that CA in WEBHOOK_CA",
             ),
-            (CertificateError::Other(other).into(), "is that of a CA"),
-            (CertificateError::Expired.into(), "has expired"),
+            (CertificateError::Expired.into(), "has expired; renew it"),
             (
-                CertificateError::ExpiredContext {
-                    time: time(2),
-                    not_after: time(1),
-                }
-                .into(),
-                "has expired",
+                alert(AlertDescription::CertificateRequired),
+                "or demands one (CertificateRequired); check WEBHOOK_CERT and WEBHOOK_KEY",
             ),
+            (alert(AlertDescription::UnknownCA), "(UnknownCA)"),
             (
-                CertificateError::NotValidYetContext {
-                    time: time(1),
-                    not_before: time(2),
-                }
-                .into(),
-                "check the clocks",
-            ),
-            (
-                Error::AlertReceived(AlertDescription::CertificateRequired),
-                "it demands a client certificate; set WEBHOOK_CERT and WEBHOOK_KEY",
-            ),
-            (
-                Error::AlertReceived(AlertDescription::CertificateExpired),
-                "the client certificate has expired; renew the one in WEBHOOK_CERT, and start",
-            ),
-            (
-                Error::AlertReceived(AlertDescription::UnknownCA),
-                "does not trust the CA of the client certificate; check WEBHOOK_CERT",
-            ),
-            (
-                Error::AlertReceived(AlertDescription::BadCertificate),
-                "refuses the client certificate, or demands one (BadCertificate)",
-            ),
-            (
-                Error::AlertReceived(AlertDescription::HandshakeFailure),
-                "if it demands a client certificate, set WEBHOOK_CERT and WEBHOOK_KEY",
+                alert(AlertDescription::HandshakeFailure),
+                "(HandshakeFailure)",
             ),
             (
                 Error::InvalidMessage(InvalidMessage::InvalidContentType),
-                "or write http://",
+                "it does not speak TLS there",
             ),
         ] {
-            let explained = explain(&error.to_string(), &WEBHOOK_TLS);
+            let explained = explain(&error.to_string(), "WEBHOOK");
             assert!(
                 explained.as_ref().is_some_and(|text| text.contains(words)),
                 "{error}: {explained:?}"
             );
         }
-        let hung_up = "peer closed connection without sending TLS close_notify: https://docs.rs/x";
-        assert_eq!(
-            explain(hung_up, &WEBHOOK_TLS).as_deref(),
-            Some("it hung up without an answer")
-        );
         for other in [
             "Connection refused (os error 111)",
             "received fatal alert: InternalError",
         ] {
-            assert_eq!(explain(other, &WEBHOOK_TLS), None);
+            assert_eq!(explain(other, "WEBHOOK"), None);
         }
     }
 }

@@ -7,7 +7,8 @@ mod addresses;
 mod answer;
 mod endpoint;
 mod id;
-pub mod signing;
+mod secrets;
+mod signing;
 
 use std::{
     error::Error,
@@ -31,13 +32,10 @@ use self::{
     answer::{printable, read, retry_after},
     endpoint::met_dead_connection,
     id::header,
-    signing::SigningSecret,
+    secrets::Secrets,
+    signing::SigningKey,
 };
-use crate::{
-    config::{self, Secrets, WEBHOOK_TLS},
-    source::Delivery,
-    text, tls,
-};
+use crate::{config, source::Delivery, text, tls};
 
 const AGENT: &str = concat!("nats-webhook-relay/", env!("CARGO_PKG_VERSION"));
 const WEBHOOK_ID: HeaderName = HeaderName::from_static("webhook-id");
@@ -63,7 +61,7 @@ const EXCERPT_BYTES: usize = 200;
 pub struct Webhook {
     destinations: Vec<Destination>,
     timeout: Duration,
-    signing_secrets: Vec<SigningSecret>,
+    signing_keys: Vec<SigningKey>,
     sent_secrets: Secrets,
 }
 
@@ -123,8 +121,8 @@ impl Webhook {
         Ok(Self {
             destinations,
             timeout: config.timeout,
-            signing_secrets: config.secrets.clone(),
-            sent_secrets: config.sent_secrets(),
+            signing_keys: config.signing_keys.iter().map(SigningKey::new).collect(),
+            sent_secrets: Secrets::of(config),
         })
     }
 
@@ -228,7 +226,7 @@ impl Webhook {
             .as_secs();
         headers.insert(WEBHOOK_TIMESTAMP, now.into());
         let signatures: Vec<_> = self
-            .signing_secrets
+            .signing_keys
             .iter()
             .map(|secret| secret.sign(id.as_bytes(), now, &delivery.payload))
             .collect();
@@ -277,7 +275,8 @@ impl Destination {
         let reach = match url.every_address() {
             false => Reach::Name(endpoint),
             true => {
-                let (authority, url, tls) = (url.authority(), url.clone(), tls.cloned());
+                let authority = config::authority(url.expose_url());
+                let (url, tls) = (url.clone(), tls.cloned());
                 let open = move |address| Endpoint::new(&url, tls.as_ref(), Some(address));
                 Reach::EveryAddress(Addresses::new(authority, config.timeout, Box::new(open)))
             }
@@ -297,11 +296,11 @@ impl Destination {
             cause = source;
         }
         let cause = cause.to_string();
-        let cause = tls::explain(&cause, &WEBHOOK_TLS).unwrap_or(cause);
+        let cause = tls::explain(&cause, "WEBHOOK").unwrap_or(cause);
         if !error.is_connect() {
             return format!("no valid answer: {cause}");
         }
-        let server = self.url.authority();
+        let server = config::authority(self.url.expose_url());
         match self.url.proxy() {
             Some(proxy) => format!("cannot connect to {server} through the proxy {proxy}: {cause}"),
             None => format!("cannot connect to {server}: {cause}"),

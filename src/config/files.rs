@@ -4,16 +4,12 @@ use std::{
     fs,
     io::{self, Read},
     path::{Path, PathBuf},
-    sync::Arc,
 };
 
 use nkeys::KeyPair;
 use rustls::{
     RootCertStore,
-    crypto::ring,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
-    server::ParsedCertificate,
-    sign::SigningKey,
 };
 use secrecy::{ExposeSecret, SecretString};
 
@@ -63,23 +59,10 @@ pub(super) fn check_authorities(path: &str) -> Result<PathBuf, String> {
     }
 }
 
-/// The path of a file with a certificate and maybe those of the CAs between it and its root, and what it
-/// holds.
-pub(super) fn read_certificate(
+/// The path of a file of certificates, and what it holds: at least one.
+pub(super) fn read_certificates(
     path: &str,
 ) -> Result<(PathBuf, Vec<CertificateDer<'static>>), String> {
-    let (path, chain) = read_certificates(path)?;
-    match chain.first().map(ParsedCertificate::try_from) {
-        Some(Ok(_)) => Ok((path, chain)),
-        _ => Err(format!(
-            "names {}, whose first certificate can't be read; it must be one of X.509 version 3",
-            shown(&path)
-        )),
-    }
-}
-
-/// The path of a file of certificates, and what it holds: at least one.
-fn read_certificates(path: &str) -> Result<(PathBuf, Vec<CertificateDer<'static>>), String> {
     let pem = read(path, read_file)?;
     let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
     match found {
@@ -91,21 +74,16 @@ fn read_certificates(path: &str) -> Result<(PathBuf, Vec<CertificateDer<'static>
     }
 }
 
-/// The path of a file with a private key, and that key.
-pub(super) fn read_key(path: &str) -> Result<(PathBuf, Arc<dyn SigningKey>), String> {
+/// Reads a private key from the file at `path`.
+pub(super) fn read_key(path: &str) -> Result<(PathBuf, PrivateKeyDer<'static>), String> {
     let pem = read(path, read_file)?;
-    let shown = shown(Path::new(path));
-    let key = PrivateKeyDer::from_pem_slice(&pem).map_err(|error| {
-        format!(
-            "names {shown}, which holds no private key in PEM form: {error} (one with a passphrase \
-             can't be used)"
-        )
-    })?;
-    ring::default_provider()
-        .key_provider
-        .load_private_key(key)
-        .map(|key| (path.into(), key))
-        .map_err(|error| format!("names {shown}, whose private key can't be used: {error}"))
+    match PrivateKeyDer::from_pem_slice(&pem) {
+        Ok(key) => Ok((path.into(), key)),
+        Err(error) => Err(format!(
+            "names {}, which holds no private key in PEM form: {error} (one with a passphrase can't be used)",
+            shown(Path::new(path))
+        )),
+    }
 }
 
 /// What a file holds, as `read` finds it.

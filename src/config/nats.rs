@@ -1,6 +1,6 @@
 //! The NATS servers, and how to log in.
 
-use std::{fmt, path::PathBuf};
+use std::fmt;
 
 use async_nats::{Auth, ServerAddr};
 
@@ -8,8 +8,8 @@ use super::{
     environment::Environment,
     files::{read_credentials, read_nkey},
     reader::{Noted, Reader, any_text, parse_bool},
-    tls::{NATS_TLS, Tls},
-    variables::{ADDRESS, CA, CERT, CREDS, HOST, NKEY, PASS, TLS_FIRST, TOKEN, USER},
+    tls::Tls,
+    variables::{ADDRESS, CA, CERT, CREDS, HOST, KEY, NKEY, PASS, TLS_FIRST, TOKEN, USER},
 };
 
 /// What the URL of a server may start with: in clear text until the server wants TLS, with TLS, and as a web
@@ -43,25 +43,22 @@ impl Nats {
         self.servers.iter().any(ServerAddr::is_websocket)
     }
 
-    /// `trust` is the file of `SSL_CERT_FILE`, which counts where `NATS_CA` is not set.
-    pub(super) fn read(
-        reader: &mut Reader<'_>,
-        trust: Result<Option<PathBuf>, Noted>,
-    ) -> Result<Self, Noted> {
+    pub(super) fn read(reader: &mut Reader<'_>) -> Result<Self, Noted> {
         let servers = read_servers(reader);
         let login = Login::read(reader);
-        let tls = Tls::read(reader, &NATS_TLS);
         let tls_first = reader.value(TLS_FIRST, parse_bool);
-        let (tls, tls_first) = (tls?, tls_first?);
+        // Setting one of these implies that no connection may be without TLS.
+        let demands = [CA, CERT].into_iter().filter(|name| reader.is_set(name));
+        let demand = demands
+            .chain((tls_first == Ok(true)).then_some(TLS_FIRST))
+            .next();
+        let is_tls = |server: &ServerAddr| matches!(server.scheme(), "tls" | "wss");
+        let is_tls = servers
+            .as_ref()
+            .is_ok_and(|servers| servers.iter().any(is_tls));
+        let tls = Tls::read(reader, [CA, CERT, KEY], is_tls || demand.is_some());
         let servers = servers?;
-        // Whoever names a CA or a certificate for NATS wants no connection without TLS.
-        let demands = [
-            (CA, tls.ca.is_some()),
-            (CERT, tls.certificate.is_some()),
-            (TLS_FIRST, tls_first),
-        ];
-        let demand = demands.into_iter().find(|(_, is_set)| *is_set);
-        if let Some((variable, _)) = demand
+        if let Some(variable) = demand
             && servers.iter().any(|server| server.scheme() == "ws")
         {
             let problem = format!(
@@ -75,8 +72,8 @@ impl Nats {
             servers,
             login: login?,
             requires_tls: demand.is_some(),
-            tls: tls.or_trust(trust?),
-            tls_first,
+            tls: tls?,
+            tls_first: tls_first?,
         })
     }
 }
@@ -204,7 +201,7 @@ fn parse_server(text: &str) -> Result<ServerAddr, String> {
     }
     let address: ServerAddr = text
         .parse()
-        .map_err(|_| format!("has an entry that is no URL; {example}"))?;
+        .map_err(|_| format!("has an entry that is not a valid URL; {example}"))?;
     if address.host().is_empty() {
         return Err(format!("has an entry without a host; {example}"));
     }
@@ -297,9 +294,9 @@ mod tests {
             (HOST, "http://localhost", "does not start with nats://"),
             (HOST, "nats://a,,nats://b", "has an empty entry"),
             (HOST, "nats://", "has an entry"),
-            (HOST, "nats://host:99999", "is no URL"),
+            (HOST, "nats://host:99999", "is not a valid URL"),
             (HOST, "wsx://localhost", "does not start with nats://"),
-            (HOST, "ws://", "is no URL"),
+            (HOST, "ws://", "is not a valid URL"),
             (HOST, "wss://u:p@host", "contains a login"),
             (HOST, "nats://u:p@host", "contains a login"),
             (HOST, "nats://:p@host", "contains a login"),

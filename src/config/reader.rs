@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use super::{
     environment::Environment,
-    variables::{Default, Kind, Variable},
+    variables::{Default, Kind, find},
 };
 
 /// There is no value, because a problem with it was noted. Only [`Reader::note`] makes one.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub(super) struct Noted(());
 
@@ -31,7 +31,11 @@ impl<'a> Reader<'a> {
 
     /// Notes what is wrong with a variable: `problem` goes on after its name.
     pub(super) fn note(&mut self, name: &str, problem: &str) -> Noted {
-        self.problems.push(format!("{name} {problem}"));
+        let problem = format!("{name} {problem}");
+        // What several settings depend on is read for each of them.
+        if !self.problems.contains(&problem) {
+            self.problems.push(problem);
+        }
         Noted(())
     }
 
@@ -67,7 +71,7 @@ impl<'a> Reader<'a> {
         if let Some(text) = self.text(name)? {
             return self.parse(name, &text, parse);
         }
-        let variable = Variable::find(name);
+        let variable = find(name);
         if let Some(Default::Value(text)) = variable.map(|variable| variable.default) {
             return self.parse(name, text, parse);
         }
@@ -103,7 +107,7 @@ impl<'a> Reader<'a> {
 
     /// What the environment has for a variable.
     fn look_up(&self, name: &str) -> Result<Option<String>, String> {
-        match Variable::find(name).map(|variable| variable.kind) {
+        match find(name).map(|variable| variable.kind) {
             Some(Kind::File) => self.environment.text(name),
             Some(Kind::Plain | Kind::Secret) | None => self.environment.text_or_file(name),
         }
@@ -137,7 +141,9 @@ pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
         .ok()
         .filter(|duration| *duration <= LONGEST_DURATION)
         .ok_or_else(|| {
-            format!("{text:?} is no duration of at most a day; write it like 500ms, 15s or 2m")
+            format!(
+                "{text:?} is not a valid duration of at most a day; write it like 500ms, 15s or 2m"
+            )
         })
 }
 

@@ -2,51 +2,12 @@
 
 use std::path::PathBuf;
 
-use rustls::{Error::InconsistentKeys, InconsistentKeys::KeyMismatch, sign::CertifiedKey};
+use rustls::{Error, crypto::ring, sign::CertifiedKey};
 
 use super::{
-    files::{check_authorities, read_certificate, read_key, shown},
+    files::{check_authorities, read_certificates, read_key, shown},
     reader::{Noted, Reader},
-    variables::{CA, CERT, KEY, WEBHOOK_CA, WEBHOOK_CERT, WEBHOOK_KEY},
-};
-
-/// The variables for TLS to one kind of server.
-#[derive(Debug)]
-pub struct TlsNames {
-    /// Names the CAs to trust.
-    pub ca: &'static str,
-    /// Names the client certificate.
-    pub certificate: &'static str,
-    /// Names its key.
-    pub key: &'static str,
-    /// What to do where the server has no TLS.
-    pub without_tls: &'static str,
-    /// Whether the files are read again for each connection.
-    pub are_reread: bool,
-}
-
-/// The variables for TLS to NATS. The client reads the files whenever it connects.
-pub const NATS_TLS: TlsNames = TlsNames {
-    ca: CA,
-    certificate: CERT,
-    key: KEY,
-    without_tls: "write nats://, without NATS_CA and NATS_CERT",
-    are_reread: true,
-};
-
-/// The same where NATS is reached by a web socket.
-pub const WEB_SOCKET_TLS: TlsNames = TlsNames {
-    without_tls: "write ws://, without NATS_CA and NATS_CERT",
-    ..NATS_TLS
-};
-
-/// The variables for TLS to webhooks.
-pub const WEBHOOK_TLS: TlsNames = TlsNames {
-    ca: WEBHOOK_CA,
-    certificate: WEBHOOK_CERT,
-    key: WEBHOOK_KEY,
-    without_tls: "write http://",
-    are_reread: false,
+    variables::TRUST,
 };
 
 /// The PEM files for TLS to one kind of server.
@@ -59,42 +20,45 @@ pub struct Tls {
 }
 
 impl Tls {
-    pub(super) fn read(reader: &mut Reader<'_>, names: &TlsNames) -> Result<Self, Noted> {
-        let ca = reader.optional(names.ca, check_authorities);
-        let certificate =
-            reader.both_or_neither((names.certificate, read_certificate), (names.key, read_key));
-        let certificate = match certificate? {
+    /// Reads the variables for CAs, certificate and key. `SSL_CERT_FILE` takes the place of the CAs, and is only
+    /// looked at if anything `is_verified` by it: other programs may need it.
+    pub(super) fn read(
+        reader: &mut Reader<'_>,
+        [ca, certificate, key]: [&str; 3],
+        is_verified: bool,
+    ) -> Result<Self, Noted> {
+        let authorities = match reader.is_set(ca) {
+            true => reader.optional(ca, check_authorities),
+            false if is_verified => reader.optional(TRUST, check_authorities),
+            false => reader.optional(TRUST, |path| Ok(path.into())),
+        };
+        let pair = reader.both_or_neither((certificate, read_certificates), (key, read_key))?;
+        let pair = match pair {
             None => None,
-            Some(((certificate, chain), (key, signing_key))) => {
-                let pair = CertifiedKey::new(chain, signing_key);
-                if matches!(pair.keys_match(), Err(InconsistentKeys(KeyMismatch))) {
-                    let problem = format!(
-                        "names {}, whose key does not belong to the first certificate in {}; \
-                         set both to files of one pair",
-                        shown(&key),
-                        names.certificate
-                    );
-                    return Err(reader.note(names.key, &problem));
+            Some(((chain_path, chain), (key_path, der))) => {
+                match CertifiedKey::from_der(chain, der, &ring::default_provider()) {
+                    Ok(_) => Some((chain_path, key_path)),
+                    Err(Error::InvalidCertificate(error)) => {
+                        let shown = shown(&chain_path);
+                        let problem = format!(
+                            "names {shown}, whose first certificate can't be used: {error}"
+                        );
+                        return Err(reader.note(certificate, &problem));
+                    }
+                    Err(error) => {
+                        let shown = shown(&key_path);
+                        let problem = format!(
+                            "names {shown}, whose private key can't be used with the first certificate \
+                             in {certificate}: {error}"
+                        );
+                        return Err(reader.note(key, &problem));
+                    }
                 }
-                Some((certificate, key))
             }
         };
         Ok(Self {
-            ca: ca?,
-            certificate,
+            ca: authorities?,
+            certificate: pair,
         })
-    }
-
-    /// Whether any of it is set.
-    pub(super) fn is_set(&self) -> bool {
-        self.ca.is_some() || self.certificate.is_some()
-    }
-
-    /// With the CAs in the file of `SSL_CERT_FILE`, where no others are named.
-    pub(super) fn or_trust(self, trust: Option<PathBuf>) -> Self {
-        Self {
-            ca: self.ca.or(trust),
-            ..self
-        }
     }
 }

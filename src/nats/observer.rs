@@ -20,7 +20,7 @@ use tokio::sync::mpsc;
 
 use super::{Api, BACKOFF, LASTING, Refusals, events::ConnectionEvent, show};
 use crate::{
-    config::{Config, Mode, NATS_TLS, WEB_SOCKET_TLS},
+    config::{Config, Mode},
     lock::lock,
     monitor::Monitor,
     subject::Prefix,
@@ -65,11 +65,7 @@ pub(super) fn explain(error: &str, server: &ServerAddr, tls_first: bool) -> Stri
                 first (handshake_first), set NATS_TLS_FIRST=true, else check host and port"
             .to_owned();
     }
-    let names = match server.is_websocket() {
-        true => &WEB_SOCKET_TLS,
-        false => &NATS_TLS,
-    };
-    tls::explain(error, names)
+    tls::explain(error, "NATS")
         .or_else(|| explain_web_socket(error))
         .unwrap_or_else(|| error.to_owned())
 }

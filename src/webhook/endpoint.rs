@@ -57,11 +57,9 @@ impl Endpoint {
             // The port is that of the URL, whatever stands here.
             builder = builder.resolve(name, SocketAddr::new(address, 0));
         }
-        if let Some(proxy) = url.proxy() {
-            let through =
-                Proxy::all(proxy.expose_url().clone()).map_err(reqwest::Error::without_url);
-            builder =
-                builder.proxy(through.with_context(|| format!("cannot use the proxy {proxy}"))?);
+        if let Some(proxy) = url.expose_proxy() {
+            let through = Proxy::all(proxy.clone()).map_err(reqwest::Error::without_url);
+            builder = builder.proxy(through.context("cannot use the proxy")?);
         }
         Ok(Self {
             client: builder.build().context("cannot set up the HTTP client")?,

@@ -258,7 +258,7 @@ async fn a_server_without_tls_is_called_that() {
     let relay = Relay::between(&nats, "http://127.0.0.1:1/", &[("NATS_HOST", &url)]);
     let line = relay.logged("cannot connect to NATS").await;
     assert!(
-        line.contains("it does not speak TLS there; check host and port, or write nats://"),
+        line.contains("it does not speak TLS there; check scheme, host and port"),
         "{line}"
     );
 }

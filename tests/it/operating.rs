@@ -501,14 +501,18 @@ async fn check_says_what_holds_and_what_does_not() {
     assert_eq!(code, Some(0), "{lines:#?}");
     assert_eq!(
         lines[1],
-        "warning WEBHOOK_TIMEOUTS is set but not known; is WEBHOOK_TIMEOUT meant?"
+        "warning WEBHOOK_TIMEOUTS is set but not known; did you mean WEBHOOK_TIMEOUT?"
     );
 
     let (code, lines) = check(&with(&[("WEBHOOK_TIMEOUT", "15"), ("LOG_FORMAT", "yaml")])).await;
     assert_eq!(code, Some(78), "{lines:#?}");
     assert_eq!(lines.len(), 3, "{lines:#?}");
 
-    let (code, lines) = check(&with(&[("SSL_CERT_FILE", "/nowhere.pem")])).await;
+    let (code, lines) = check(&with(&[
+        ("SSL_CERT_FILE", "/nowhere.pem"),
+        ("WEBHOOK_DESTINATION", "https://127.0.0.1:1/"),
+    ]))
+    .await;
     assert_eq!(code, Some(78), "{lines:#?}");
     assert!(
         lines[1].starts_with("FAILED  configuration: SSL_CERT_FILE names"),

@@ -153,7 +153,7 @@ async fn names_that_do_not_resolve_and_tls_where_there_is_none_are_tried_again()
         ),
         (
             webhook.url().replace("http", "https"),
-            "it hung up during the TLS handshake; check host and port, or write http://",
+            "it does not speak TLS there; check scheme, host and port",
         ),
     ] {
         let nats = NatsServer::start().await;

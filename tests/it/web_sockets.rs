@@ -168,7 +168,7 @@ async fn whoever_confuses_ports_is_told() {
         ),
         (
             format!("wss://{address}"),
-            "it does not speak TLS there; check host and port, or write ws://",
+            "it does not speak TLS there; check scheme, host and port",
         ),
         (format!("ws://{}", free_address()), "Connection refused"),
     ] {

@@ -1,13 +1,13 @@
 //! The secrets that the relay sends to destinations, which none of what they answer may bring into a
 //! log: some quote what they were sent.
 
-use std::{borrow::Cow, fmt};
+use std::borrow::Cow;
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use percent_encoding::percent_decode_str;
-use reqwest::{Url, header::HeaderMap};
+use reqwest::Url;
 
-use super::Destination;
+use crate::config;
 
 /// A shorter text is no secret, and blotting it out would make others unreadable.
 const SHORTEST: usize = 4;
@@ -15,20 +15,20 @@ const SHORTEST: usize = 4;
 /// What stands where a secret was.
 const BLOT: &str = "***";
 
-/// Secrets in each form in which they are sent. `Debug` does not show them.
-#[derive(Clone, Default)]
+/// Secrets in each form in which they are sent.
+#[derive(Default)]
 pub struct Secrets(Vec<String>);
 
 impl Secrets {
-    pub(super) fn of(destinations: &[Destination], headers: &HeaderMap) -> Self {
+    pub(super) fn of(config: &config::Webhook) -> Self {
         let mut secrets = Self::default();
-        for destination in destinations {
+        for destination in &config.destinations {
             secrets.add_url(destination.expose_url());
-            if let Some(proxy) = destination.proxy() {
-                secrets.add_url(proxy.expose_url());
+            if let Some(proxy) = destination.expose_proxy() {
+                secrets.add_url(proxy);
             }
         }
-        for value in headers.values() {
+        for value in config.headers.values() {
             let value = String::from_utf8_lossy(value.as_bytes());
             // As in `Bearer <token>`.
             secrets.add(value.split_once(' ').map_or("", |(_, rest)| rest));
@@ -81,12 +81,6 @@ impl Secrets {
     }
 }
 
-impl fmt::Debug for Secrets {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Secrets")
-    }
-}
-
 fn decode(text: &str) -> Cow<'_, str> {
     percent_decode_str(text).decode_utf8_lossy()
 }
@@ -96,20 +90,23 @@ fn decode(text: &str) -> Cow<'_, str> {
 mod tests {
     use super::*;
 
-    fn destination(url: &str) -> Destination {
-        Destination {
-            url: url.parse().unwrap(),
-            proxy: None,
-            every_address: false,
-        }
+    /// What is sent to a destination, with this in `WEBHOOK_HEADER_AUTHORIZATION`.
+    fn sent(url: &str, authorization: &str) -> Secrets {
+        let variables = [
+            ("WEBHOOK_DESTINATION", url),
+            ("WEBHOOK_HEADER_AUTHORIZATION", authorization),
+            ("NATS_HOST", "nats://localhost"),
+            ("NATS_SUBJECT_PREFIX", "a"),
+            ("NATS_RELAYED_SUBJECT_PREFIX", "b"),
+        ];
+        let config = config::Config::from_environment(&variables.into_iter().collect());
+        Secrets::of(&config.unwrap().webhook)
     }
 
     #[test]
     fn what_was_sent_is_blotted_out_in_each_form() {
         let url = "http://user:p%C3%A4ssword@host/?key=s%20ecret&plain=hunter2&x=1";
-        let mut headers = HeaderMap::new();
-        headers.insert("authorization", "Bearer token-1234".parse().unwrap());
-        let secrets = Secrets::of(&[destination(url)], &headers);
+        let secrets = sent(url, "Bearer token-1234");
         for (text, expected) in [
             ("no such page", "no such page"),
             ("bad p%C3%A4ssword", "bad ***"),
@@ -124,18 +121,16 @@ mod tests {
         ] {
             assert_eq!(secrets.blot_out(text), expected);
         }
-        assert_eq!(format!("{secrets:?}"), "Secrets");
     }
 
     #[test]
     fn a_user_without_a_password_is_a_login_too() {
-        let sent = |url| Secrets::of(&[destination(url)], &HeaderMap::new());
         // api-key:
         let answer = "got Basic YXBpLWtleTo=";
         assert_eq!(
-            sent("http://api-key@host").blot_out(answer),
+            sent("http://api-key@host", "").blot_out(answer),
             "got Basic ***"
         );
-        assert!(sent("http://host").0.is_empty());
+        assert!(sent("http://host", "").0.is_empty());
     }
 }
