@@ -21,6 +21,11 @@ export function Live() {
     let connection: NatsConnection | undefined;
     let unmounted = false;
 
+    // In dev React mounts this twice, and the first one's end must not be shown.
+    function show(state: keyof typeof LABELS) {
+      if (!unmounted) setState(state);
+    }
+
     async function listen() {
       connection = await wsconnect({
         servers: process.env.NEXT_PUBLIC_NATS_URL,
@@ -41,7 +46,7 @@ export function Live() {
       // If catching up fails, the connection is lost again, and there will be a reconnect.
       catchUp(connection, subscription).catch(() => {});
       for await (const status of connection.status()) {
-        if (status.type === "disconnect") setState("offline");
+        if (status.type === "disconnect") show("offline");
         if (status.type === "reconnect") catchUp(connection, subscription).catch(() => {});
       }
     }
@@ -49,14 +54,14 @@ export function Live() {
     // Whenever the subscription begins to hold, something may have been missed before.
     async function catchUp(connection: NatsConnection, subscription: Subscription) {
       await connection.flush();
-      if (subscription.isClosed()) return setState("offline"); // No permission.
-      setState("live");
+      if (subscription.isClosed()) return show("offline"); // No permission.
+      show("live");
       refresh();
     }
 
     listen()
       .catch(console.error)
-      .finally(() => setState("offline"));
+      .finally(() => show("offline"));
     return () => {
       unmounted = true;
       connection?.close();
@@ -70,17 +75,23 @@ export function Live() {
   );
 }
 
-/** A function that refreshes the page. Calls during a refresh share one that follows it. */
+/** Returns a function that refreshes the page. Calls during a refresh share one that follows it. */
 function useRefresh() {
   const router = useRouter();
   const [wanted, setWanted] = useState(0);
   const [asking, setAsking] = useState(false);
   const [refreshing, startTransition] = useTransition();
-  const done = useRef(0);
+  const last = useRef({ wanted: 0, on: "" });
 
   useEffect(() => {
-    if (asking || refreshing || done.current === wanted) return;
-    done.current = wanted;
+    if (asking || refreshing) return;
+    // Next.js drops a refresh when the visitor follows a link meanwhile: then it is still to be done.
+    const dropped = last.current.on && last.current.on !== location.href;
+    if (last.current.wanted === wanted && !dropped) {
+      last.current.on = "";
+      return;
+    }
+    last.current = { wanted, on: location.href };
     setAsking(true);
     canBeServed().then((yes) => {
       if (yes) startTransition(() => router.refresh());

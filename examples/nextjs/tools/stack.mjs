@@ -4,6 +4,7 @@
 import { spawn } from "node:child_process";
 import { createHash } from "node:crypto";
 import { cpSync, existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { createRequire } from "node:module";
 import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join, resolve } from "node:path";
@@ -13,7 +14,6 @@ import { parseEnv } from "node:util";
 const HERE = resolve(import.meta.dirname, "..");
 const TARGET = process.env.CARGO_TARGET_DIR ?? resolve(HERE, "../../target");
 const RELAY = join(TARGET, "release/nats-webhook-relay");
-const NEXT = join(HERE, "node_modules/next/dist/bin/next");
 /** Longer than any part takes to start on a slow machine. */
 const PATIENCE = 120_000;
 
@@ -33,6 +33,11 @@ export function ports(defaults) {
     nats: Number(NATS_CLIENT_PORT ?? defaults.nats),
     websocket: Number(NATS_WEBSOCKET_PORT ?? defaults.websocket),
   };
+}
+
+/** The program of the Next.js that a project has. @param {string} directory */
+function nextOf(directory) {
+  return createRequire(join(directory, "package.json")).resolve("next/dist/bin/next");
 }
 
 /** @param {number[]} wanted */
@@ -95,9 +100,30 @@ export class Stack {
     const hash = this.#buildHash();
     if (existsSync(stamp) && readFileSync(stamp, "utf8") === hash) return;
     rmSync(stamp, { force: true });
-    const part = this.#start("build", process.execPath, [NEXT, "build"], this.settings, { cwd: HERE, mayEnd: true });
-    if ((await part.ended) !== 0) throw new Error(`next build failed:\n${part.output}`);
+    await this.nextBuild(HERE);
     writeFileSync(stamp, hash);
+  }
+
+  /**
+   * `next build` of any project.
+   * @param {string} directory
+   */
+  async nextBuild(directory) {
+    await this.run(process.execPath, [nextOf(directory), "build"], directory, this.settings);
+  }
+
+  /**
+   * A program that ends by itself, with success.
+   * @param {string} program
+   * @param {string[]} args
+   * @param {string} directory
+   * @param {Variables} variables
+   */
+  async run(program, args, directory, variables = {}) {
+    const part = this.#start("program", program, args, variables, { cwd: directory, mayEnd: true });
+    const code = await part.ended;
+    if (code !== 0) throw new Error(`${[program, ...args].join(" ")} failed (${code}):\n${part.output}`);
+    return part.output;
   }
 
   /**
@@ -107,14 +133,38 @@ export class Stack {
    * @param {Variables} changes
    */
   async site(port = this.ports.site, name = "site", changes = {}) {
-    const copy = `.next-${name}-${process.pid}`;
+    const copy = join(HERE, `.next-${name}-${process.pid}`);
     if (!this.copies.includes(copy)) {
       this.copies.push(copy);
-      cpSync(join(HERE, ".next"), join(HERE, copy), { recursive: true, filter: (path) => !path.endsWith(".next/cache/turbopack") });
+      cpSync(join(HERE, ".next"), join(copy, ".next"), { recursive: true, filter: (path) => !path.endsWith(".next/cache/turbopack") });
     }
-    const args = [NEXT, "start", "--port", String(port), "--hostname", "127.0.0.1"];
-    const part = this.#start(name, process.execPath, args, { ...this.settings, DIST_DIR: copy, ...changes }, { cwd: HERE });
+    await this.next("start", copy, port, name, changes);
+  }
+
+  /**
+   * Next.js, in any project.
+   * @param {"start" | "dev"} command
+   * @param {string} directory
+   * @param {number} port
+   * @param {string} name
+   * @param {Variables} changes
+   */
+  async next(command, directory, port = this.ports.site, name = "site", changes = {}) {
+    // In dev a browser gets no scripts from another host name than this one.
+    const args = [nextOf(directory), command, "--port", String(port), "--hostname", command === "dev" ? "localhost" : "127.0.0.1"];
+    const part = this.#start(name, process.execPath, args, { ...this.settings, ...changes }, { cwd: directory });
     await part.says("Ready in");
+  }
+
+  /**
+   * An empty directory below the example, from which Next.js finds the example's packages.
+   * @param {string} name
+   */
+  project(name) {
+    const directory = join(HERE, `.next-${name}-${process.pid}`);
+    this.copies.push(directory);
+    mkdirSync(directory);
+    return directory;
   }
 
   /** @param {Variables} changes */
@@ -163,7 +213,7 @@ export class Stack {
   }
 
   #removeFiles() {
-    for (const copy of this.copies) rmSync(join(HERE, copy), { recursive: true, force: true });
+    for (const copy of this.copies) rmSync(copy, { recursive: true, force: true });
     rmSync(this.directory, { recursive: true, force: true });
   }
 

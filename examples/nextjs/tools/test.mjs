@@ -4,7 +4,7 @@
 
 import { execFileSync } from "node:child_process";
 import { createHmac } from "node:crypto";
-import { readFileSync } from "node:fs";
+import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { createServer, request as httpRequest } from "node:http";
 import { createRequire } from "node:module";
 import { connect, createServer as createTcpServer } from "node:net";
@@ -12,6 +12,7 @@ import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { connect as connectToNats } from "@nats-io/transport-node";
 import { chromium } from "playwright-core";
+import { PROJECTS, assemble, assembleForNext15, countStale } from "./kinds.mjs";
 import { Stack, demandFreePorts, ports } from "./stack.mjs";
 
 /** @typedef {import("playwright-core").Page} BrowserPage */
@@ -20,6 +21,10 @@ import { Stack, demandFreePorts, ports } from "./stack.mjs";
 
 const EDITS = Number(process.env.EDITS ?? 30);
 const OUTAGES = Math.min(3, EDITS);
+/** Of three edits each, for every kind of page. */
+const ROUNDS = Math.min(7, EDITS);
+/** Without the mend each look takes until a page counts as stale. */
+const ROUNDS_WITHOUT_MEND = Math.min(2, EDITS);
 /** A page that doesn't show an edit after this time is stale, in milliseconds. */
 const STALE_AFTER = 2_000;
 /** The same after an outage, counted from its end: the relay's backoff grows up to 30 s. */
@@ -55,6 +60,8 @@ const DOCUMENTS = [
 ].map((document) => ({ ...document, at: `http://localhost:${chosen.site}${document.path}` }));
 /** @type {Row[]} */
 const rows = [];
+/** @type {{ what: string, [column: string]: string | import("./kinds.mjs").Count }[]} */
+const kinds = [];
 /** @type {import("playwright-core").Browser | undefined} */
 let browser;
 let complete = false;
@@ -119,8 +126,84 @@ async function throughTheRelay() {
   await stack.relay({ WEBHOOK_DESTINATION: `${stack.settings.WEBHOOK_DESTINATION} ${slowSecond}`, ...CORE });
   await twoInstances();
 
-  for (const name of ["relay", "second-site", "site", "nats"]) await stack.end(name);
+  for (const name of ["relay", "second-site", "site"]) await stack.end(name);
+  await everyKind();
+  await stack.end("nats");
   cable.close();
+}
+
+/** Every kind of page: in production, in dev, in Next.js 15, and without the mend of next.config.ts. */
+async function everyKind() {
+  for (const project of PROJECTS) {
+    const directory = stack.project(project.variant);
+    assemble(directory, project);
+    step(`every kind of page, ${project.variant}`);
+    await stack.nextBuild(directory);
+    const built = await countKinds("start", directory, project, ROUNDS);
+    step(`every kind of page, ${project.variant}, in dev`);
+    const dev = await countKinds("dev", directory, project, ROUNDS);
+    /** @type {typeof built} */
+    let next15 = new Map();
+    if (project === PROJECTS[0]) {
+      step("every kind of page, in Next.js 15");
+      const previous = await installNext15();
+      await stack.nextBuild(previous);
+      next15 = await countKinds("start", previous, project, ROUNDS);
+    }
+    step(`every kind of page, ${project.variant}, without the mend`);
+    const plain = stack.project(`${project.variant}-without`);
+    assemble(plain, project, false);
+    await stack.nextBuild(plain);
+    const without = await countKinds("start", plain, project, ROUNDS_WITHOUT_MEND);
+
+    for (const [name, what] of Object.entries(project.kinds)) {
+      const all = (/** @type {typeof built} */ counts) => sum(Object.values(counts.get(name) ?? {}));
+      kinds.push({ what, ...built.get(name), "in dev": all(dev), "in Next.js 15": all(next15), "without the mend": all(without) });
+    }
+  }
+}
+
+/** @param {import("./kinds.mjs").Count[]} counts */
+function sum(counts) {
+  return counts.reduce((all, { looks, stale }) => ({ looks: all.looks + looks, stale: all.stale + stale }), { looks: 0, stale: 0 });
+}
+
+/**
+ * @param {"start" | "dev"} command
+ * @param {string} directory
+ * @param {(typeof PROJECTS)[number]} project
+ * @param {number} rounds
+ */
+async function countKinds(command, directory, project, rounds) {
+  if (!browser) throw new Error("no browser");
+  const origin = `http://localhost:${chosen.site}`;
+  const handlers = ["webhook", "path"].map((name) => `${origin}${project.basePath}/api/cache/${name}`);
+  await stack.next(command, directory);
+  await stack.relay({ WEBHOOK_DESTINATION: handlers.join(" ") });
+  const counts = await countStale({
+    browser,
+    origin,
+    project,
+    rounds,
+    dev: command === "dev",
+    edit: (title) => edit(DOCUMENTS[0], title),
+  });
+  await stack.end("relay");
+  await stack.end("site");
+  return counts;
+}
+
+/** A project of the previous major version, with packages of its own. */
+async function installNext15() {
+  const directory = join(stack.directory, "next15");
+  mkdirSync(directory);
+  const { dependencies, devDependencies } = JSON.parse(readFileSync(join(import.meta.dirname, "../package.json"), "utf8"));
+  for (const name of Object.keys(dependencies)) if (name.startsWith("@nats-io/") && name !== "@nats-io/nats-core") delete dependencies[name];
+  delete devDependencies["playwright-core"];
+  writeFileSync(join(directory, "package.json"), JSON.stringify({ private: true, dependencies: { ...dependencies, next: "15" }, devDependencies }));
+  await stack.run("npm", ["install", "--no-audit", "--no-fund"], directory);
+  assembleForNext15(directory);
+  return directory;
 }
 
 /** The same with browsers that hear of an edit when the relay does. */
@@ -128,7 +211,7 @@ async function directly() {
   step("browsers listening to the CMS directly");
   stack.settings.NEXT_PUBLIC_NATS_SUBJECT = "cms.cache.>";
   const cable = await tcpProxy(chosen.websocket, natsWebsocket);
-  await stack.nats((config) => testConfig(config).replace('subscribe: "relayed.cache.>"', 'subscribe: "cms.cache.>"'));
+  await stack.nats((config) => testConfig(config).replace('subscribe: ["relayed.cache.>"', 'subscribe: ["cms.cache.>"'));
   await stack.build();
   await stack.site(chosen.site, "direct");
   await stack.relay(CORE);
@@ -177,7 +260,7 @@ async function receivers() {
   const route = (/** @type {number} */ site) => `http://localhost:${site}/api/cache/webhook`;
   const receiver = `http://localhost:${port}`;
   // Signs the bytes, as the relay does.
-  const signed = (/** @type {string | Buffer} */ body, at = new Date()) => {
+  const signed = (/** @type {string | Buffer<ArrayBuffer>} */ body, at = new Date()) => {
     const time = String(Math.floor(at.getTime() / 1_000));
     const key = Buffer.from(secret.replace("whsec_", ""), "base64");
     const signature = createHmac("sha256", key).update(`test.${time}.`).update(body).digest("base64");
@@ -536,11 +619,22 @@ function report() {
     const times = took.length > 0 ? [took[took.length >> 1], took[took.length - 1]].map((time) => `${time} ms`) : ["", ""];
     console.log(`| ${what} | ${edits} | ${stale} | ${times.join(" | ")} |`);
   }
-  const stale = rows.filter((row) => row.relayed).reduce((sum, row) => sum + row.stale, 0);
+  if (kinds.length > 0) {
+    const [, ...columns] = Object.keys(kinds[0]);
+    console.log(`\n| | ${columns.join(" | ")} |\n|---|${columns.map(() => "--:|").join("")}`);
+    for (const { what, ...counts } of kinds) {
+      const cells = Object.values(counts).map((count) => (typeof count !== "string" && count.looks ? `${count.stale} of ${count.looks}` : ""));
+      console.log(`| ${what} | ${cells.join(" | ")} |`);
+    }
+  }
+  const without = sum(kinds.map((kind) => /** @type {import("./kinds.mjs").Count} */ (kind["without the mend"])));
+  if (kinds.length > 0 && without.stale === 0) console.log("\nNo page is stale without the mend: it mends nothing, or this test sees nothing.");
+  const mended = kinds.flatMap(({ what, "without the mend": _, ...counts }) => /** @type {import("./kinds.mjs").Count[]} */ (Object.values(counts)));
+  const stale = rows.filter((row) => row.relayed).reduce((all, row) => all + row.stale, sum(mended).stale);
   const next = createRequire(import.meta.url)("next/package.json").version;
   const nats = execFileSync("nats-server", ["--version"], { encoding: "utf8" }).trim().replace(": v", " ");
   console.log(`\nNext.js ${next}, Node.js ${process.versions.node}, Chromium ${browser?.version()}, ${nats}.`);
   if (!complete) console.log("\nNot complete.");
   else console.log(stale === 0 ? "\nThrough the relay: no stale page." : `\nThrough the relay: ${stale} stale pages.`);
-  return stale === 0;
+  return stale === 0 && (kinds.length === 0 || without.stale > 0);
 }
