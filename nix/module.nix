@@ -1,5 +1,6 @@
 # services.nats-webhook-relay: one systemd service for the options themselves, and one for each of
-# `instances`, which has the same options. The program checks the values when the service starts.
+# `instances`, which has the same options. The program checks the values: when the system is built,
+# if no file from outside of the store is needed for that, or else when the service starts.
 {
   config,
   lib,
@@ -163,6 +164,25 @@ let
       message = "${name}: everyone can read settings.${variable}. Use credentials.${variable}.";
     }) (lib.attrNames (given cfg.settings));
 
+  # Has the program check a unit, if nothing that the unit names is outside of the store.
+  check =
+    name:
+    let
+      inherit (config.systemd.services.${name}) environment serviceConfig;
+      namesFile = variable: kindOf variable == "file" || lib.hasSuffix "_FILE" variable;
+      files = lib.attrValues (lib.filterAttrs (variable: _: namesFile variable) environment);
+      isComplete =
+        serviceConfig.EnvironmentFile == [ ] && lib.all (lib.hasPrefix builtins.storeDir) files;
+      settings = lib.mapAttrsToList (variable: value: "${variable}=${value}") environment;
+    in
+    lib.optional (isComplete && pkgs.stdenv.buildPlatform.canExecute pkgs.stdenv.hostPlatform) (
+      pkgs.runCommand "${name}-settings" { } ''
+        env -i ${lib.replaceStrings [ "%%" ] [ "%" ] (lib.escapeShellArgs settings)} \
+          ${serviceConfig.ExecStart} --check=config
+        touch $out
+      ''
+    );
+
   top = config.services.nats-webhook-relay;
   named = lib.mapAttrs' (name: lib.nameValuePair "nats-webhook-relay-${name}") top.instances;
   relays = lib.filterAttrs (_: cfg: cfg.enable) ({ nats-webhook-relay = top; } // named);
@@ -187,6 +207,7 @@ in
 
   config = {
     systemd.services = lib.mapAttrs service relays;
+    system.checks = each (name: _: check name);
     assertions = each assertions;
     warnings = each (
       name: cfg:

@@ -18,6 +18,7 @@ let
           options = {
             assertions = lib.mkOption { type = types.listOf types.attrs; };
             warnings = lib.mkOption { type = types.listOf types.str; };
+            system.checks = lib.mkOption { type = types.listOf types.package; };
             systemd.services = lib.mkOption { type = types.lazyAttrsOf (types.attrsOf types.anything); };
           };
           config._module.args = { inherit pkgs; };
@@ -35,6 +36,7 @@ let
   evaluateWith =
     changes: evaluate { services.nats-webhook-relay = lib.recursiveUpdate minimal changes; };
   serviceWith = changes: (evaluateWith changes).systemd.services.nats-webhook-relay;
+  checksWith = changes: lib.length (evaluateWith changes).system.checks;
   # What the assertions say, or null where a value has the wrong type.
   refusedWith =
     changes:
@@ -165,6 +167,41 @@ let
         null
         null
       ];
+    };
+    "test the program checks at build time what is complete then" = {
+      expr = map checksWith [
+        { }
+        { settings.NATS_CA = "${pkgs.writeText "ca" "ca"}"; }
+        { settings.NATS_CA = "/etc/ca.pem"; }
+        { credentials.NATS_TOKEN = "/run/secrets/x"; }
+        { environmentFiles = [ "/run/secrets/x" ]; }
+        {
+          instances.on = minimal;
+          instances.off.enable = false;
+        }
+      ];
+      expected = [
+        1
+        1
+        0
+        0
+        0
+        2
+      ];
+    };
+    "test a credential that systemd decrypts is as good" = {
+      expr =
+        lib.length
+          (evaluate {
+            services.nats-webhook-relay = minimal // {
+              natsUser = "relay";
+            };
+            systemd.services.nats-webhook-relay = {
+              environment.NATS_PASS_FILE = "%d/NATS_PASS";
+              serviceConfig.LoadCredentialEncrypted = "NATS_PASS:/etc/credstore.encrypted/nats";
+            };
+          }).system.checks;
+      expected = 0;
     };
     "test the lanes of the documentation are as many services, each with a consumer of its own" = {
       expr = lib.mapAttrs (_: service: service.environment.NATS_CONSUMER) (evaluate lanes).systemd.services;
