@@ -21,28 +21,48 @@ use std::{
 
 use async_nats::jetstream;
 
-use check::{Evidence, Findings, read};
+use check::{Evidence, Findings, published, read};
 use nemesis::{Episode, Nemesis, PATIENCE};
 use stage::{Cast, Stage};
-use traffic::Publisher;
+use traffic::{Listener, Messages, Publisher};
 
 /// The casts, each of which has its share of the time.
-const CASTS: [Cast; 4] = [
+const CASTS: [Cast; 6] = [
     Cast {
         servers: 1,
         relays: 1,
+        environments: &["production"],
+        limit: None,
     },
     Cast {
         servers: 1,
         relays: 3,
-    },
-    Cast {
-        servers: 3,
-        relays: 1,
+        environments: &["production"],
+        limit: None,
     },
     Cast {
         servers: 3,
         relays: 3,
+        environments: &["production"],
+        limit: None,
+    },
+    Cast {
+        servers: 1,
+        relays: 2,
+        environments: &["production", "preview"],
+        limit: None,
+    },
+    Cast {
+        servers: 3,
+        relays: 1,
+        environments: &["production", "preview"],
+        limit: None,
+    },
+    Cast {
+        servers: 1,
+        relays: 3,
+        environments: &["production"],
+        limit: Some(5),
     },
 ];
 
@@ -83,12 +103,8 @@ async fn whatever_goes_wrong_nothing_is_lost_and_the_order_is_kept() {
         let time = Duration::from_secs_f64(minutes * 60.0 / CASTS.len() as f64);
         let seed = seed.wrapping_mul(1000).wrapping_add(n as u64);
         let found = run(cast, time, seed, &results, &mut figures).await;
-        let Cast { servers, relays } = cast;
-        violations.extend(
-            found
-                .into_iter()
-                .map(|violation| format!("servers {servers}, relays {relays}: {violation}")),
-        );
+        let found = found.into_iter();
+        violations.extend(found.map(|violation| format!("{cast}: {violation}")));
     }
     for violation in &violations {
         println!("{violation}");
@@ -107,7 +123,12 @@ async fn run(
 ) -> Vec<String> {
     let start = Instant::now();
     let mut stage = Stage::set(cast, seed).await;
-    let publisher = Publisher::start(&stage.addresses(), seed).await;
+    let listener = Listener::start(&stage.client).await;
+    let messages = Messages {
+        seed,
+        have_ids: cast.limit.is_some(),
+    };
+    let publisher = Publisher::start(&stage.addresses(), messages).await;
     let confirmed = publisher.confirmed();
     assert!(
         stage.reached(0, PATIENCE).await,
@@ -137,19 +158,26 @@ async fn run(
     let confirmed = publisher.end().await;
     stage.reached(confirmed - 1, PATIENCE).await;
     let jetstream = jetstream::new(stage.client.clone());
-    settle(&jetstream).await;
-    for relay in 0..cast.relays {
+    settle(&jetstream, cast.environments).await;
+    for relay in 0..cast.replicas() {
         stage.look_after_relays().await;
         stage.stop_relay(relay).await;
     }
+    let kept = read(&jetstream, "CMS").await.unwrap();
     let evidence = Evidence {
-        seed,
+        cast,
+        messages,
         confirmed,
-        input: read(&jetstream, "CMS").await.unwrap(),
+        input: match cast.limit {
+            Some(_) => published(messages, confirmed, &kept),
+            None => kept,
+        },
         relayed: read(&jetstream, "RELAYED").await.unwrap(),
+        heard: listener.end(),
         requests: stage.endpoint.webhook.requests(),
-        successes: stage.endpoint.answers.lock().unwrap().successes.clone(),
+        answers: stage.endpoint.answers.lock().unwrap().clone(),
         episodes,
+        replayed: std::mem::take(&mut stage.replayed),
         logs: stage.logs.clone(),
         deaths: stage.deaths.clone(),
     };
@@ -159,18 +187,23 @@ async fn run(
         findings.violations.push(memory);
     }
     figures.add(&evidence, &findings, stage.memory);
-    let directory = results.join(format!("servers-{}-relays-{}", cast.servers, cast.relays));
-    keep(&directory, &stage, &evidence, &story, &findings);
+    let directory = results.join(cast.to_string().replace(", ", "-").replace(' ', "-"));
+    keep(&directory, start, &stage, &evidence, &story, &findings);
     findings.violations
 }
 
 /// Waits until all was relayed and acknowledged. It need not be: what is missing shows afterwards.
-async fn settle(jetstream: &jetstream::Context) {
+async fn settle(jetstream: &jetstream::Context, environments: &[&str]) {
     let deadline = Instant::now() + PATIENCE;
     let is_settled = async || -> anyhow::Result<bool> {
         let stream = jetstream.get_stream_no_info("CMS").await?;
-        let info = stream.consumer_info("relay").await?;
-        Ok(info.num_pending == 0 && info.num_ack_pending == 0)
+        for environment in environments {
+            let info = stream.consumer_info(environment).await?;
+            if info.num_pending + info.num_ack_pending as u64 > 0 {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     };
     while Instant::now() < deadline && !is_settled().await.unwrap_or(false) {
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -178,7 +211,14 @@ async fn settle(jetstream: &jetstream::Context) {
 }
 
 /// Writes down what happened, for whoever looks into it.
-fn keep(directory: &Path, stage: &Stage, evidence: &Evidence, story: &str, findings: &Findings) {
+fn keep(
+    directory: &Path,
+    start: Instant,
+    stage: &Stage,
+    evidence: &Evidence,
+    story: &str,
+    findings: &Findings,
+) {
     let _ = fs::remove_dir_all(directory);
     fs::create_dir_all(directory).unwrap();
     let write = |name: &str, text: &str| fs::write(directory.join(name), text).unwrap();
@@ -196,6 +236,11 @@ fn keep(directory: &Path, stage: &Stage, evidence: &Evidence, story: &str, findi
     };
     write("input", &list(&evidence.input));
     write("relayed", &list(&evidence.relayed));
+    let heard = evidence.heard.iter();
+    let heard: Vec<_> = heard
+        .map(|heard| format!("{:.3?} {} {}", heard.at - start, heard.subject, heard.id))
+        .collect();
+    write("heard", &heard.join("\n"));
 }
 
 impl Figures {

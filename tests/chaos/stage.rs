@@ -2,22 +2,65 @@
 
 use std::{
     collections::BTreeMap,
+    fmt,
     net::SocketAddr,
     time::{Duration, Instant},
 };
 
-use async_nats::{Client, ServerAddr};
+use async_nats::{
+    Client, ServerAddr,
+    jetstream::{
+        self,
+        consumer::{DeliverPolicy, FromConsumer, pull},
+    },
+};
 
 use crate::{
-    support::{NatsServer, Network, Proxy, Relay},
+    support::{NatsServer, Network, Proxy, Relay, until_ok},
     traffic::{self, Endpoint},
 };
 
-/// How many servers and relays there are.
+/// Who takes part.
 #[derive(Clone, Copy, Debug)]
 pub struct Cast {
     pub servers: usize,
+    /// How many relays each environment has.
     pub relays: usize,
+    /// The environments that relay the same messages, each under a prefix of its own.
+    pub environments: &'static [&'static str],
+    /// How many messages the input stream keeps at most, if there is a limit.
+    pub limit: Option<i64>,
+}
+
+impl Cast {
+    /// Returns how many relays there are in all.
+    pub fn replicas(self) -> usize {
+        self.relays * self.environments.len()
+    }
+
+    /// Returns the environment that a relay belongs to.
+    pub fn environment_of(self, replica: usize) -> &'static str {
+        self.environments[replica / self.relays]
+    }
+
+    /// Returns the relays of an environment.
+    pub fn relays_of(self, environment: &str) -> impl Iterator<Item = usize> {
+        (0..self.replicas()).filter(move |relay| self.environment_of(*relay) == environment)
+    }
+}
+
+impl fmt::Display for Cast {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            servers, relays, ..
+        } = self;
+        write!(f, "servers {servers}, relays {relays}")?;
+        if self.environments.len() > 1 {
+            write!(f, ", environments {}", self.environments.len())?;
+        }
+        self.limit
+            .map_or(Ok(()), |limit| write!(f, ", limit {limit}"))
+    }
 }
 
 pub struct Stage {
@@ -25,8 +68,6 @@ pub struct Stage {
     pub servers: Vec<NatsServer>,
     pub replicas: Vec<Replica>,
     pub endpoint: Endpoint,
-    /// The network before the webhook.
-    pub front: Proxy,
     /// A client that no fault of the network reaches.
     pub client: Client,
     /// The log of each relay that has ended, by its name.
@@ -35,12 +76,37 @@ pub struct Stage {
     pub deaths: Vec<String>,
     /// The most memory that a relay has had, in kB.
     pub memory: u64,
+    pub replayed: Vec<Replayed>,
+}
+
+/// How an operator has messages handed out again.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Replay {
+    /// As by `nats consumer reset`.
+    Reset,
+    /// The consumer is deleted and created anew.
+    Recreated,
+}
+
+/// What an environment was handed out again.
+pub struct Replayed {
+    pub environment: &'static str,
+    /// From the message of this sequence on,
+    pub from: u64,
+    /// of which those up to this one had been acknowledged.
+    pub to: u64,
+    pub at: Instant,
+    /// Whether a server has confirmed that.
+    pub is_confirmed: bool,
 }
 
 /// A relay that is started again whenever it has ended.
 pub struct Replica {
-    /// To each of the servers.
+    /// The network between it and each of the servers.
     pub links: Vec<Proxy>,
+    /// The network between it and the webhook.
+    pub front: Proxy,
+    pub environment: &'static str,
     relay: Option<Relay>,
     /// Which of the replicas, and which of its processes: `1.4`.
     pub name: String,
@@ -60,19 +126,28 @@ impl Stage {
             _ => NatsServer::cluster_with(retiring, "no_advertise: true").await,
         };
         let replication = servers.len();
-        for (stream, subject) in [("CMS", "cms.cache.>"), ("RELAYED", "relayed.cache.>")] {
+        for (stream, subject) in [("CMS", "cms.cache.>"), ("RELAYED", "relayed.>")] {
             servers[0].create_stream(stream, subject, replication).await;
         }
-        let endpoint = Endpoint::start(seed).await;
-        let front = Proxy::to(endpoint.webhook.address()).await;
+        let client = traffic::client(&addresses(&servers)).await;
+        if let Some(limit) = cast.limit {
+            let jetstream = jetstream::new(client.clone());
+            let mut stream = jetstream.get_stream("CMS").await.unwrap();
+            let mut config = stream.info().await.unwrap().config.clone();
+            config.max_messages = limit;
+            jetstream.update_stream(config).await.unwrap();
+        }
+        let endpoint = Endpoint::start(seed, cast.environments).await;
         let mut replicas = Vec::new();
-        for number in 1..=cast.relays {
+        for number in 1..=cast.replicas() {
             let mut links = Vec::new();
             for server in &servers {
                 links.push(Proxy::to(SocketAddr::from(([127, 0, 0, 1], server.port()))).await);
             }
             replicas.push(Replica {
                 links,
+                front: Proxy::to(endpoint.webhook.address()).await,
+                environment: cast.environment_of(number - 1),
                 relay: None,
                 name: String::new(),
                 number,
@@ -80,17 +155,17 @@ impl Stage {
             });
         }
         let mut stage = Self {
-            client: traffic::client(&addresses(&servers)).await,
+            client,
             cast,
             servers,
             replicas,
             endpoint,
-            front,
             logs: BTreeMap::new(),
             deaths: Vec::new(),
             memory: 0,
+            replayed: Vec::new(),
         };
-        for replica in 0..cast.relays {
+        for replica in 0..cast.replicas() {
             stage.start_relay(replica);
         }
         stage
@@ -109,19 +184,21 @@ impl Stage {
         let servers: Vec<_> = links
             .map(|link| format!("nats://{}", link.address()))
             .collect();
-        let (servers, webhook) = (
-            servers.join(","),
-            format!("http://{}/", self.front.address()),
-        );
+        let servers = servers.join(",");
+        let webhook = format!("http://{}/", replica.front.address());
+        let prefix = format!("relayed.{}", replica.environment);
+        // Where others can take over, a request may outlive the ack wait.
+        let timeout = if self.cast.relays > 1 { "8s" } else { "2s" };
         replica.relay = Some(Relay::start([
             ("WEBHOOK_DESTINATION", &webhook[..]),
             ("WEBHOOK_HEADER_X_RELAY", &replica.name),
-            ("WEBHOOK_TIMEOUT", "2s"),
+            ("WEBHOOK_HEADER_X_ENVIRONMENT", replica.environment),
+            ("WEBHOOK_TIMEOUT", timeout),
             ("NATS_HOST", &servers),
             ("NATS_SUBJECT_PREFIX", "cms.cache"),
-            ("NATS_RELAYED_SUBJECT_PREFIX", "relayed.cache"),
+            ("NATS_RELAYED_SUBJECT_PREFIX", &prefix),
             ("NATS_STREAM", "CMS"),
-            ("NATS_CONSUMER", "relay"),
+            ("NATS_CONSUMER", replica.environment),
             ("NATS_RELAYED_STREAM", "RELAYED"),
         ]));
     }
@@ -193,6 +270,49 @@ impl Stage {
                 link.set(network);
             }
         }
+    }
+
+    /// Sets the network between each relay and the webhook.
+    pub fn set_fronts(&self, network: Network) {
+        for replica in &self.replicas {
+            replica.front.set(network);
+        }
+    }
+
+    /// Has the last messages that an environment has acknowledged handed out again; nothing, where no server
+    /// can be told just now.
+    pub async fn replay(&mut self, environment: &'static str, how: Replay, count: u64) {
+        let jetstream = jetstream::new(self.client.clone());
+        let stream = jetstream.get_stream_no_info("CMS").await.unwrap();
+        let Ok(info) = stream.consumer_info(environment).await else {
+            return;
+        };
+        let to = info.ack_floor.stream_sequence;
+        let from = to.saturating_sub(count) + 1;
+        let at = Instant::now();
+        let is_confirmed = match how {
+            Replay::Reset => stream.reset_consumer(environment, Some(from)).await.is_ok(),
+            Replay::Recreated => {
+                let mut config = pull::Config::try_from_consumer_config(info.config).unwrap();
+                config.deliver_policy = DeliverPolicy::ByStartSequence {
+                    start_sequence: from,
+                };
+                until_ok("the consumer is created anew", async || {
+                    // It may be gone already, or a relay may have created it meanwhile.
+                    let _ = stream.delete_consumer(environment).await;
+                    stream.create_consumer(config.clone()).await
+                })
+                .await;
+                true
+            }
+        };
+        self.replayed.push(Replayed {
+            environment,
+            from,
+            to,
+            at,
+            is_confirmed,
+        });
     }
 
     /// Waits until message `n` or a later one has come through; whether it has in time.

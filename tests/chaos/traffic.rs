@@ -1,5 +1,5 @@
-//! What goes through the relays: messages of all sorts, published without a pause, and the webhook that
-//! gets them.
+//! What goes through the relays: messages of all sorts, published without a pause; the webhook that gets
+//! them, and a subscriber of all that is relayed.
 
 use std::{
     collections::HashMap,
@@ -10,6 +10,7 @@ use std::{
 use async_nats::{Client, ConnectOptions, HeaderMap, ServerAddr, jetstream};
 use bytes::Bytes;
 use fastrand::Rng;
+use futures::StreamExt;
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
 
 use crate::support::{Answer, Received, Webhook};
@@ -23,8 +24,26 @@ const LATENCY: u64 = 12;
 /// How long the publisher waits for the stream to confirm a message, before it publishes it again.
 const CONFIRMATION_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Message `n` of a run: sizes, bytes and headers vary, and some come without an id of their own.
-pub fn message(seed: u64, n: usize) -> (String, HeaderMap, Vec<u8>) {
+/// The messages of a run.
+#[derive(Clone, Copy)]
+pub struct Messages {
+    pub seed: u64,
+    /// Whether each has an id of its own.
+    pub have_ids: bool,
+}
+
+impl Messages {
+    /// Message `n`: sizes, bytes and headers vary, and some come without an id of their own.
+    pub fn get(self, n: usize) -> (String, HeaderMap, Vec<u8>) {
+        let (subject, mut headers, payload) = message(self.seed, n);
+        if self.have_ids {
+            headers.insert("Nats-Msg-Id", n.to_string());
+        }
+        (subject, headers, payload)
+    }
+}
+
+fn message(seed: u64, n: usize) -> (String, HeaderMap, Vec<u8>) {
     let mut random = Rng::with_seed(seed.wrapping_add(n as u64));
     let subject = format!("cms.cache.{}.{}", random.u8(0..7), random.alphanumeric());
     let mut headers = HeaderMap::new();
@@ -79,7 +98,7 @@ pub type Confirmed = Arc<Mutex<Vec<Instant>>>;
 
 impl Publisher {
     /// By a client that no fault of the network reaches.
-    pub async fn start(servers: &[ServerAddr], seed: u64) -> Self {
+    pub async fn start(servers: &[ServerAddr], messages: Messages) -> Self {
         let jetstream = jetstream::new(client(servers).await);
         let confirmed = Confirmed::default();
         let times = Arc::clone(&confirmed);
@@ -89,7 +108,7 @@ impl Publisher {
                 if *ending.borrow() {
                     return;
                 }
-                publish(&jetstream, message(seed, n)).await;
+                publish(&jetstream, messages.get(n)).await;
                 times.lock().unwrap().push(Instant::now());
                 tokio::time::sleep(Duration::from_millis(fastrand::u64(0..PACE))).await;
             }
@@ -131,6 +150,50 @@ async fn publish(
     }
 }
 
+/// A message as a subscriber heard it.
+pub struct Heard {
+    pub at: Instant,
+    pub subject: String,
+    /// Its id, without the prefix that it ends in.
+    pub id: String,
+}
+
+/// Hears all that is relayed, as browsers do: each copy of it, by a client that no fault of the network
+/// reaches.
+pub struct Listener {
+    heard: Arc<Mutex<Vec<Heard>>>,
+    listening: JoinHandle<()>,
+}
+
+impl Listener {
+    pub async fn start(client: &Client) -> Self {
+        let mut relayed = client.subscribe("relayed.>").await.unwrap();
+        client.flush().await.unwrap();
+        let heard: Arc<Mutex<Vec<_>>> = Arc::default();
+        let all = Arc::clone(&heard);
+        let listening = tokio::spawn(async move {
+            while let Some(message) = relayed.next().await {
+                let (at, subject) = (Instant::now(), message.subject.to_string());
+                let id = message.headers.as_ref().map(id_of).unwrap_or_default();
+                all.lock().unwrap().push(Heard { at, subject, id });
+            }
+        });
+        Self { heard, listening }
+    }
+
+    /// All that it has heard.
+    pub fn end(self) -> Vec<Heard> {
+        self.listening.abort();
+        std::mem::take(&mut self.heard.lock().unwrap())
+    }
+}
+
+/// The id of a relayed message, without the prefix that it ends in.
+pub fn id_of(headers: &HeaderMap) -> String {
+    let id = headers.get("Nats-Msg-Id").map_or("", |id| id.as_str());
+    id.split('@').next().unwrap_or_default().to_owned()
+}
+
 /// A client that stays connected to whichever server is there.
 pub async fn client(servers: &[ServerAddr]) -> Client {
     let options = ConnectOptions::new()
@@ -152,8 +215,8 @@ pub enum Mood {
     Slow(Duration),
 }
 
-/// What the webhook has answered so far.
-#[derive(Default)]
+/// What the webhook has answered to the relays of one environment so far.
+#[derive(Clone, Default)]
 pub struct Answers {
     /// When each message, by its `webhook-id`, was first answered with 200.
     pub successes: HashMap<String, SystemTime>,
@@ -167,13 +230,16 @@ pub struct Answers {
 pub struct Endpoint {
     pub webhook: Webhook,
     pub mood: Arc<Mutex<Mood>>,
-    pub answers: Arc<Mutex<Answers>>,
+    /// By environment.
+    pub answers: Arc<Mutex<HashMap<String, Answers>>>,
 }
 
 impl Endpoint {
-    pub async fn start(seed: u64) -> Self {
+    pub async fn start(seed: u64, environments: &[&str]) -> Self {
         let mood = Arc::new(Mutex::new(Mood::Good));
-        let answers = Arc::new(Mutex::new(Answers::default()));
+        let none = |environment: &&str| (environment.to_string(), Answers::default());
+        let answers: HashMap<_, _> = environments.iter().map(none).collect();
+        let answers = Arc::new(Mutex::new(answers));
         let random = Mutex::new(Rng::with_seed(seed));
         let (own_mood, own_answers) = (Arc::clone(&mood), Arc::clone(&answers));
         let webhook = Webhook::start(move |_, request| {
@@ -193,6 +259,8 @@ impl Endpoint {
                 }
             };
             let mut answers = own_answers.lock().unwrap();
+            let environment = request.header("x-environment").unwrap_or_default();
+            let answers = answers.get_mut(environment).expect("a known environment");
             let id = request.header("webhook-id").unwrap_or_default().to_owned();
             let at = SystemTime::now() + delay;
             let first = *answers
@@ -219,18 +287,28 @@ impl Endpoint {
         *self.mood.lock().unwrap() = mood;
     }
 
-    /// Whether message `n` or a later one has succeeded.
+    /// Returns whether message `n` or a later one has succeeded in each environment.
     pub fn has_reached(&self, n: usize) -> bool {
-        let latest = self.answers.lock().unwrap().latest;
-        latest.is_some_and(|latest| latest >= n)
+        let answers = self.answers.lock().unwrap();
+        let is_there = |answers: &Answers| answers.latest.is_some_and(|latest| latest >= n);
+        answers.values().all(is_there)
     }
 
-    /// The longest time since `from` in which a message that the stream had did not come through, nor did
-    /// any other.
+    /// The longest time since `from` in which a message that the stream had did not come through in some
+    /// environment, nor did any other.
     pub fn longest_standstill(&self, from: Instant, confirmed: &Confirmed) -> Duration {
         let (answers, confirmed) = (self.answers.lock().unwrap(), confirmed.lock().unwrap());
+        let standstills = answers
+            .values()
+            .map(|answers| answers.longest_standstill(from, &confirmed));
+        standstills.max().unwrap_or_default()
+    }
+}
+
+impl Answers {
+    fn longest_standstill(&self, from: Instant, confirmed: &[Instant]) -> Duration {
         let (mut last, mut longest) = (from, Duration::ZERO);
-        for (at, number) in &answers.times {
+        for (at, number) in &self.times {
             let waited_since = number.and_then(|number| confirmed.get(number));
             let since = waited_since.map_or(last, |since| last.max(*since));
             longest = longest.max(at.saturating_duration_since(since));

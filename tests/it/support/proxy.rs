@@ -1,6 +1,6 @@
 //! The network between two parts: it can be cut, slowed down, and reset.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{future::pending, net::SocketAddr, time::Duration};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -8,15 +8,16 @@ use tokio::{
         TcpListener, TcpStream,
         tcp::{OwnedReadHalf, OwnedWriteHalf},
     },
-    sync::watch,
+    sync::{mpsc, watch},
     task::JoinHandle,
+    time::{Instant, sleep_until},
 };
 
 /// What the network is like.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Network {
     Good,
-    /// Everything takes so much longer, each way.
+    /// Everything arrives so much later, each way.
     Slow(Duration),
     /// Nothing gets through, and nobody says so. What was sent meanwhile arrives afterwards.
     Cut,
@@ -111,34 +112,53 @@ async fn forward(
     }
 }
 
+/// How much may be on its way in one direction, in reads.
+const CAPACITY: usize = 64;
+
 /// One direction, until there is nothing more to read.
 async fn pass_on(
     mut from: OwnedReadHalf,
     mut to: OwnedWriteHalf,
     mut network: watch::Receiver<Network>,
 ) {
-    let mut buffer = vec![0; 16 * 1024];
-    while let Ok(length @ 1..) = from.read(&mut buffer).await {
-        if !can_pass(&mut network).await || to.write_all(&buffer[..length]).await.is_err() {
-            return;
+    let (sender, mut on_its_way) = mpsc::channel(CAPACITY);
+    let conditions = network.clone();
+    let reading = async move {
+        let mut buffer = vec![0; 16 * 1024];
+        while let Ok(length @ 1..) = from.read(&mut buffer).await {
+            let delay = match *conditions.borrow() {
+                Network::Slow(delay) => delay,
+                Network::Good | Network::Cut | Network::Down => Duration::ZERO,
+            };
+            let arrives = Instant::now() + delay;
+            let sent = sender.send((arrives, buffer[..length].to_vec()));
+            if sent.await.is_err() {
+                break;
+            }
         }
-    }
-    if can_pass(&mut network).await {
-        let _ = to.shutdown().await;
+        drop(sender);
+        pending().await
+    };
+    let writing = async move {
+        while let Some((arrives, bytes)) = on_its_way.recv().await {
+            sleep_until(arrives).await;
+            if !can_pass(&mut network).await || to.write_all(&bytes).await.is_err() {
+                return;
+            }
+        }
+        if can_pass(&mut network).await {
+            let _ = to.shutdown().await;
+        }
+    };
+    // Writing ends when reading has, and all of it has arrived.
+    tokio::select! {
+        () = reading => {}
+        () = writing => {}
     }
 }
 
 /// Waits until the network lets something pass; false if it never will.
 async fn can_pass(network: &mut watch::Receiver<Network>) -> bool {
     let state = network.wait_for(|network| *network != Network::Cut).await;
-    let Ok(delay) = state.map(|state| match *state {
-        Network::Slow(delay) => delay,
-        Network::Good | Network::Cut | Network::Down => Duration::ZERO,
-    }) else {
-        return false;
-    };
-    if !delay.is_zero() {
-        tokio::time::sleep(delay).await;
-    }
-    true
+    state.is_ok()
 }
