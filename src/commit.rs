@@ -173,6 +173,8 @@ impl Publisher {
             // Without a connection that is what the log says already.
             if stream.connection.is_up() {
                 warn!("JetStream is not ready: {reason}; next attempt in {wait:.1?}");
+                let obstacle = format!("JetStream is not ready: {reason}");
+                stream.monitor.set_obstacle(Some(obstacle));
             }
             sleep(wait).await;
         }

@@ -107,13 +107,13 @@ impl Forward {
         let since = delivery.ack.as_ref().map(|ack| ack.stored());
         let _working = self
             .monitor
-            .add_received(since.unwrap_or_else(SystemTime::now));
+            .add_received(&delivery.subject, since.unwrap_or_else(SystemTime::now));
         let ids = Ids::of(delivery);
         match self.try_relay(delivery, &ids).await {
             Ok(relayed) => {
                 if relayed.is_acknowledged {
                     let elapsed = start.elapsed();
-                    self.monitor.add_relayed(elapsed);
+                    self.monitor.add_relayed(relayed.status(), elapsed);
                     info!(
                         subject:% = delivery.subject,
                         relayed_subject = relayed.subject,
@@ -123,11 +123,17 @@ impl Forward {
                         "{} -> {relayed}, {elapsed:.1?})",
                         delivery.subject
                     );
+                } else {
+                    self.monitor
+                        .add_unfinished("NATS has not confirmed the ack");
                 }
                 relayed.is_acknowledged
             }
             Err(Unrelayed::GivenUp(given_up)) => self.give_up(delivery, &ids, given_up).await,
-            Err(Unrelayed::Abandoned) => false,
+            Err(Unrelayed::Abandoned) => {
+                self.monitor.add_unfinished("another relay has it");
+                false
+            }
         }
     }
 
@@ -151,6 +157,7 @@ impl Forward {
             return Err(Unrelayed::Abandoned);
         }
         let posted = self.posting.post(delivery, &ids.webhook).await?;
+        self.monitor.set_posted();
         let delay = self.config.republish_delay;
         if !delay.is_zero() {
             sleep(delay).await;
@@ -180,7 +187,8 @@ impl Forward {
             reason = given_up.reason;
             "{line}"
         );
-        self.monitor.add_given_up(given_up.cause, line);
+        self.monitor
+            .add_given_up(given_up.cause, &delivery.subject, &given_up.reason);
         let outcome = Outcome::GivenUp;
         if let Some(publisher) = &self.commit.failed {
             let published = match relayed_subject(delivery, &self.config.prefix, &publisher.prefix)
@@ -224,14 +232,15 @@ impl Forward {
             None => {
                 let line = format!("{subject} is not relayed: {reason}");
                 error!(subject:% = subject, reason; "{line}");
-                self.monitor.add_given_up(Cause::Stopped, line);
+                self.monitor.add_given_up(Cause::Stopped, subject, reason);
             }
             Some(ack) => {
                 warn!(
                     subject:% = subject, reason;
                     "{subject} is not finished: {reason}; {} stays in the stream",
                     ack.id
-                )
+                );
+                self.monitor.add_unfinished(reason);
             }
         }
     }

@@ -51,7 +51,10 @@ mod text;
 mod tls;
 mod webhook;
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use futures::{Stream, StreamExt, stream::pending};
 use log::error;
@@ -68,6 +71,7 @@ pub use self::{
     text::reasons,
 };
 use self::{
+    config::Mode,
     forward::Forward,
     monitor::{Heartbeat, Monitor, endpoints, logging},
     nats::ClientCrashed,
@@ -75,6 +79,9 @@ use self::{
     source::Source,
     webhook::Webhook,
 };
+
+/// How long the page tells why the relay ends: a bit longer than it takes to look again.
+const LAST_WORDS: Duration = Duration::from_secs(3);
 
 /// Starts logging to standard error, as the settings say.
 pub fn start_logging(log: &Log) {
@@ -90,7 +97,8 @@ pub fn start_logging(log: &Log) {
 /// When it cannot go on: login refused, permission, stream or consumer missing, status port taken.
 pub async fn run(config: Config, stop: impl Stream<Item = ()> + Unpin) -> anyhow::Result<()> {
     let config = Arc::new(config);
-    let monitor = Arc::new(Monitor::new()?);
+    let about = config.status_listen.map(|_| about(&config));
+    let monitor = Arc::new(Monitor::new(about)?);
     if let Some(address) = config.status_listen {
         endpoints::start(address, Arc::clone(&monitor))?;
     }
@@ -103,7 +111,35 @@ pub async fn run(config: Config, stop: impl Stream<Item = ()> + Unpin) -> anyhow
         never = heartbeat.beat(&monitor) => match never {},
     };
     heartbeat.stopping(&monitor);
+    if let Err(reason) = &ended
+        && config.status_listen.is_some()
+    {
+        // So that a page that is open learns why there will be no answer.
+        monitor.set_obstacle(Some(reasons(reason)));
+        tokio::select! {
+            () = sleep(LAST_WORDS) => {}
+            _ = stop.next() => {}
+        }
+    }
     ended
+}
+
+/// Returns from where to where messages are relayed.
+fn about(config: &Config) -> String {
+    let destinations = config.webhook.destinations.iter();
+    let destinations: Vec<_> = destinations.map(ToString::to_string).collect();
+    let mode = match &config.mode {
+        Mode::Core { .. } => "core mode".to_owned(),
+        Mode::Durable { stream, consumer } => {
+            format!("durable mode, consumer {consumer} of the stream {stream}")
+        }
+    };
+    format!(
+        "{}.> → POST to {} → {}.> ({mode})",
+        config.prefix,
+        destinations.join(" and "),
+        config.relayed_prefix
+    )
 }
 
 /// Relays messages, and starts over with another NATS client where one crashed. In core mode the messages

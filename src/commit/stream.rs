@@ -35,7 +35,7 @@ pub const BACKOFF: Backoff = Backoff {
 /// A stream that keeps what is published under a prefix, and has to confirm it.
 pub struct ConfirmingStream {
     pub(super) connection: Connection,
-    monitor: Arc<Monitor>,
+    pub(super) monitor: Arc<Monitor>,
     /// The variable that names the stream.
     variable: &'static str,
     /// The stream.
@@ -130,15 +130,15 @@ impl ConfirmingStream {
                 Err(Failure::Temporary(reason)) => reason,
             };
             let wait = BACKOFF.wait(attempts);
-            let failure = format!(
-                "{}: the stream {} has not confirmed {subject}, attempt {attempts}: {reason}",
-                delivery.subject, self.stream
-            );
             warn!(
                 subject:% = delivery.subject, relayed_subject = subject, attempts, reason;
-                "{failure}; next attempt in {wait:.1?}"
+                "{}: the stream {} has not confirmed {subject}, attempt {attempts}: {reason}; next \
+                 attempt in {wait:.1?}",
+                delivery.subject, self.stream
             );
-            self.monitor.set_last_failure(failure);
+            self.monitor.add_unconfirmed();
+            let what = format!("The stream {}, which has to keep {subject},", self.stream);
+            self.monitor.set_failing(what, reason, wait);
             sleep(wait).await;
         }
     }

@@ -103,7 +103,7 @@ variables! {
     NO_PROXY = "NO_PROXY", Plain, Off, "hosts, domains and networks to reach without a proxy, separated by commas; * is all";
     REPUBLISH_DELAY = "REPUBLISH_DELAY", Plain, Value("0s"), "wait between the webhook's success and the republishing";
     SHUTDOWN_TIMEOUT = "SHUTDOWN_TIMEOUT", Plain, Value("20s"), "how long a stop waits for the current message";
-    STATUS_LISTEN = "STATUS_LISTEN", Plain, Off, "address:port for /livez, /readyz and /metrics, such as 127.0.0.1:9642";
+    STATUS_LISTEN = "STATUS_LISTEN", Plain, Off, "address:port of the status page, /livez, /readyz and /metrics, such as 127.0.0.1:9642";
     LOG = "RUST_LOG", Plain, Value("info"), "error, warn, info, debug, trace, off, or an env_logger filter";
     LOG_FORMAT = "LOG_FORMAT", Plain, Value("text"), "text, or json for one object a line";
 }

@@ -14,7 +14,7 @@ use tokio::time::sleep;
 use crate::{
     backoff::Backoff,
     config::Config,
-    monitor::{Cause, DestinationMetrics, Monitor},
+    monitor::{Attempt, Cause, DestinationMetrics, Monitor},
     republish::{GivenUp, Unrelayed},
     source::Delivery,
     webhook::{Addresses, Destination, Endpoint, Failure, Reach, Webhook, temporary},
@@ -149,8 +149,8 @@ impl Posting {
                 Ok(current) => return Ok(current),
                 Err(failure) => failure,
             };
-            job.metrics
-                .add_failure(is_temporary(&failure), start.elapsed());
+            self.monitor
+                .end_attempt(job.metrics, ended(&failure), start.elapsed());
             *attempts += 1;
             self.wait_or_give_up(job, *attempts, failure).await?;
         }
@@ -162,6 +162,7 @@ impl Posting {
         let mut attempts = 0;
         loop {
             attempts += 1;
+            self.monitor.begin_attempt(attempts);
             let start = Instant::now();
             let answer = self
                 .webhook
@@ -169,13 +170,14 @@ impl Posting {
                 .await;
             let failure = match answer {
                 Ok(status) => {
-                    job.metrics.add_success(start.elapsed());
+                    self.monitor
+                        .end_attempt(job.metrics, Attempt::Succeeded, start.elapsed());
                     return Ok(vec![Posted { status, attempts }]);
                 }
                 Err(failure) => failure,
             };
-            job.metrics
-                .add_failure(is_temporary(&failure), start.elapsed());
+            self.monitor
+                .end_attempt(job.metrics, ended(&failure), start.elapsed());
             self.wait_or_give_up(job, attempts, failure).await?;
             let (Reach::EveryAddress(addresses), Some(address)) =
                 (&job.destination.reach, job.address)
@@ -205,15 +207,19 @@ impl Posting {
         failure: Failure,
     ) -> Result<(), Unrelayed> {
         let Destination { url, reach, .. } = job.destination;
-        let name = |reason: String| match (job.address, reach, self.webhook.destinations()) {
-            (Some(address), ..) => format!("{url} at {address}: {reason}"),
-            (None, Reach::Name(_), [_]) => reason,
-            (None, ..) => format!("{url}: {reason}"),
+        let name = match job.address {
+            Some(address) => format!("{url} at {address}"),
+            None => url.to_string(),
+        };
+        let is_only = matches!((reach, self.webhook.destinations()), (Reach::Name(_), [_]));
+        let named = |reason: &str| match is_only {
+            true => reason.to_owned(),
+            false => format!("{name}: {reason}"),
         };
         let (reason, status, retry_after) = match failure {
             Failure::Permanent { reason, status } => {
                 let given_up = GivenUp {
-                    reason: name(reason),
+                    reason: named(&reason),
                     status: Some(status.as_u16()),
                     attempts,
                     cause: Cause::Refused,
@@ -224,14 +230,10 @@ impl Posting {
                 reason,
                 status,
                 retry_after,
-            } => (
-                name(reason),
-                status.map(|status| status.as_u16()),
-                retry_after,
-            ),
+            } => (reason, status.map(|status| status.as_u16()), retry_after),
         };
         if Some(attempts) == self.max_attempts {
-            let reason = format!("given up after {attempts} attempts: {reason}");
+            let reason = format!("given up after {attempts} attempts: {}", named(&reason));
             let given_up = GivenUp {
                 reason,
                 status,
@@ -242,12 +244,13 @@ impl Posting {
         }
         let subject = &job.delivery.subject;
         let wait = BACKOFF.wait(attempts).max(retry_after.unwrap_or_default());
-        let failure = format!("{subject}, attempt {attempts}: {reason}");
+        let text = named(&reason);
         warn!(
-            subject:% = subject, status, attempts, reason;
-            "{failure}; next attempt in {wait:.1?}"
+            subject:% = subject, status, attempts, reason = text;
+            "{subject}, attempt {attempts}: {text}; next attempt in {wait:.1?}"
         );
-        self.monitor.set_last_failure(failure);
+        self.monitor
+            .set_failing(format!("The webhook at {name}"), reason, wait);
         sleep(wait).await;
         match job.delivery.may_be_posted().await {
             true => Ok(()),
@@ -256,10 +259,10 @@ impl Posting {
     }
 }
 
-fn is_temporary(failure: &Failure) -> bool {
+fn ended(failure: &Failure) -> Attempt {
     match failure {
-        Failure::Temporary { .. } => true,
-        Failure::Permanent { .. } => false,
+        Failure::Temporary { .. } => Attempt::FailedForNow,
+        Failure::Permanent { .. } => Attempt::FailedForGood,
     }
 }
 

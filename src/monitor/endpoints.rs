@@ -1,4 +1,4 @@
-//! `/livez`, `/readyz` and `/metrics` over HTTP, apart from the main loop.
+//! The page, `/livez`, `/readyz` and `/metrics` over HTTP, apart from the main loop.
 
 use std::{
     collections::VecDeque, convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration,
@@ -9,7 +9,10 @@ use http_body_util::Full;
 use hyper::{
     Method, Request, Response, StatusCode,
     body::{Bytes, Incoming},
-    header::{CONTENT_TYPE, HeaderValue},
+    header::{
+        CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderValue, REFERRER_POLICY,
+        X_CONTENT_TYPE_OPTIONS,
+    },
     server::conn::http1,
     service::service_fn,
 };
@@ -21,7 +24,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use crate::monitor::Monitor;
+use super::{Monitor, page::POLICY};
 
 /// So many clients are served at the same time. For a further one the oldest has to go, which is a silent
 /// one, for whoever asks is answered at once: silent clients must not keep a probe waiting.
@@ -39,6 +42,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// No request needs more room for its head.
 const MAX_HEAD_BYTES: usize = 8 * 1024;
 
+const HTML: HeaderValue = HeaderValue::from_static("text/html; charset=utf-8");
 const TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
 const PROMETHEUS: HeaderValue =
     HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
@@ -52,7 +56,7 @@ pub fn start(address: SocketAddr, monitor: Arc<Monitor>) -> anyhow::Result<()> {
     let listener = listen(address)
         .with_context(|| format!("STATUS_LISTEN {address} cannot be listened on"))?;
     let address = listener.local_addr().unwrap_or(address);
-    info!("status on http://{address}/livez, /readyz and /metrics");
+    info!("status on http://{address}/ and /livez, /readyz and /metrics");
     tokio::spawn(serve(listener, monitor));
     Ok(())
 }
@@ -120,6 +124,7 @@ fn answer(request: &Request<Incoming>, monitor: &Monitor) -> Response<Full<Bytes
         );
     }
     match request.uri().path() {
+        "/" => page(monitor),
         "/livez" => check(monitor.alive()),
         "/readyz" => check(monitor.ready()),
         "/metrics" => match monitor.metrics() {
@@ -132,9 +137,22 @@ fn answer(request: &Request<Incoming>, monitor: &Monitor) -> Response<Full<Bytes
         },
         _ => text(
             StatusCode::NOT_FOUND,
-            "there are /livez, /readyz and /metrics".to_owned(),
+            "there are /, /livez, /readyz and /metrics".to_owned(),
         ),
     }
+}
+
+fn page(monitor: &Monitor) -> Response<Full<Bytes>> {
+    let mut response = text(StatusCode::OK, monitor.page().unwrap_or_default());
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HTML);
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    if let Ok(policy) = HeaderValue::from_str(&POLICY) {
+        headers.insert(CONTENT_SECURITY_POLICY, policy);
+    }
+    response
 }
 
 fn check(state: Result<(), String>) -> Response<Full<Bytes>> {

@@ -62,6 +62,7 @@ impl Heartbeat {
 
     /// The relay was asked to stop.
     pub fn stopping(&self, monitor: &Monitor) {
+        monitor.set_stopping();
         self.tell(Some(NotifyState::Stopping), monitor);
     }
 

@@ -192,10 +192,9 @@ impl Observer {
                     true => refusal(reason, &self.hint),
                     false => explain(reason, last, self.tls_first),
                 };
-                warn!(
-                    "cannot connect to NATS at {}: {reason}; next attempt {wait}",
-                    show(last)
-                );
+                let failure = format!("cannot connect to NATS at {}: {reason}", show(last));
+                warn!("{failure}; next attempt {wait}");
+                self.monitor.set_obstacle(Some(failure));
             }
         }
         progress.attempts += 1;
@@ -394,7 +393,7 @@ mod tests {
         ]));
         let config = config.unwrap();
         let refusals = Refusals::default();
-        let monitor = Arc::new(Monitor::new().unwrap());
+        let monitor = Arc::new(Monitor::new(None).unwrap());
         let (observer, _events) = Observer::new(&config, &monitor, &refusals, true);
         let servers = config.nats.servers.iter().map(|address| Server {
             addr: address.clone(),

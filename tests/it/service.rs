@@ -60,7 +60,8 @@ impl Manager {
 async fn readiness_status_watchdog_and_stopping_are_told() {
     let mut nats = NatsServer::start().await;
     nats.kill();
-    let webhook = Webhook::script([Answer::OK, Answer::status(404), Answer::Hang]).await;
+    let webhook =
+        Webhook::script([Answer::OK, Answer::status(404), Answer::OK, Answer::Hang]).await;
     let manager = Manager::new();
     let path = manager.path();
     let variables = [
@@ -87,12 +88,17 @@ async fn readiness_status_watchdog_and_stopping_are_told() {
     manager.heard(", 1 relayed, 0 given up").await;
     nats.publish("cms.cache.x", "bad").await;
     manager
-        .heard("1 relayed, 1 given up, 0 dropped, 0 waiting; last failure: cms.cache.x")
+        .heard("1 relayed, 1 given up, 0 dropped, 0 waiting; Gave up, 0 s ago, on cms.cache.x: ")
+        .await;
+    nats.publish("cms.cache.x", "good").await;
+    // What is over is forgotten.
+    manager
+        .heard("2 relayed, 1 given up, 0 dropped, 0 waiting\n")
         .await;
 
     // A hung webhook is no reason for systemd to think that the relay hangs.
     nats.publish("cms.cache.x", "hangs").await;
-    webhook.received(3).await;
+    webhook.received(4).await;
     nats.publish("cms.cache.x", "waits").await;
     manager.heard("1 waiting").await;
     for _ in 0..3 {

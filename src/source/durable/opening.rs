@@ -40,6 +40,8 @@ impl Durable {
             // Without a connection that is what the log says already.
             if self.connection.is_up() {
                 warn!("JetStream is not ready: {reason}; next attempt in {wait:.1?}");
+                self.monitor
+                    .set_obstacle(Some(format!("JetStream is not ready: {reason}")));
             }
             tokio::select! {
                 biased;

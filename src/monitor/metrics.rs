@@ -1,0 +1,185 @@
+//! What is counted and measured, as Prometheus reads it.
+
+use std::time::Duration;
+
+use prometheus::{
+    Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts,
+    Registry, TextEncoder, core::Collector,
+};
+
+use super::{Cause, logging};
+
+/// What the names of the relay's own metrics begin with.
+const NAMESPACE: &str = "nats_webhook_relay";
+
+/// Upper bounds of the histograms, in seconds.
+const BUCKETS: [f64; 13] = [
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 15.0, 30.0,
+];
+
+pub(super) struct Metrics {
+    registry: Registry,
+    pub(super) received: IntCounter,
+    pub(super) relayed: IntCounter,
+    pub(super) message_duration: Histogram,
+    given_up: IntCounterVec,
+    pub(super) dropped: IntCounter,
+    pub(super) publish_refused: IntCounter,
+    pub(super) unconfirmed: IntCounter,
+    attempts: IntCounterVec,
+    attempt_duration: HistogramVec,
+    pub(super) waiting_messages: IntGauge,
+    pub(super) waiting_bytes: IntGauge,
+    current_message_age: Gauge,
+    pub(super) connected: IntGauge,
+    pub(super) reconnects: IntCounter,
+    pub(super) interruptions: IntCounter,
+    log_lines_dropped: IntCounter,
+}
+
+impl Metrics {
+    /// All zero.
+    ///
+    /// # Errors
+    /// If two metrics have the same name.
+    pub(super) fn new() -> prometheus::Result<Self> {
+        let registry = Registry::new();
+        #[cfg(target_os = "linux")]
+        registry.register(Box::new(
+            prometheus::process_collector::ProcessCollector::for_self(),
+        ))?;
+        let options = |name, help| Opts::new(name, help).namespace(NAMESPACE);
+        let counter =
+            |name, help| registered(&registry, IntCounter::with_opts(options(name, help))?);
+        let gauge = |name, help| registered(&registry, IntGauge::with_opts(options(name, help))?);
+        let counters = |name, help, labels: &[&str]| {
+            registered(&registry, IntCounterVec::new(options(name, help), labels)?)
+        };
+        let buckets = |name, help| HistogramOpts {
+            common_opts: options(name, help),
+            buckets: BUCKETS.to_vec(),
+        };
+        let build = options("build_info", "The version that runs.")
+            .const_label("version", env!("CARGO_PKG_VERSION"));
+        registered(&registry, IntGauge::with_opts(build)?)?.set(1);
+        let metrics = Self {
+            received: counter("messages_received_total", "Messages taken from NATS.")?,
+            relayed: counter("messages_relayed_total", "Messages republished.")?,
+            message_duration: registered(
+                &registry,
+                Histogram::with_opts(buckets(
+                    "message_duration_seconds",
+                    "How long it took from taking a message to having republished it.",
+                ))?,
+            )?,
+            given_up: counters(
+                "messages_given_up_total",
+                "Messages taken and not relayed.",
+                &["reason"],
+            )?,
+            dropped: counter(
+                "messages_dropped_total",
+                "Messages that did not fit into the buffer of core mode, or were in it at the end.",
+            )?,
+            publish_refused: counter(
+                "publish_refused_total",
+                "Messages that NATS did not let be published.",
+            )?,
+            unconfirmed: counter(
+                "confirmations_missed_total",
+                "Attempts to publish a message that the stream that is to keep it did not confirm.",
+            )?,
+            attempts: counters(
+                "webhook_attempts_total",
+                "Attempts to POST a message, by the index of the destination in WEBHOOK_DESTINATION.",
+                &["destination", "outcome"],
+            )?,
+            attempt_duration: registered(
+                &registry,
+                HistogramVec::new(
+                    buckets(
+                        "webhook_duration_seconds",
+                        "How long an attempt to POST a message took.",
+                    ),
+                    &["destination"],
+                )?,
+            )?,
+            waiting_messages: gauge(
+                "waiting_messages",
+                "Messages that wait: in the buffer of core mode, or in the stream.",
+            )?,
+            waiting_bytes: gauge(
+                "waiting_bytes",
+                "What the buffer of core mode holds; 0 in durable mode.",
+            )?,
+            current_message_age: registered(
+                &registry,
+                Gauge::with_opts(options(
+                    "current_message_age_seconds",
+                    "How long ago the current message was taken, or in durable mode: how long ago the \
+                     stream got it; 0 while there is none.",
+                ))?,
+            )?,
+            connected: gauge("connected", "Whether there is a connection to NATS.")?,
+            reconnects: counter(
+                "reconnects_total",
+                "Connections to NATS after the first one.",
+            )?,
+            interruptions: counter(
+                "interruptions_total",
+                "Connections to NATS that were lost; in core mode messages may be lost with each.",
+            )?,
+            log_lines_dropped: counter(
+                "log_lines_dropped_total",
+                "Log lines that could not be written.",
+            )?,
+            registry,
+        };
+        // A counter that is not there before its first event can't be alerted on.
+        for cause in Cause::ALL {
+            metrics.given_up(cause);
+        }
+        Ok(metrics)
+    }
+
+    pub(super) fn given_up(&self, cause: Cause) -> IntCounter {
+        self.given_up.with_label_values(&[cause.label()])
+    }
+
+    /// Returns the metrics of the destination at this index in `WEBHOOK_DESTINATION`.
+    pub(super) fn destination(&self, index: usize) -> DestinationMetrics {
+        let index = index.to_string();
+        let counter = |outcome| self.attempts.with_label_values(&[&index[..], outcome]);
+        DestinationMetrics {
+            success: counter("success"),
+            temporary: counter("temporary_failure"),
+            permanent: counter("permanent_failure"),
+            duration: self.attempt_duration.with_label_values(&[&index[..]]),
+        }
+    }
+
+    /// Returns all metrics in the Prometheus text format, version 0.0.4.
+    pub(super) fn text(&self, current_message_age: Duration) -> prometheus::Result<String> {
+        self.current_message_age
+            .set(current_message_age.as_secs_f64());
+        let counter = &self.log_lines_dropped;
+        counter.inc_by(logging::dropped().saturating_sub(counter.get()));
+        TextEncoder::new().encode_to_string(&self.registry.gather())
+    }
+}
+
+fn registered<M: Collector + Clone + 'static>(
+    registry: &Registry,
+    metric: M,
+) -> prometheus::Result<M> {
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+/// The metrics of one destination.
+pub struct DestinationMetrics {
+    pub(super) success: IntCounter,
+    pub(super) temporary: IntCounter,
+    pub(super) permanent: IntCounter,
+    pub(super) duration: Histogram,
+}

@@ -1,0 +1,159 @@
+//! What is happening, and how that is said in a sentence: on the page, and in the status line of systemd.
+
+use std::{
+    fmt,
+    time::{Duration, Instant, SystemTime},
+};
+
+use super::metrics::Metrics;
+
+/// An answer that takes longer is worth a sentence.
+const LONG: Duration = Duration::from_secs(1);
+
+pub(super) struct State {
+    /// The server, while there is a connection to one.
+    pub(super) server: Option<String>,
+    /// Since when there has been this connection, or none.
+    pub(super) since: SystemTime,
+    pub(super) was_connected: bool,
+    pub(super) is_subscribed: bool,
+    pub(super) is_stopping: bool,
+    /// When the main loop last came around.
+    pub(super) last_turn: Instant,
+    /// What keeps messages from being taken, and since when.
+    pub(super) obstacle: Option<(SystemTime, String)>,
+    /// What keeps the current message from being relayed.
+    pub(super) failing: Vec<Failing>,
+    /// The message that was given up on last, if nothing was relayed since.
+    pub(super) given_up: Option<(SystemTime, String)>,
+    pub(super) current: Option<Current>,
+}
+
+/// Something that is tried over and over.
+pub(super) struct Failing {
+    pub(super) since: SystemTime,
+    /// What fails, such as a destination.
+    pub(super) what: String,
+    pub(super) reason: String,
+    /// When it is tried again.
+    pub(super) next: Instant,
+}
+
+/// The message being worked on.
+pub(super) struct Current {
+    /// Since when it has been waiting to be relayed.
+    pub(super) since: SystemTime,
+    pub(super) taken: Instant,
+    /// Empty if nobody looks.
+    pub(super) subject: String,
+    pub(super) attempts: u32,
+    /// How many destinations have not answered yet, and since when.
+    pub(super) unanswered: u32,
+    pub(super) asked: Instant,
+}
+
+impl State {
+    pub(super) fn new() -> Self {
+        Self {
+            server: None,
+            since: SystemTime::now(),
+            was_connected: false,
+            is_subscribed: false,
+            is_stopping: false,
+            last_turn: Instant::now(),
+            obstacle: None,
+            failing: Vec::new(),
+            given_up: None,
+            current: None,
+        }
+    }
+
+    /// Returns what is happening: how good that is, in a few words, and in a sentence.
+    pub(super) fn now(&self, metrics: &Metrics) -> (&'static str, &'static str, String) {
+        let waiting = match metrics.waiting_messages.get() {
+            0 => String::new(),
+            1 => "; 1 message waits".to_owned(),
+            number => format!("; {number} messages wait"),
+        };
+        let current = self.current.as_ref();
+        let obstacle = self.obstacle.as_ref();
+        let reason = obstacle.map_or_else(String::new, |(_, reason)| format!(": {reason}"));
+        if self.is_stopping {
+            return match (obstacle, current) {
+                (Some(_), _) => ("bad", "Exiting", format!("Exiting{reason}")),
+                (None, Some(current)) => {
+                    let text = format!("Stopping: finishing {}", current.subject);
+                    ("wait", "Stopping", text)
+                }
+                (None, None) => ("wait", "Stopping", "Stopping".to_owned()),
+            };
+        }
+        if self.server.is_none() {
+            let text = format!("Waiting for NATS for {}{reason}", span(age(self.since)));
+            return ("bad", "Waiting for NATS", text);
+        }
+        if let Some((since, _)) = obstacle {
+            let text = format!("Takes no messages for {}{reason}", span(age(*since)));
+            return ("bad", "Takes no messages", text);
+        }
+        if !self.is_subscribed {
+            return ("wait", "Starting", "Starting".to_owned());
+        }
+        if !self.failing.is_empty() {
+            let failing: Vec<_> = self.failing.iter().map(ToString::to_string).collect();
+            return ("bad", "Failing", failing.join(". ") + &waiting);
+        }
+        if let Some(Current { asked, .. }) = current.filter(|current| current.unanswered > 0)
+            && asked.elapsed() >= LONG
+        {
+            let ago = span(asked.elapsed());
+            let text = format!("Waiting for the webhook's answer for {ago}{waiting}");
+            return ("wait", "Waiting for an answer", text);
+        }
+        if let Some((at, text)) = &self.given_up {
+            let text = format!("Gave up, {} ago, on {text}", span(age(*at)));
+            return ("bad", "Gave up on a message", text);
+        }
+        match metrics.received.get() {
+            0 => (
+                "good",
+                "Listening",
+                "Listening; there was no message yet".to_owned(),
+            ),
+            _ => ("good", "Relaying", format!("Relaying{waiting}")),
+        }
+    }
+}
+
+impl fmt::Display for Failing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            since,
+            what,
+            reason,
+            next,
+        } = self;
+        let since = span(age(*since));
+        write!(f, "{what} has been failing for {since}: {reason}; ")?;
+        match next.saturating_duration_since(Instant::now()) {
+            Duration::ZERO => write!(f, "trying again now"),
+            wait => write!(f, "next attempt in {}", span(wait)),
+        }
+    }
+}
+
+/// Returns how long something has lasted. Clocks differ between machines: a message can seem to come from the
+/// future.
+pub(super) fn age(since: SystemTime) -> Duration {
+    since.elapsed().unwrap_or_default()
+}
+
+/// Returns a duration as people say it.
+pub(super) fn span(duration: Duration) -> String {
+    match duration.as_secs() {
+        seconds @ 0..120 => format!("{seconds} s"),
+        seconds @ 120..7200 => format!("{} min", seconds / 60),
+        seconds @ 7200..172_800 => format!("{} h", seconds / 3600),
+        seconds => format!("{} days", seconds / 86_400),
+    }
+}
