@@ -112,10 +112,10 @@ async fn check_destination(
     report: &mut Report<'_>,
 ) {
     let name = format!("destination {destination}");
-    if !destination.every_address() {
+    if !destination.every_address {
         return report.add(&name, within_timeout(reach(destination, tls)).await);
     }
-    let url = destination.expose_url();
+    let url = &destination.secret_url;
     let addresses = match within_timeout(look_up(url)).await {
         Ok(addresses) => addresses,
         Err(reason) => return report.add(&name, Err(reason)),
@@ -267,8 +267,8 @@ async fn look_refused(events: &mut ConnectionEvents, consumer: &Consumer) -> any
 
 /// Gets as far as a request would, and sends none: to the proxy, where the destination is reached through one.
 async fn reach(destination: &Destination, tls: Option<&ClientConfig>) -> anyhow::Result<String> {
-    let url = destination.expose_url();
-    let Some(proxy) = destination.expose_proxy() else {
+    let url = &destination.secret_url;
+    let Some(proxy) = &destination.secret_proxy else {
         connect(url, &look_up(url).await?, tls).await?;
         return Ok(connected(destination));
     };

@@ -133,7 +133,23 @@ impl Config {
         let mode = Mode::read(reader);
         let webhook = Webhook::read(reader, &mode);
         let nats = Nats::read(reader);
-        let prefixes = Prefixes::read(reader);
+        let prefix = reader.value(PREFIX, parse_prefix);
+        let relayed_prefix = reader.value(RELAYED_PREFIX, parse_own_prefix);
+        let failed_prefix = reader.optional(FAILED_PREFIX, parse_own_prefix);
+        let inbox_prefix = reader.value(INBOX_PREFIX, parse_prefix);
+        let prefixes = [
+            (PREFIX, prefix.as_ref().ok()),
+            (RELAYED_PREFIX, relayed_prefix.as_ref().ok()),
+            (
+                FAILED_PREFIX,
+                failed_prefix.as_ref().map_or(None, Option::as_ref),
+            ),
+            (INBOX_PREFIX, inbox_prefix.as_ref().ok()),
+        ];
+        let good = prefixes
+            .into_iter()
+            .filter_map(|(name, prefix)| Some((name, prefix?)));
+        let distinct = refuse_overlaps(reader, &good.collect::<Vec<_>>());
         let relayed_stream = reader.optional(RELAYED_STREAM, parse_name);
         let failed_stream = read_failed_stream(reader);
         let domain = reader.optional(DOMAIN, parse_name);
@@ -141,13 +157,13 @@ impl Config {
         let shutdown_timeout = reader.value(SHUTDOWN_TIMEOUT, parse_duration);
         let status_listen = reader.optional(STATUS_LISTEN, parse_address);
         let log = Log::read(reader);
-        let prefixes = prefixes?;
+        distinct?;
         Ok(Self {
             nats: nats?,
-            prefix: prefixes.input,
-            relayed_prefix: prefixes.relayed,
-            failed_prefix: prefixes.failed,
-            inbox_prefix: prefixes.inbox,
+            prefix: prefix?,
+            relayed_prefix: relayed_prefix?,
+            failed_prefix: failed_prefix?,
+            inbox_prefix: inbox_prefix?,
             relayed_stream: relayed_stream?,
             failed_stream: failed_stream?,
             domain: domain?,
@@ -179,47 +195,12 @@ impl Mode {
     }
 }
 
-/// The prefixes, of which no two overlap.
-struct Prefixes {
-    input: Prefix,
-    relayed: Prefix,
-    failed: Option<Prefix>,
-    inbox: Prefix,
-}
-
-impl Prefixes {
-    fn read(reader: &mut Reader<'_>) -> Result<Self, Noted> {
-        let input = reader.value(PREFIX, parse_prefix);
-        let relayed = reader.value(RELAYED_PREFIX, parse_own_prefix);
-        let failed = reader.optional(FAILED_PREFIX, parse_own_prefix);
-        let inbox = reader.value(INBOX_PREFIX, parse_prefix);
-        let good = [
-            (PREFIX, input.as_ref().ok()),
-            (RELAYED_PREFIX, relayed.as_ref().ok()),
-            (FAILED_PREFIX, failed.as_ref().ok().and_then(Option::as_ref)),
-            (INBOX_PREFIX, inbox.as_ref().ok()),
-        ];
-        refuse_overlaps(reader, &good)?;
-        Ok(Self {
-            input: input?,
-            relayed: relayed?,
-            failed: failed?,
-            inbox: inbox?,
-        })
-    }
-}
-
 /// What is published below one prefix must not be taken again, or be taken for something else.
-fn refuse_overlaps(
-    reader: &mut Reader<'_>,
-    prefixes: &[(&str, Option<&Prefix>)],
-) -> Result<(), Noted> {
+fn refuse_overlaps(reader: &mut Reader<'_>, prefixes: &[(&str, &Prefix)]) -> Result<(), Noted> {
     let mut result = Ok(());
     for (index, (name, prefix)) in prefixes.iter().enumerate() {
         for (earlier_name, earlier) in &prefixes[..index] {
-            if let (Some(prefix), Some(earlier)) = (prefix, earlier)
-                && prefix.overlaps(earlier)
-            {
+            if prefix.overlaps(earlier) {
                 let problem = format!(
                     "{prefix} overlaps with {earlier_name} {earlier}, so that one message would be \
                      taken for another; choose prefixes of which none begins another"

@@ -8,8 +8,7 @@ use std::{
 use futures::{Stream, stream::poll_fn};
 use log::{error, info, warn};
 use nats_webhook_relay::{
-    Config, Environment, Log, finish_logging, help as variables, misnamed, reasons, run,
-    start_logging,
+    Config, Environment, Log, finish_logging, help as variables, reasons, run, start_logging,
 };
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -97,11 +96,11 @@ async fn relay() -> End {
 /// Reports whether the configuration is valid, and works if it is to be tried.
 async fn check(tries: bool) -> End {
     let (environment, config) = read();
-    for file in environment.files() {
+    for file in &environment.files {
         print(&format!("ok      environment: {file}\n"));
     }
-    for misnamed in misnamed(&environment) {
-        print(&format!("warning {misnamed}\n"));
+    for warning in &environment.warnings {
+        print(&format!("warning {warning}\n"));
     }
     let config = match config {
         Ok(config) => config,
@@ -135,14 +134,11 @@ fn configure() -> Result<Config, Vec<String>> {
     }
     std::panic::set_hook(Box::new(|panic| error!("a task panicked: {panic}")));
     info!("{}", version());
-    // Nobody misses a dotenv file where all is set without one.
-    if environment.has_files() || config.is_err() {
-        for file in environment.files() {
-            info!("{file}");
-        }
+    for file in &environment.files {
+        info!("{file}");
     }
-    for misnamed in misnamed(&environment) {
-        warn!("{misnamed}");
+    for warning in &environment.warnings {
+        warn!("{warning}");
     }
     for destination in config
         .iter()
@@ -158,8 +154,16 @@ fn configure() -> Result<Config, Vec<String>> {
 /// Reads the environment and the settings in it, or all problems with either.
 fn read() -> (Environment, Result<Config, Vec<String>>) {
     let directory = std::env::current_dir().unwrap_or_default();
-    let environment = Environment::load(&directory);
+    let mut environment = Environment::load(&directory);
     let config = Config::from_environment(&environment);
+    // Nobody misses a dotenv file where all is set without one.
+    if config.is_err() && environment.files.is_empty() {
+        let sentence = format!(
+            "found neither .env.local nor .env in {}",
+            directory.display()
+        );
+        environment.files.push(sentence);
+    }
     (environment, config)
 }
 

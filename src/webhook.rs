@@ -251,7 +251,7 @@ impl Destination {
     ) -> anyhow::Result<Self> {
         let endpoint = Endpoint::new(url, tls, None)?;
         // This turns what the URL has for logging in into a header.
-        let template = endpoint.client.post(url.expose_url().clone()).build();
+        let template = endpoint.client.post(url.secret_url.clone()).build();
         let mut template = template
             .map_err(reqwest::Error::without_url)
             .with_context(|| format!("cannot POST to {url}"))?;
@@ -272,10 +272,10 @@ impl Destination {
                 .entry(name)
                 .or_insert(HeaderValue::from_static(value));
         }
-        let reach = match url.every_address() {
+        let reach = match url.every_address {
             false => Reach::Name(endpoint),
             true => {
-                let authority = config::authority(url.expose_url());
+                let authority = config::authority(&url.secret_url);
                 let (url, tls) = (url.clone(), tls.cloned());
                 let open = move |address| Endpoint::new(&url, tls.as_ref(), Some(address));
                 Reach::EveryAddress(Addresses::new(authority, config.timeout, Box::new(open)))
@@ -300,7 +300,7 @@ impl Destination {
         if !error.is_connect() {
             return format!("no valid answer: {cause}");
         }
-        let server = config::authority(self.url.expose_url());
+        let server = config::authority(&self.url.secret_url);
         match self.url.proxy() {
             Some(proxy) => format!("cannot connect to {server} through the proxy {proxy}: {cause}"),
             None => format!("cannot connect to {server}: {cause}"),

@@ -3,12 +3,12 @@
 use std::{
     collections::BTreeMap,
     ffi::{OsStr, OsString},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use super::{
     files::{read_file, read_text, shown},
-    variables::is_known,
+    variables::{is_known, misnamed},
 };
 
 /// The dotenv files, the one that wins first.
@@ -24,12 +24,12 @@ pub struct Environment {
     variables: BTreeMap<String, Result<OsString, String>>,
     /// Names in dotenv files that mean nothing to the relay.
     foreign: Vec<String>,
-    /// The dotenv files that were read, with the names of the variables that each one sets.
-    files: Vec<(&'static str, Vec<String>)>,
-    /// Where they were looked for.
-    directory: PathBuf,
+    /// Which dotenv file sets which variables, in a sentence for each.
+    pub files: Vec<String>,
     /// The dotenv files that can't be read, and why.
     pub(super) problems: Vec<String>,
+    /// What is probably not as it was meant.
+    pub warnings: Vec<String>,
 }
 
 impl Environment {
@@ -42,59 +42,62 @@ impl Environment {
         let mut environment: Self = std::env::vars_os()
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value)))
             .collect();
-        environment.directory = directory.to_owned();
-        for file in DOTENV_FILES {
-            let path = directory.join(file);
+        let quoted = environment.variables.iter().filter(|(name, value)| {
+            let text = value.as_deref().unwrap_or_default().to_str();
+            let ends = text.and_then(|text| Some((text.chars().next()?, text.chars().last()?)));
+            is_known(name) && matches!(ends, Some(('"', '"') | ('\'', '\'')))
+        });
+        environment.warnings = quoted
+            .map(|(name, _)| {
+                format!("the value of {name} is in quotes, which are part of it here; docker --env-file keeps them")
+            })
+            .collect();
+        for file in DOTENV_FILES.map(|file| directory.join(file)) {
             // A directory may be a virtual environment of Python.
-            if !path.exists() || path.is_dir() {
+            if file.is_dir() || !file.exists() {
                 continue;
             }
-            match read_file(&path) {
-                Ok(content) => {
-                    let names = environment.fill(file, &String::from_utf8_lossy(&content));
-                    environment.files.push((file, names));
+            match read_file(&file) {
+                Ok(content) => environment.fill(&file, &String::from_utf8_lossy(&content)),
+                Err(error) => {
+                    let problem = format!("{} cannot be read: {error}", file.display());
+                    environment.problems.push(problem);
                 }
-                Err(error) => environment
-                    .problems
-                    .push(format!("{file} cannot be read: {error}")),
             }
         }
+        environment.warnings.extend(misnamed(&environment));
         environment
     }
 
-    /// Adds what a dotenv file sets and is not set yet, neither by itself nor by way of its file; returns
-    /// the names.
-    fn fill(&mut self, file: &str, text: &str) -> Vec<String> {
+    /// Adds what a dotenv file sets and is not set yet, neither by itself nor by way of its file.
+    fn fill(&mut self, file: &Path, text: &str) {
+        let file = file.display();
         let mut new = BTreeMap::new();
         for (name, line, entry) in entries(text) {
             let twin = name
                 .strip_suffix(FILE_SUFFIX)
                 .map_or_else(|| format!("{name}{FILE_SUFFIX}"), str::to_owned);
-            if self.variables.contains_key(name) || self.variables.contains_key(&twin) {
-                continue;
-            }
             if !is_known(name) {
-                // Maybe a misspelling.
                 self.foreign.push(name.to_owned());
-                continue;
-            }
-            let value = read_entry(entry);
-            if value != Ok(String::new()) {
-                let value = value.map(OsString::from);
+            } else if !self.variables.contains_key(name) && !self.variables.contains_key(&twin) {
+                let value = read_entry(entry).map(OsString::from);
                 let value = value.map_err(|fault| format!("in {file}, line {line}, {fault}"));
-                new.insert(name.to_owned(), value);
+                if value != Ok(OsString::new()) {
+                    new.insert(name.to_owned(), value);
+                }
             }
         }
-        let names = new.keys().cloned().collect();
+        let names: Vec<_> = new.keys().map(String::as_str).collect();
+        let names = match names.is_empty() {
+            true => "nothing of the relay".to_owned(),
+            false => names.join(", "),
+        };
+        self.files.push(format!("{file} sets {names}"));
         self.variables.extend(new);
-        names
     }
 
     /// The value of a variable as it is, whatever its bytes.
-    ///
-    /// # Errors
-    /// If the line of a dotenv file that sets it can't be read.
-    pub fn raw(&self, name: &str) -> Result<Option<&OsStr>, String> {
+    fn raw(&self, name: &str) -> Result<Option<&OsStr>, String> {
         match self.variables.get(name) {
             Some(Ok(value)) => Ok(Some(value)),
             Some(Err(fault)) => Err(fault.clone()),
@@ -144,30 +147,6 @@ impl Environment {
         }
     }
 
-    /// Returns whether there is a dotenv file.
-    #[must_use]
-    pub fn has_files(&self) -> bool {
-        !self.files.is_empty()
-    }
-
-    /// Says which variables are from which dotenv file, in a sentence for each.
-    #[must_use]
-    pub fn files(&self) -> Vec<String> {
-        let directory = self.directory.display();
-        let sentence = |(file, names): &(_, Vec<_>)| match &names[..] {
-            [] => format!("{file} in {directory} sets nothing of the relay"),
-            names => format!("{file} in {directory} sets {}", names.join(", ")),
-        };
-        match &self.files[..] {
-            [] if !self.problems.is_empty() => vec![],
-            [] => vec![format!(
-                "found neither {} in {directory}",
-                DOTENV_FILES.join(" nor ")
-            )],
-            files => files.iter().map(sentence).collect(),
-        }
-    }
-
     /// The names of all variables that are set, ours or not.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         let names = self.variables.keys().chain(&self.foreign);
@@ -192,17 +171,11 @@ impl<N: Into<String>, V: Into<OsString>> FromIterator<(N, V)> for Environment {
 
 /// A file's content as a value, one trailing newline removed.
 fn read_value(path: &Path) -> Result<String, String> {
-    let mut value = read_text(path).map_err(|error| error.to_string())?;
-    if value.ends_with('\n') {
-        value.pop();
-        if value.ends_with('\r') {
-            value.pop();
-        }
-    }
-    if value.is_empty() {
-        Err("the file is empty".to_owned())
-    } else {
-        Ok(value)
+    let text = read_text(path).map_err(|error| error.to_string())?;
+    let value = text.strip_suffix('\n').unwrap_or(&text);
+    match value.strip_suffix('\r').unwrap_or(value) {
+        "" => Err("the file is empty".to_owned()),
+        value => Ok(value.to_owned()),
     }
 }
 
@@ -285,7 +258,7 @@ mod tests {
     /// What a dotenv file makes of `NATS_PASS`.
     fn password(file: &str) -> Result<Option<String>, String> {
         let mut environment = Environment::default();
-        environment.fill(".env", file);
+        environment.fill(Path::new(".env"), file);
         environment.text("NATS_PASS")
     }
 
@@ -369,7 +342,8 @@ mod tests {
         ];
         let mut environment = Environment::from_iter(set);
         let file = "NATS_USER=x\nNATS_USER_FILE=x\nNATS_PASS=$x\nNATS_TOKEN=3\nSECRET=x";
-        assert_eq!(environment.fill(".env", file), ["NATS_TOKEN"]);
+        environment.fill(Path::new(".env"), file);
+        assert_eq!(environment.files, [".env sets NATS_TOKEN"]);
         assert_eq!(environment.text("NATS_USER"), Ok(Some("1".to_owned())));
         assert_eq!(environment.text("NATS_PASS"), Ok(None));
         assert_eq!(environment.text("NATS_TOKEN"), Ok(Some("3".to_owned())));

@@ -11,27 +11,20 @@ use rustls::{
     RootCertStore,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
 };
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::{ExposeSecret, SecretSlice};
 
-/// The pair of keys whose seed a file holds.
+/// Reads the pair of keys whose seed the file at `path` holds.
 pub(super) fn read_nkey(path: &str) -> Result<KeyPair, String> {
-    let seed = SecretString::from(read(path, read_text)?);
-    KeyPair::from_seed(seed.expose_secret().trim()).map_err(|_| {
-        format!(
-            "names {}, which holds no seed of an nkey (SU...)",
-            shown(Path::new(path))
-        )
+    read(path, "seed of an nkey (SU...)", |content| {
+        let seed = str::from_utf8(content).ok()?;
+        KeyPair::from_seed(seed.trim()).ok()
     })
 }
 
-/// The JWT and the pair of keys that a credentials file holds.
+/// Reads the JWT and the pair of keys that a file of credentials holds.
 pub(super) fn read_credentials(path: &str) -> Result<(String, KeyPair), String> {
-    let text = SecretString::from(read(path, read_text)?);
-    parse_credentials(text.expose_secret()).ok_or_else(|| {
-        format!(
-            "names {}, which holds no credentials (a JWT and a seed)",
-            shown(Path::new(path))
-        )
+    read(path, "credentials (a JWT and a seed)", |content| {
+        parse_credentials(str::from_utf8(content).ok()?)
     })
 }
 
@@ -46,50 +39,40 @@ fn parse_credentials(text: &str) -> Option<(String, KeyPair)> {
     Some((jwt.to_owned(), KeyPair::from_seed(seed).ok()?))
 }
 
-/// The path of a file of CAs, if that is what it is. One that can't be used is no reason to refuse all
-/// others: the system's file may have some.
+/// Reads the path of a file of CAs. One that can't be used is no reason to refuse all others: the system's file may
+/// have some.
 pub(super) fn check_authorities(path: &str) -> Result<PathBuf, String> {
-    let (path, found) = read_certificates(path)?;
-    match RootCertStore::empty().add_parsable_certificates(found) {
-        (0, _) => Err(format!(
-            "names {}, which holds no certificate that can be read",
-            shown(&path)
-        )),
-        _ => Ok(path),
-    }
+    read(path, "certificate in PEM form that can be used", |pem| {
+        let certificates = CertificateDer::pem_slice_iter(pem).flatten();
+        let (usable, _) = RootCertStore::empty().add_parsable_certificates(certificates);
+        (usable > 0).then(|| path.into())
+    })
 }
 
-/// The path of a file of certificates, and what it holds: at least one.
-pub(super) fn read_certificates(
-    path: &str,
-) -> Result<(PathBuf, Vec<CertificateDer<'static>>), String> {
-    let pem = read(path, read_file)?;
-    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
-    match found {
-        Ok(found) if !found.is_empty() => Ok((path.into(), found)),
-        _ => Err(format!(
-            "names {}, which holds no certificate in PEM form",
-            shown(Path::new(path))
-        )),
-    }
+/// Reads a certificate, maybe with those of the CAs between it and its root, and its path.
+pub(super) fn read_chain(path: &str) -> Result<(PathBuf, Vec<CertificateDer<'static>>), String> {
+    read(path, "certificate in PEM form", |pem| {
+        let chain: Vec<_> = CertificateDer::pem_slice_iter(pem).flatten().collect();
+        (!chain.is_empty()).then(|| (path.into(), chain))
+    })
 }
 
-/// Reads a private key from the file at `path`.
+/// Reads a private key, and its path.
 pub(super) fn read_key(path: &str) -> Result<(PathBuf, PrivateKeyDer<'static>), String> {
-    let pem = read(path, read_file)?;
-    match PrivateKeyDer::from_pem_slice(&pem) {
-        Ok(key) => Ok((path.into(), key)),
-        Err(error) => Err(format!(
-            "names {}, which holds no private key in PEM form: {error} (one with a passphrase can't be used)",
-            shown(Path::new(path))
-        )),
-    }
+    let what = "private key in PEM form without a passphrase";
+    read(path, what, |pem| {
+        Some((path.into(), PrivateKeyDer::from_pem_slice(pem).ok()?))
+    })
 }
 
-/// What a file holds, as `read` finds it.
-fn read<T>(path: &str, read: fn(&Path) -> io::Result<T>) -> Result<T, String> {
+/// Reads a file and what it holds, if `parse` finds that there.
+fn read<T>(path: &str, what: &str, parse: impl FnOnce(&[u8]) -> Option<T>) -> Result<T, String> {
     let path = Path::new(path);
-    read(path).map_err(|error| format!("names {}, which cannot be read: {error}", shown(path)))
+    let content = read_file(path)
+        .map_err(|error| format!("names {}, which cannot be read: {error}", shown(path)))?;
+    let content = SecretSlice::from(content);
+    parse(content.expose_secret())
+        .ok_or_else(|| format!("names {}, which holds no {what}", shown(path)))
 }
 
 /// No file with settings is larger; certificates of all the world's CAs take a quarter of it.

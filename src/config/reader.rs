@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::{
     environment::Environment,
-    variables::{Default, Kind, find},
+    variables::{Default, Kind, Variable, find},
 };
 
 /// There is no value, because a problem with it was noted. Only [`Reader::note`] makes one.
@@ -56,10 +56,9 @@ impl<'a> Reader<'a> {
         name: &str,
         parse: impl FnOnce(&str) -> Result<T, String>,
     ) -> Result<Option<T>, Noted> {
-        match self.text(name)? {
-            Some(text) => self.parse(name, &text, parse).map(Some),
-            None => Ok(None),
-        }
+        let text = self.text(name)?;
+        let value = text.map(|text| parse(&text)).transpose();
+        value.map_err(|problem| self.note(name, &problem))
     }
 
     /// The value of a variable, or its default. Without one it must be set.
@@ -68,15 +67,21 @@ impl<'a> Reader<'a> {
         name: &str,
         parse: impl FnOnce(&str) -> Result<T, String>,
     ) -> Result<T, Noted> {
-        if let Some(text) = self.text(name)? {
-            return self.parse(name, &text, parse);
-        }
-        let variable = find(name);
-        if let Some(Default::Value(text)) = variable.map(|variable| variable.default) {
-            return self.parse(name, text, parse);
-        }
-        let meaning = variable.map_or("", |variable| variable.meaning);
-        Err(self.note(name, &format!("is required, but not set: {meaning}")))
+        let value = match (self.text(name)?, find(name)) {
+            (Some(text), _) => parse(&text),
+            (
+                None,
+                Some(Variable {
+                    default: Default::Value(text),
+                    ..
+                }),
+            ) => parse(text),
+            (None, variable) => {
+                let meaning = variable.map_or("", |variable| variable.meaning);
+                Err(format!("is required, but not set: {meaning}"))
+            }
+        };
+        value.map_err(|problem| self.note(name, &problem))
     }
 
     /// The values of two variables of which neither makes sense without the other.
@@ -109,17 +114,8 @@ impl<'a> Reader<'a> {
     fn look_up(&self, name: &str) -> Result<Option<String>, String> {
         match find(name).map(|variable| variable.kind) {
             Some(Kind::File) => self.environment.text(name),
-            Some(Kind::Plain | Kind::Secret) | None => self.environment.text_or_file(name),
+            _ => self.environment.text_or_file(name),
         }
-    }
-
-    fn parse<T>(
-        &mut self,
-        name: &str,
-        text: &str,
-        parse: impl FnOnce(&str) -> Result<T, String>,
-    ) -> Result<T, Noted> {
-        parse(text).map_err(|problem| self.note(name, &problem))
     }
 }
 

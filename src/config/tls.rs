@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use rustls::{Error, crypto::ring, sign::CertifiedKey};
 
 use super::{
-    files::{check_authorities, read_certificates, read_key, shown},
+    files::{check_authorities, read_chain, read_key, shown},
     reader::{Noted, Reader},
     variables::TRUST,
 };
@@ -32,7 +32,7 @@ impl Tls {
             false if is_verified => reader.optional(TRUST, check_authorities),
             false => reader.optional(TRUST, |path| Ok(path.into())),
         };
-        let pair = reader.both_or_neither((certificate, read_certificates), (key, read_key))?;
+        let pair = reader.both_or_neither((certificate, read_chain), (key, read_key))?;
         let pair = match pair {
             None => None,
             Some(((chain_path, chain), (key_path, der))) => {

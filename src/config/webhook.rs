@@ -41,9 +41,12 @@ pub struct Webhook {
 /// A URL to POST to. `Display` and `Debug` show neither its userinfo nor its query.
 #[derive(Clone)]
 pub struct Destination {
-    url: Url,
-    proxy: Option<Url>,
-    every_address: bool,
+    /// The URL with all its secrets.
+    pub secret_url: Url,
+    /// The URL, with the login in it, of the proxy through which it is reached, if it is.
+    pub secret_proxy: Option<Url>,
+    /// Whether every address of its name has to succeed.
+    pub every_address: bool,
 }
 
 impl Webhook {
@@ -79,19 +82,19 @@ impl Destination {
         let mut destinations = Vec::new();
         for url in urls? {
             destinations.push(Self {
-                proxy: read_proxy(reader, &url)?,
+                secret_proxy: read_proxy(reader, &url)?,
                 // What is written as an IP address is one.
                 every_address: every_address? && url.domain().is_some(),
-                url,
+                secret_url: url,
             });
         }
         for destination in &destinations {
-            if let (true, Some(proxy)) = (destination.every_address, &destination.proxy) {
+            if let (true, Some(proxy)) = (destination.every_address, &destination.secret_proxy) {
                 let problem = format!(
                     "is true, but {destination} is reached through the proxy {}, which looks the name up \
                      by itself; add {} to NO_PROXY, or unset it",
                     without_secrets(proxy),
-                    destination.url.host_str().unwrap_or_default()
+                    destination.secret_url.host_str().unwrap_or_default()
                 );
                 return Err(reader.note(EVERY_ADDRESS, &problem));
             }
@@ -99,47 +102,29 @@ impl Destination {
         Ok(destinations)
     }
 
-    /// The URL with all its secrets.
-    #[must_use]
-    pub fn expose_url(&self) -> &Url {
-        &self.url
-    }
-
-    /// The URL, with the login in it, of the proxy through which it is reached, if it is.
-    #[must_use]
-    pub fn expose_proxy(&self) -> Option<&Url> {
-        self.proxy.as_ref()
-    }
-
     /// The proxy as it may be shown.
     #[must_use]
     pub fn proxy(&self) -> Option<String> {
-        self.proxy.as_ref().map(without_secrets)
-    }
-
-    /// Returns whether every address of its name has to succeed.
-    #[must_use]
-    pub fn every_address(&self) -> bool {
-        self.every_address
+        self.secret_proxy.as_ref().map(without_secrets)
     }
 
     /// Returns whether it is reached by TLS.
     #[must_use]
     pub fn is_https(&self) -> bool {
-        self.url.scheme() == "https"
+        self.secret_url.scheme() == "https"
     }
 
     /// Returns whether TLS is needed on the way to it, be it for its proxy.
     #[must_use]
     pub fn needs_tls(&self) -> bool {
-        let proxy = self.proxy.as_ref().map(Url::scheme);
+        let proxy = self.secret_proxy.as_ref().map(Url::scheme);
         self.is_https() || proxy == Some("https")
     }
 }
 
 impl fmt::Display for Destination {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&without_secrets(&self.url))
+        f.write_str(&without_secrets(&self.secret_url))
     }
 }
 
@@ -377,7 +362,7 @@ mod tests {
             with(&[&[(DESTINATION, urls), (EVERY_ADDRESS, "true")], changes].concat())
         };
         let destinations = set(&[]).unwrap().webhook.destinations;
-        let every_address: Vec<_> = destinations.iter().map(|d| d.every_address()).collect();
+        let every_address: Vec<_> = destinations.iter().map(|d| d.every_address).collect();
         assert_eq!(every_address, [true, false, false, true]);
         let proxy = (HTTP_PROXY, "http://user:hunter2@proxy:3128");
         assert_eq!(

@@ -53,11 +53,11 @@ impl Endpoint {
             Some(tls) => builder.tls_backend_preconfigured(tls.clone()),
             None => builder.tls_certs_only([]),
         };
-        if let (Some(name), Some(address)) = (url.expose_url().host_str(), address) {
+        if let (Some(name), Some(address)) = (&url.secret_url.host_str(), address) {
             // The port is that of the URL, whatever stands here.
             builder = builder.resolve(name, SocketAddr::new(address, 0));
         }
-        if let Some(proxy) = url.expose_proxy() {
+        if let Some(proxy) = &url.secret_proxy {
             let through = Proxy::all(proxy.clone()).map_err(reqwest::Error::without_url);
             builder = builder.proxy(through.context("cannot use the proxy")?);
         }

@@ -23,8 +23,8 @@ impl Secrets {
     pub(super) fn of(config: &config::Webhook) -> Self {
         let mut secrets = Self::default();
         for destination in &config.destinations {
-            secrets.add_url(destination.expose_url());
-            if let Some(proxy) = destination.expose_proxy() {
+            secrets.add_url(&destination.secret_url);
+            if let Some(proxy) = &destination.secret_proxy {
                 secrets.add_url(proxy);
             }
         }

@@ -175,7 +175,7 @@ async fn files_that_cannot_be_used_are_refused_by_name() {
         (
             "CA",
             &broken_certificate,
-            "holds no certificate that can be read",
+            "holds no certificate in PEM form that can be used",
         ),
         ("CERT", &missing, "cannot be read"),
         ("CERT", &empty, "holds no certificate in PEM form"),
@@ -194,7 +194,11 @@ async fn files_that_cannot_be_used_are_refused_by_name() {
             &broken_key,
             "private key can't be used with the first certificate in",
         ),
-        ("KEY", &locked_key, "one with a passphrase can't be used"),
+        (
+            "KEY",
+            &locked_key,
+            "holds no private key in PEM form without a passphrase",
+        ),
         (
             "KEY",
             &other_key,
