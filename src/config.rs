@@ -84,17 +84,8 @@ pub enum Mode {
 pub struct Log {
     /// What, in the form that env_logger knows.
     pub filter: String,
-    /// How.
-    pub format: LogFormat,
-}
-
-/// How log lines look.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LogFormat {
-    /// For people.
-    Text,
-    /// One JSON object a line.
-    Json,
+    /// Whether as a JSON object a line, or for people.
+    pub is_json: bool,
 }
 
 impl Log {
@@ -104,16 +95,16 @@ impl Log {
         let log = Self::read(&mut Reader::new(environment));
         log.unwrap_or(Self {
             filter: "info".to_owned(),
-            format: LogFormat::Text,
+            is_json: false,
         })
     }
 
     fn read(reader: &mut Reader<'_>) -> Result<Self, Noted> {
         let filter = reader.value(LOG, any_text);
-        let format = reader.value(LOG_FORMAT, parse_format);
+        let is_json = reader.value(LOG_FORMAT, parse_format);
         Ok(Self {
             filter: filter?,
-            format: format?,
+            is_json: is_json?,
         })
     }
 }
@@ -137,19 +128,16 @@ impl Config {
         let relayed_prefix = reader.value(RELAYED_PREFIX, parse_own_prefix);
         let failed_prefix = reader.optional(FAILED_PREFIX, parse_own_prefix);
         let inbox_prefix = reader.value(INBOX_PREFIX, parse_prefix);
-        let prefixes = [
-            (PREFIX, prefix.as_ref().ok()),
-            (RELAYED_PREFIX, relayed_prefix.as_ref().ok()),
-            (
-                FAILED_PREFIX,
-                failed_prefix.as_ref().map_or(None, Option::as_ref),
-            ),
-            (INBOX_PREFIX, inbox_prefix.as_ref().ok()),
-        ];
-        let good = prefixes
-            .into_iter()
-            .filter_map(|(name, prefix)| Some((name, prefix?)));
-        let distinct = refuse_overlaps(reader, &good.collect::<Vec<_>>());
+        let mut prefixes =
+            Vec::from_iter(failed_prefix.iter().flatten().map(|it| (FAILED_PREFIX, it)));
+        for (name, prefix) in [
+            (PREFIX, &prefix),
+            (RELAYED_PREFIX, &relayed_prefix),
+            (INBOX_PREFIX, &inbox_prefix),
+        ] {
+            prefixes.extend(prefix.iter().map(|prefix| (name, prefix)));
+        }
+        let distinct = refuse_overlaps(reader, &prefixes);
         let relayed_stream = reader.optional(RELAYED_STREAM, parse_name);
         let failed_stream = read_failed_stream(reader);
         let domain = reader.optional(DOMAIN, parse_name);
@@ -181,7 +169,7 @@ impl Mode {
     /// Durable mode if a stream is set, else core mode.
     fn read(reader: &mut Reader<'_>) -> Result<Self, Noted> {
         let durable = reader.both_or_neither((STREAM, parse_name), (CONSUMER, parse_name));
-        let queue_group = reader.optional(QUEUE_GROUP, parse_group);
+        let queue_group = reader.optional(QUEUE_GROUP, |text| parse_word(text, ""));
         match (durable?, queue_group?) {
             (None, queue_group) => Ok(Self::Core { queue_group }),
             (Some((stream, consumer)), None) => Ok(Self::Durable { stream, consumer }),
@@ -241,30 +229,26 @@ fn parse_own_prefix(text: &str) -> Result<Prefix, String> {
     Ok(prefix)
 }
 
-/// A name of a stream or a consumer (NATS ADR-6).
+/// Parses the name of a stream or a consumer (NATS ADR-6).
 fn parse_name(text: &str) -> Result<String, String> {
-    let bad = |c: char| c.is_whitespace() || c.is_control() || ".*>/\\".contains(c);
-    if text.contains(bad) {
-        return Err(format!(
-            "{text:?} is not a valid name; write it without white space and . * > / \\"
-        ));
-    }
-    Ok(text.to_owned())
+    parse_word(text, ".*>/\\")
 }
 
-fn parse_group(text: &str) -> Result<String, String> {
-    if text.contains(|c: char| c.is_whitespace() || c.is_control()) {
-        return Err(format!(
-            "{text:?} is not a valid queue group; write it without white space"
-        ));
+/// Parses a name without white space and `bad` characters.
+fn parse_word(text: &str, bad: &str) -> Result<String, String> {
+    let is_bad = |c: char| c.is_whitespace() || c.is_control() || bad.contains(c);
+    match text.contains(is_bad) {
+        true => Err(format!(
+            "{text:?} is not a valid name; write it without white space {bad}"
+        )),
+        false => Ok(text.to_owned()),
     }
-    Ok(text.to_owned())
 }
 
-fn parse_format(text: &str) -> Result<LogFormat, String> {
+/// Parses whether a log is in JSON.
+fn parse_format(text: &str) -> Result<bool, String> {
     match text {
-        "text" => Ok(LogFormat::Text),
-        "json" => Ok(LogFormat::Json),
+        "text" | "json" => Ok(text == "json"),
         _ => Err(format!("is {text:?}; write text or json")),
     }
 }
@@ -394,7 +378,7 @@ mod tests {
                 "FAILED",
                 "NATS_FAILED_SUBJECT_PREFIX is not set",
             ),
-            (QUEUE_GROUP, "a b", "is not a valid queue group"),
+            (QUEUE_GROUP, "a b", "is not a valid name"),
             (SHUTDOWN_TIMEOUT, "soon", "is not a valid duration"),
             (STATUS_LISTEN, "9642", "is not a valid address and port"),
             (

@@ -63,10 +63,7 @@ use tokio::time::sleep;
 pub use self::{
     check::check,
     config::environment::Environment,
-    config::{
-        Config, Default as VariableDefault, Kind, Log, LogFormat, VARIABLES, Variable, help,
-        misnamed,
-    },
+    config::{Config, Default as VariableDefault, Kind, Log, VARIABLES, Variable, help, misnamed},
     monitor::logging::finish as finish_logging,
     text::reasons,
 };
@@ -85,7 +82,7 @@ const LAST_WORDS: Duration = Duration::from_secs(3);
 
 /// Starts logging to standard error, as the settings say.
 pub fn start_logging(log: &Log) {
-    logging::start(&log.filter, log.format == LogFormat::Json);
+    logging::start(&log.filter, log.is_json);
 }
 
 /// Runs the relay until its operator stops it or it cannot go on.

@@ -31,7 +31,7 @@ pub struct Nats {
     pub tls_first: bool,
 }
 
-/// How to log in to NATS: the variables that tell it. The values and the files that they name are read anew for
+/// How to log in to NATS, by the variables that tell it. The values and the files that they name are read anew for
 /// each connection, because they may have been renewed.
 #[derive(Clone)]
 pub struct Login(Environment);
@@ -131,9 +131,7 @@ impl Login {
             return Err(reader.note(name, &problem));
         }
         Self::auth(reader, &[])?;
-        Ok(Self(
-            reader.environment.only(&[USER, PASS, TOKEN, NKEY, CREDS]),
-        ))
+        Ok(Self(reader.environment.clone()))
     }
 
     fn auth(reader: &mut Reader<'_>, nonce: &[u8]) -> Result<Auth, Noted> {

@@ -5,9 +5,11 @@
 
 use std::time::Duration;
 
+use reqwest::Url;
+
 use super::{
     environment::Environment,
-    variables::{Default, Kind, Variable, find},
+    variables::{Default, Kind, find},
 };
 
 /// There is no value, because a problem with it was noted. Only [`Reader::note`] makes one.
@@ -67,19 +69,14 @@ impl<'a> Reader<'a> {
         name: &str,
         parse: impl FnOnce(&str) -> Result<T, String>,
     ) -> Result<T, Noted> {
-        let value = match (self.text(name)?, find(name)) {
+        let variable = find(name).map(|variable| (variable.default, variable.meaning));
+        let value = match (self.text(name)?, variable) {
             (Some(text), _) => parse(&text),
-            (
-                None,
-                Some(Variable {
-                    default: Default::Value(text),
-                    ..
-                }),
-            ) => parse(text),
-            (None, variable) => {
-                let meaning = variable.map_or("", |variable| variable.meaning);
-                Err(format!("is required, but not set: {meaning}"))
-            }
+            (None, Some((Default::Value(text), _))) => parse(text),
+            (None, variable) => Err(format!(
+                "is required, but not set: {}",
+                variable.unzip().1.unwrap_or_default()
+            )),
         };
         value.map_err(|problem| self.note(name, &problem))
     }
@@ -129,18 +126,13 @@ pub(super) fn parse_bool(text: &str) -> Result<bool, String> {
         .map_err(|_| format!("is {text:?}; write true or false"))
 }
 
-/// No setting makes sense beyond a day.
-const LONGEST_DURATION: Duration = Duration::from_secs(24 * 60 * 60);
-
 pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
-    humantime::parse_duration(text)
-        .ok()
-        .filter(|duration| *duration <= LONGEST_DURATION)
-        .ok_or_else(|| {
-            format!(
-                "{text:?} is not a valid duration of at most a day; write it like 500ms, 15s or 2m"
-            )
-        })
+    match humantime::parse_duration(text) {
+        Ok(duration) if duration <= Duration::from_secs(86_400) => Ok(duration),
+        _ => Err(format!(
+            "{text:?} is not a valid duration of at most a day; write it like 500ms, 15s or 2m"
+        )),
+    }
 }
 
 /// Entries separated by white space; at least one.
@@ -148,12 +140,20 @@ pub(super) fn parse_list<T>(
     text: &str,
     parse: fn(&str) -> Result<T, String>,
 ) -> Result<Vec<T>, String> {
-    let entries: Vec<_> = text
-        .split_whitespace()
-        .map(parse)
-        .collect::<Result<_, _>>()?;
-    if entries.is_empty() {
+    if text.trim().is_empty() {
         return Err("holds nothing but white space; set it to a value, or unset it".into());
     }
-    Ok(entries)
+    text.split_whitespace().map(parse).collect()
+}
+
+/// Parses an http(s) URL.
+pub(super) fn parse_url(text: &str, example: &str) -> Result<Url, String> {
+    let url = text.parse::<Url>();
+    let url = url.map_err(|error| format!("is not a valid URL ({error}); {example}"))?;
+    match url.scheme() {
+        "http" | "https" => Ok(url),
+        other => Err(format!(
+            "starts with {other}:, not with http:// or https://; {example}"
+        )),
+    }
 }

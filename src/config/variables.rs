@@ -1,8 +1,6 @@
 //! The one table of all environment variables. `--help`, docs/settings.md, `.env.example` and the
 //! NixOS module are tested against it.
 
-use std::fmt;
-
 use self::Default::{Off, Required, Value};
 use super::environment::{Environment, FILE_SUFFIX};
 
@@ -39,16 +37,6 @@ pub enum Kind {
     Secret,
     /// The path of a file, which is why there is no `X_FILE`.
     File,
-}
-
-impl fmt::Display for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Plain => "plain",
-            Self::Secret => "secret",
-            Self::File => "file",
-        })
-    }
 }
 
 /// Makes a constant of each name, and one table of all.

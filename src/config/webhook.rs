@@ -13,7 +13,7 @@ use secrecy::SecretSlice;
 use super::{
     Mode,
     environment::FILE_SUFFIX,
-    reader::{Noted, Reader, any_text, parse_bool, parse_duration, parse_list},
+    reader::{Noted, Reader, any_text, parse_bool, parse_duration, parse_list, parse_url},
     tls::Tls,
     variables::{
         DESTINATION, EVERY_ADDRESS, HEADER_PREFIX, HTTP_PROXY, HTTPS_PROXY, MAX_ATTEMPTS, NO_PROXY,
@@ -180,19 +180,11 @@ fn as_set(reader: &Reader<'_>, name: &str) -> String {
 }
 
 fn parse_proxy(text: &str) -> Result<Url, String> {
-    let example = "write it like http://proxy.example.com:3128";
     let with_scheme = match text.contains("://") {
         true => text.to_owned(),
         false => format!("http://{text}"),
     };
-    let url = with_scheme.parse::<Url>();
-    let url = url.map_err(|error| format!("is not a valid URL ({error}); {example}"))?;
-    match url.scheme() {
-        "http" | "https" => Ok(url),
-        other => Err(format!(
-            "starts with {other}://, and only http:// and https:// proxies can be used; {example}"
-        )),
-    }
+    parse_url(&with_scheme, "write it like http://proxy.example.com:3128")
 }
 
 /// Reads the headers of all `WEBHOOK_HEADER_<NAME>`.
@@ -240,15 +232,10 @@ fn parse_header(variable: &str, value: &str) -> Result<(HeaderName, HeaderValue)
 }
 
 fn parse_destination(text: &str) -> Result<Url, String> {
-    let example = "write it like http://localhost:3000/api/cache/webhook";
-    let url = text.parse::<Url>();
-    let url = url.map_err(|error| format!("is not a valid URL ({error}); {example}"))?;
-    match url.scheme() {
-        "http" | "https" => Ok(url),
-        other => Err(format!(
-            "starts with {other}:, not with http:// or https://; {example}"
-        )),
-    }
+    parse_url(
+        text,
+        "write it like http://localhost:3000/api/cache/webhook",
+    )
 }
 
 /// Reads a secret of Standard Webhooks: `whsec_` and base64 of 24 to 64 bytes.
@@ -440,7 +427,7 @@ mod tests {
         assert_eq!(problems(&destination("http://localhost:3000/")), [""; 0]);
         let found = problems(&destination("http://app.example/ http://other.example/"));
         assert!(
-            found.len() == 1 && found[0].starts_with("HTTP_PROXY starts with socks5://"),
+            found.len() == 1 && found[0].starts_with("HTTP_PROXY starts with socks5:"),
             "{found:?}"
         );
         let found = problems(&destination("https://app.example/"));

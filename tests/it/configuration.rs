@@ -375,7 +375,7 @@ fn documents_agree_with_the_table_of_variables() {
     for variable in VARIABLES {
         assert_eq!(
             module[variable.name],
-            variable.kind.to_string(),
+            format!("{:?}", variable.kind).to_lowercase(),
             "{}",
             variable.name
         );

@@ -407,7 +407,7 @@ async fn check_says_what_holds_and_what_does_not() {
     let (code, lines) = check(&with(&durable)).await;
     assert_eq!(code, Some(0), "{lines:#?}");
     assert!(
-        lines[3].contains(
+        lines[2].contains(
             "consumer relay of the stream CMS: does not exist yet; will be created on start"
         ),
         "{lines:#?}"
@@ -424,7 +424,7 @@ async fn check_says_what_holds_and_what_does_not() {
         lines[2].contains("exists and is configured correctly; waiting in the stream: 0 messages"),
         "{lines:#?}"
     );
-    assert_eq!(lines[4], "ok      messages of the stream CMS: readable");
+    assert_eq!(lines[3], "ok      messages of the stream CMS: readable");
 
     for (changes, failures) in [
         (
