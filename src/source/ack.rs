@@ -36,8 +36,6 @@ pub struct Ack {
     pub(super) position: Position,
     /// Which of all deliveries of the consumer it is.
     number: u64,
-    /// How often the consumer has handed out the message, this time included.
-    times: u64,
     subject: Subject,
     consumer: Arc<Consumer>,
     deliveries: Deliveries,
@@ -156,15 +154,8 @@ impl Ack {
             sequence: info.stream_sequence,
             time: info.published.unix_timestamp_nanos(),
         };
-        let times = u64::try_from(info.delivered).unwrap_or_default();
-        let ack = Self::new(
-            subject,
-            position,
-            info.consumer_sequence,
-            times,
-            consumer,
-            deliveries,
-        );
+        let number = info.consumer_sequence;
+        let ack = Self::new(subject, position, number, consumer, deliveries);
         Ok((ack, info.pending))
     }
 
@@ -178,14 +169,13 @@ impl Ack {
         let Consumer { stream, name, .. } = &**consumer;
         let sequence = position.sequence;
         let subject = format!("$JS.ACK.{stream}.{name}.1.{sequence}.{number}.0.0");
-        Self::new(subject.into(), position, number, 1, consumer, deliveries)
+        Self::new(subject.into(), position, number, consumer, deliveries)
     }
 
     fn new(
         subject: Subject,
         position: Position,
         number: u64,
-        times: u64,
         consumer: &Arc<Consumer>,
         deliveries: &Deliveries,
     ) -> Self {
@@ -200,7 +190,6 @@ impl Ack {
             ),
             position,
             number,
-            times,
             subject,
             consumer: Arc::clone(consumer),
             deliveries: deliveries.clone(),
@@ -215,13 +204,12 @@ impl Ack {
         self.position.stored()
     }
 
-    /// Returns whether this is another delivery of the same message by the same consumer, and `earlier` is
-    /// the one before.
+    /// Returns whether the consumer has handed out the same message once more right after `earlier`, and not
+    /// because an operator has had it begin anew.
     pub(super) fn repeats(&self, earlier: &Self) -> bool {
         self.position == earlier.position
             && self.created == earlier.created
-            && self.number > earlier.number
-            && self.times > 1
+            && self.number == earlier.number + 1
     }
 
     /// Tells the server what has become of the message, until it has confirmed that; returns whether it has.

@@ -125,6 +125,7 @@ impl Durable {
                     ack.id
                 );
                 ack.again().await;
+                self.acknowledged = delivery.ack;
                 continue;
             }
             self.current = delivery.ack.clone();
