@@ -174,7 +174,7 @@ async fn check_subscription(
         None => client.subscribe(subject.clone()).await,
     };
     let found = match subscribed {
-        Ok(_subscriber) => within_timeout(events.confirm(client, false)).await,
+        Ok(_subscriber) => within_timeout(events.confirm(connection, false)).await,
         Err(error) => Err(error.into()),
     };
     report.add(
@@ -260,7 +260,7 @@ async fn look_refused(events: &mut ConnectionEvents, consumer: &Consumer) -> any
             ConnectionEvent::Fatal(reason) | ConnectionEvent::InboxRefused(reason) => {
                 return reason;
             }
-            ConnectionEvent::Connected | ConnectionEvent::ProbeRefused => {}
+            ConnectionEvent::Connected => {}
         }
     }
 }

@@ -112,38 +112,32 @@ impl Commit {
                 return Ok(false);
             }
             let epoch = self.connection.epoch();
-            let acknowledged = self.try_commit(delivery, publication.as_ref(), outcome);
-            let is_acknowledged = acknowledged.await?;
+            if let Some(publication) = &publication {
+                // It must be known before the ack is sent whether the server refuses it.
+                let is_sure = delivery.ack.is_some();
+                let (subject, headers) = (publication.subject.into(), publication.headers.clone());
+                self.connection
+                    .publish_for_good(subject, headers, delivery.payload.clone(), is_sure)
+                    .await?;
+            }
             // What was under way on a connection that broke may be lost: once more, then.
+            if publication.is_some() && self.connection.epoch() != epoch {
+                continue;
+            }
+            let is_acknowledged = match &delivery.ack {
+                Some(ack) => {
+                    publication = None;
+                    ack.confirm(outcome).await
+                }
+                None => {
+                    self.connection.flush().await;
+                    true
+                }
+            };
             if self.connection.epoch() == epoch {
                 return Ok(is_acknowledged);
             }
         }
-    }
-
-    async fn try_commit(
-        &self,
-        delivery: &Delivery,
-        publication: Option<&Publication<'_>>,
-        outcome: Outcome,
-    ) -> anyhow::Result<bool> {
-        let refusals = self.connection.refusals();
-        if let Some(publication) = publication {
-            let (subject, headers) = (publication.subject.into(), publication.headers.clone());
-            self.connection
-                .publish(subject, None, headers, delivery.payload.clone())
-                .await?;
-        }
-        let Some(ack) = &delivery.ack else {
-            self.connection.flush().await;
-            return Ok(true);
-        };
-        let is_acknowledged = ack.confirm(outcome).await;
-        // A refusal comes before the confirmation of the ack.
-        if publication.is_some() && self.connection.refusals() > refusals {
-            bail!("NATS refuses it");
-        }
-        Ok(is_acknowledged)
     }
 
     /// The streams that are to keep what is published, with the prefix of each.

@@ -4,21 +4,22 @@
 mod api;
 mod connection;
 mod events;
-mod inbox;
-mod observer;
+mod servers;
 
 use std::{sync::Arc, time::Duration};
 
 use anyhow::anyhow;
 use async_nats::{AuthError, ConnectOptions, ServerAddr};
 
-use self::observer::{Observer, REFUSALS, explain, refusal};
 pub use self::{
     api::{Api, ApiError, Failure, refused},
-    connection::{ClientCrashed, Connection, Refusals},
-    events::{ConnectionEvent, ConnectionEvents},
-    inbox::{ANSWER_TIMEOUT, NoAnswer},
-    observer::cannot_look,
+    connection::{ANSWER_TIMEOUT, ClientCrashed, Connection, NoAnswer},
+    events::{ConnectionEvent, ConnectionEvents, cannot_look},
+    servers::show,
+};
+use self::{
+    events::Observer,
+    servers::{REFUSALS, explain, refusal},
 };
 use crate::{
     backoff::Backoff,
@@ -62,8 +63,7 @@ pub async fn connect(
     monitor: &Arc<Monitor>,
     is_first: bool,
 ) -> anyhow::Result<(Connection, ConnectionEvents)> {
-    let refusals = Refusals::default();
-    let (observer, reports) = Observer::new(config, monitor, &refusals, is_first);
+    let (observer, refusals, events) = Observer::new(config, monitor, is_first);
     let chooser = Arc::clone(&observer);
     let mut options = options(config, Arc::clone(&observer))?
         .retry_on_initial_connect()
@@ -71,14 +71,14 @@ pub async fn connect(
             let choice = chooser.choose(&servers);
             async move { choice }
         });
-    if config.nats.has_web_socket() {
+    if config.nats.ignore_discovered || config.nats.has_web_socket() {
         // A cluster advertises its web sockets without a scheme, and the client takes them for nats://.
         options = options.ignore_discovered_servers();
     }
     let client = options.connect(config.nats.servers.as_slice()).await?;
     let _ = observer.statistics.set(client.statistics());
     let connection = Connection::new(client, Api::of(config), refusals);
-    Ok((connection, ConnectionEvents::new(reports)))
+    Ok((connection, events))
 }
 
 /// Connects to one server, or fails.
@@ -90,15 +90,14 @@ pub async fn connect_once(
     server: &ServerAddr,
     monitor: &Arc<Monitor>,
 ) -> anyhow::Result<(Connection, ConnectionEvents)> {
-    let refusals = Refusals::default();
-    let (observer, reports) = Observer::new(config, monitor, &refusals, true);
+    let (observer, refusals, events) = Observer::new(config, monitor, true);
     let client = options(config, observer)?
         .ignore_discovered_servers()
         .connect(server)
         .await
         .map_err(|error| match error.kind() {
             kind if REFUSALS.contains(&kind) => {
-                anyhow!("{}", refusal(kind, &config.nats.login.hint()))
+                anyhow!("{}", refusal(&kind.to_string(), &config.nats.login.hint()))
             }
             _ => anyhow!(
                 "{}",
@@ -106,7 +105,7 @@ pub async fn connect_once(
             ),
         })?;
     let connection = Connection::new(client, Api::of(config), refusals);
-    Ok((connection, ConnectionEvents::new(reports)))
+    Ok((connection, events))
 }
 
 /// Login, TLS, and what every connection has in common.
@@ -142,10 +141,4 @@ fn with_tls(mut options: ConnectOptions, config: &config::Nats) -> ConnectOption
         options = options.add_client_certificate(certificate.clone(), key.clone());
     }
     options.require_tls(config.requires_tls)
-}
-
-/// The address of a server, without a login that a cluster may have advertised with it.
-#[must_use]
-pub fn show(server: &ServerAddr) -> String {
-    format!("{}://{}:{}", server.scheme(), server.host(), server.port())
 }

@@ -166,8 +166,14 @@ fn carried_over(delivery: &Delivery) -> HeaderMap {
     headers
 }
 
-/// Families of headers by which a publisher tells a stream what to do (ADR-4, ADR-50, ADR-51).
-const SHED_FAMILIES: [&str; 3] = ["Nats-Expected-", "Nats-Batch-", "Nats-Schedule"];
+/// Families of headers by which a publisher tells a stream or a server what to do (ADR-4, ADR-41, ADR-50,
+/// ADR-51).
+const SHED_FAMILIES: [&str; 4] = [
+    "Nats-Expected-",
+    "Nats-Batch-",
+    "Nats-Schedule",
+    "Nats-Trace-",
+];
 
 /// Headers that are not carried over.
 const SHED: [&str; 19] = [

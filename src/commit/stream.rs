@@ -10,18 +10,16 @@ use std::{
 use anyhow::bail;
 use async_nats::{
     HeaderMap, Message, StatusCode,
-    jetstream::{
-        ErrorCode, context::RequestErrorKind, publish::PublishAck, response::Response, stream::Info,
-    },
+    jetstream::{ErrorCode, publish::PublishAck, response::Response, stream::Info},
 };
 use log::warn;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::time::sleep;
 
 use crate::{
     backoff::Backoff,
     monitor::Monitor,
-    nats::{ANSWER_TIMEOUT, Connection, Failure, NoAnswer, refused},
+    nats::{ANSWER_TIMEOUT, ApiError, Connection, Failure, NoAnswer, refused},
     source::Delivery,
     subject::Prefix,
 };
@@ -73,7 +71,13 @@ impl ConfirmingStream {
         let Self {
             variable, stream, ..
         } = self;
-        let config = match self.connection.stream_info(stream).await {
+        let request = format!("STREAM.INFO.{stream}");
+        let answer = match self.connection.request(&request, &json!({})).await {
+            Ok(answer) => answer,
+            Err(ApiError::NobodyAnswers) => return Err(self.connection.api().silence(variable)),
+            Err(error) => return Err(Failure::Temporary(error.to_string())),
+        };
+        let config = match serde_json::from_slice(&answer) {
             Ok(Response::Ok(Info { config, .. })) => config,
             Ok(Response::Err { error }) => {
                 return Err(match error.error_code() {
@@ -83,12 +87,7 @@ impl ConfirmingStream {
                     _ => refused(&error, &format!("the stream {stream}"), variable),
                 });
             }
-            Err(error) => {
-                return Err(match error.kind() {
-                    RequestErrorKind::NoResponders => self.connection.api().silence(variable),
-                    _ => Failure::Temporary(error.to_string()),
-                });
-            }
+            Err(error) => return Err(Failure::Temporary(error.to_string())),
         };
         for (is_set, effect) in [
             (config.no_ack, "confirms nothing (no_ack)"),

@@ -9,7 +9,9 @@ use super::{
     files::{read_credentials, read_nkey},
     reader::{Noted, Reader, any_text, parse_bool},
     tls::Tls,
-    variables::{ADDRESS, CA, CERT, CREDS, HOST, KEY, NKEY, PASS, TLS_FIRST, TOKEN, USER},
+    variables::{
+        ADDRESS, CA, CERT, CREDS, HOST, IGNORE_DISCOVERED, KEY, NKEY, PASS, TLS_FIRST, TOKEN, USER,
+    },
 };
 
 /// What the URL of a server may start with: in clear text until the server wants TLS, with TLS, and as a web
@@ -29,6 +31,8 @@ pub struct Nats {
     pub requires_tls: bool,
     /// Whether the TLS handshake comes before the server's greeting.
     pub tls_first: bool,
+    /// Whether only these servers count, and not those that a cluster advertises.
+    pub ignore_discovered: bool,
 }
 
 /// How to log in to NATS, by the variables that tell it. The values and the files that they name are read anew for
@@ -47,23 +51,28 @@ impl Nats {
         let servers = read_servers(reader);
         let login = Login::read(reader);
         let tls_first = reader.value(TLS_FIRST, parse_bool);
-        // Setting one of these implies that no connection may be without TLS.
-        let demands = [CA, CERT].into_iter().filter(|name| reader.is_set(name));
-        let demand = demands
-            .chain((tls_first == Ok(true)).then_some(TLS_FIRST))
-            .next();
+        let ignore_discovered = reader.value(IGNORE_DISCOVERED, parse_bool);
         let is_tls = |server: &ServerAddr| matches!(server.scheme(), "tls" | "wss");
         let is_tls = servers
             .as_ref()
             .is_ok_and(|servers| servers.iter().any(is_tls));
-        let tls = Tls::read(reader, [CA, CERT, KEY], is_tls || demand.is_some());
+        // Each of these means that a password must never be sent in the clear, to no server.
+        let demand = if reader.is_set(CA) {
+            Some("NATS_CA is set")
+        } else if reader.is_set(CERT) {
+            Some("NATS_CERT is set")
+        } else if tls_first == Ok(true) {
+            Some("NATS_TLS_FIRST is set")
+        } else {
+            is_tls.then_some("another one starts with tls:// or wss://")
+        };
+        let tls = Tls::read(reader, [CA, CERT, KEY], demand.is_some());
         let servers = servers?;
-        if let Some(variable) = demand
+        if let Some(demand) = demand
             && servers.iter().any(|server| server.scheme() == "ws")
         {
             let problem = format!(
-                "has an entry that starts with ws://, which is without TLS, but {variable} is set; write \
-                 wss://, or unset {variable}"
+                "has an entry that starts with ws://, which is without TLS, but {demand}; write wss://"
             );
             let name = [HOST, ADDRESS].into_iter().find(|name| reader.is_set(name));
             return Err(reader.note(name.unwrap_or(HOST), &problem));
@@ -74,6 +83,7 @@ impl Nats {
             requires_tls: demand.is_some(),
             tls: tls?,
             tls_first: tls_first?,
+            ignore_discovered: ignore_discovered?,
         })
     }
 }
@@ -324,6 +334,11 @@ mod tests {
                             NATS_TLS_FIRST is set; write wss://";
             assert!(problems[0].starts_with(expected), "{problems:?}");
         }
+        let mixed = &problems(&[(HOST, "ws://a, wss://b")])[0];
+        assert!(
+            mixed.contains("but another one starts with tls://"),
+            "{mixed}"
+        );
         let address = [(HOST, ""), (ADDRESS, "ws://a"), (TLS_FIRST, "true")];
         assert!(problems(&address)[0].starts_with(ADDRESS));
     }
@@ -337,6 +352,7 @@ mod tests {
         ] {
             let nats = with(&[(HOST, hosts)]).unwrap().nats;
             assert_eq!(nats.has_web_socket(), expected, "{hosts}");
+            assert_eq!(nats.requires_tls, !hosts.contains("ws://"), "{hosts}");
         }
     }
 

@@ -69,6 +69,7 @@ variables! {
     CERT = "NATS_CERT", File, Off, "PEM file with a client certificate for NATS, together with NATS_KEY";
     KEY = "NATS_KEY", File, Off, "PEM file with the key of the client certificate";
     TLS_FIRST = "NATS_TLS_FIRST", Plain, Value("false"), "true: the TLS handshake comes first, as with handshake_first of nats-server";
+    IGNORE_DISCOVERED = "NATS_IGNORE_DISCOVERED_SERVERS", Plain, Value("false"), "true: only the servers of NATS_HOST, not those that a cluster advertises";
     INBOX_PREFIX = "NATS_INBOX_PREFIX", Plain, Value("_INBOX"), "prefix of reply inboxes, for a user that may not use _INBOX.>";
     QUEUE_GROUP = "NATS_QUEUE_GROUP", Plain, Off, "core mode: replicas in a group share the messages, without order across them";
     STREAM = "NATS_STREAM", Plain, Off, "durable mode: the JetStream stream, together with NATS_CONSUMER";

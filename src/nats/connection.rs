@@ -4,28 +4,26 @@ use std::{
     fmt,
     future::pending,
     sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        Arc, OnceLock,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
 };
 
+use anyhow::bail;
 use async_nats::{
-    Client, HeaderMap, Message, PublishError, Subject,
-    client::PublishErrorKind,
-    connection::State,
-    jetstream::{Context, context::RequestError, response::Response, stream::Info},
+    Client, HeaderMap, Message, PublishError, Subject, Subscriber, client::PublishErrorKind,
+    connection::State, jetstream::Context,
 };
 use bytes::Bytes;
-use tokio::sync::Mutex;
-
-use super::{
-    Api,
-    inbox::{Inbox, NoAnswer},
+use futures::{FutureExt, StreamExt};
+use tokio::{
+    sync::{Mutex, Notify},
+    task::yield_now,
+    time::{sleep, timeout},
 };
 
-/// How long a request to the JetStream API may take.
-const API_TIMEOUT: Duration = Duration::from_secs(2);
+use super::Api;
 
 /// The connection to NATS.
 #[derive(Clone)]
@@ -35,24 +33,36 @@ pub struct Connection {
     /// Only one, because each starts a task.
     jetstream: Context,
     api: Api,
-    refusals: Refusals,
+    refusals: Arc<Refusals>,
     inbox: Arc<Mutex<Inbox>>,
 }
 
-/// How many messages NATS has refused to publish.
-#[derive(Clone, Default)]
-pub struct Refusals(Arc<AtomicU64>);
+/// Messages that NATS has refused to publish, as the observer notes them for those who publish. A refusal
+/// shows only as an event, and the client drops events beyond 128.
+#[derive(Default)]
+pub(super) struct Refusals {
+    count: AtomicU64,
+    /// Whether the next one may be refused as well: so after a refusal, and on a new connection.
+    is_doubtful: AtomicBool,
+    /// Notified when our own inbox is refused, which is as good an answer as any.
+    pub(super) inbox: Notify,
+    /// What our own inbox begins with.
+    own_inbox: OnceLock<String>,
+}
 
 impl Refusals {
-    /// One more.
     pub(super) fn add(&self) {
-        self.0.fetch_add(1, Relaxed);
+        self.count.fetch_add(1, Relaxed);
+        self.doubt();
     }
 
-    /// How many there have been.
-    #[must_use]
-    pub fn count(&self) -> u64 {
-        self.0.load(Relaxed)
+    pub(super) fn doubt(&self) {
+        self.is_doubtful.store(true, Relaxed);
+    }
+
+    pub(super) fn is_own_inbox(&self, subject: &str) -> bool {
+        let inbox = self.own_inbox.get();
+        inbox.is_some_and(|inbox| subject.starts_with(&inbox[..]))
     }
 }
 
@@ -70,22 +80,16 @@ impl fmt::Display for ClientCrashed {
 impl std::error::Error for ClientCrashed {}
 
 impl Connection {
-    pub(super) fn new(client: Client, api: Api, refusals: Refusals) -> Self {
-        let mut jetstream = api.context(client.clone());
-        jetstream.set_timeout(API_TIMEOUT);
+    pub(super) fn new(client: Client, api: Api, refusals: Arc<Refusals>) -> Self {
+        let inbox = client.new_inbox();
+        let _ = refusals.own_inbox.set(inbox.clone());
         Self {
-            inbox: Arc::new(Mutex::new(Inbox::new(client.new_inbox()))),
+            inbox: Arc::new(Mutex::new(Inbox::new(inbox))),
+            jetstream: api.context(client.clone()),
             client: Arc::new(client),
-            jetstream,
             api,
             refusals,
         }
-    }
-
-    /// Returns how many messages NATS has refused to publish so far.
-    #[must_use]
-    pub fn refusals(&self) -> u64 {
-        self.refusals.count()
     }
 
     /// The client.
@@ -100,19 +104,10 @@ impl Connection {
         &self.api
     }
 
-    /// The JetStream API, with a bound on how long a request takes.
+    /// The client's own JetStream.
     #[must_use]
     pub fn jetstream(&self) -> &Context {
         &self.jetstream
-    }
-
-    /// Asks JetStream for a stream's configuration and state.
-    ///
-    /// # Errors
-    /// If there is no answer.
-    pub async fn stream_info(&self, stream: &str) -> Result<Response<Info>, RequestError> {
-        let request = format!("STREAM.INFO.{stream}");
-        self.jetstream.request(request, &()).await
     }
 
     /// Returns the number of this connection to a server. What was sent on an earlier one may be lost.
@@ -139,6 +134,49 @@ impl Connection {
         if self.client.flush().await.is_err() {
             crashed::<()>().await;
         }
+    }
+
+    /// Resolves once the server has processed all that was sent before, and what it refused of that is known.
+    pub async fn round_trip(&self) {
+        loop {
+            self.up().await;
+            let mut inbox = self.inbox.lock().await;
+            if inbox.echo(self, &self.refusals.inbox).await {
+                break;
+            }
+        }
+        // A refusal comes by a task of the client's, which was woken before this one.
+        yield_now().await;
+    }
+
+    /// Publishes a message. With `is_sure`, or where NATS may refuse it because it did so before, that is found
+    /// out.
+    ///
+    /// # Errors
+    /// If the client or the server refuses it.
+    pub async fn publish_for_good(
+        &self,
+        subject: Subject,
+        headers: HeaderMap,
+        payload: Bytes,
+        is_sure: bool,
+    ) -> anyhow::Result<()> {
+        let refusals = self.refusals();
+        self.publish(subject, None, headers, payload).await?;
+        if is_sure || self.refusals.is_doubtful.load(Relaxed) {
+            self.round_trip().await;
+            if self.refusals() > refusals {
+                bail!("NATS refuses it");
+            }
+            self.refusals.is_doubtful.store(false, Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Returns how many messages NATS has refused to publish so far.
+    #[must_use]
+    pub fn refusals(&self) -> u64 {
+        self.refusals.count.load(Relaxed)
     }
 
     /// Publishes a message, with where it is to be answered.
@@ -186,6 +224,131 @@ impl Connection {
 
 /// Never resolves: a crashed client does nothing any more, and who listens to the connection's events starts
 /// over, or ends.
-pub(super) async fn crashed<T>() -> T {
+async fn crashed<T>() -> T {
     pending().await
+}
+
+/// How long an answer may take.
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Where the answers to questions come, to one at a time.
+///
+/// async-nats's own `send_request` takes the first answer, whoever's it is, needs a channel, a random subject and
+/// an entry in a map for each question, and keeps that entry where no answer comes. Here one subscription takes
+/// all answers, and the asker says what is one.
+struct Inbox {
+    /// Question `n` is answered on `<prefix>.<n>`, so that a late answer is not taken for another one.
+    prefix: String,
+    /// The number of the last question.
+    last: u64,
+    subscription: Option<Subscriber>,
+}
+
+/// Why there is no answer.
+#[derive(Debug)]
+pub enum NoAnswer {
+    /// The client refuses to publish the question, for this reason.
+    Refused(String),
+    /// There was none within [`ANSWER_TIMEOUT`].
+    TimedOut,
+}
+
+impl fmt::Display for NoAnswer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused(reason) => f.write_str(reason),
+            Self::TimedOut => write!(f, "no answer within {ANSWER_TIMEOUT:?}"),
+        }
+    }
+}
+
+impl Inbox {
+    fn new(prefix: String) -> Self {
+        Self {
+            prefix,
+            last: 0,
+            subscription: None,
+        }
+    }
+
+    /// Publishes a message, and waits for its answer: the first that `read` makes something of.
+    async fn ask<T>(
+        &mut self,
+        connection: &Connection,
+        subject: Subject,
+        headers: HeaderMap,
+        payload: Bytes,
+        read: impl Fn(&Message) -> Option<T>,
+    ) -> Result<T, NoAnswer> {
+        let reply = self.next_reply();
+        let subscriber = self.subscriber(connection).await;
+        connection
+            .publish(subject, Some(reply.clone()), headers, payload)
+            .await
+            .map_err(|error| NoAnswer::Refused(error.to_string()))?;
+        let answer = timeout(ANSWER_TIMEOUT, answer_on(&reply, subscriber, read)).await;
+        answer.map_err(|_| NoAnswer::TimedOut)
+    }
+
+    /// Publishes to the inbox itself, and returns whether that came back or was refused: either way the server
+    /// has processed all that was sent before. Nobody else's subscription can take it away.
+    async fn echo(&mut self, connection: &Connection, refused: &Notify) -> bool {
+        if refused.notified().now_or_never().is_some() {
+            // That was no answer to this one, and there may be no subscription.
+            self.subscription = None;
+        }
+        let reply = self.next_reply();
+        let subscriber = self.subscriber(connection).await;
+        let sent = connection.publish(reply.clone(), None, HeaderMap::new(), Bytes::new());
+        // The client refuses nothing so small.
+        let _ = sent.await;
+        tokio::select! {
+            _ = answer_on(&reply, subscriber, |_| Some(())) => true,
+            () = refused.notified() => {
+                // The next one is to be refused again.
+                self.subscription = None;
+                true
+            }
+            () = sleep(ANSWER_TIMEOUT) => false,
+        }
+    }
+
+    /// Where the next question is to be answered.
+    fn next_reply(&mut self) -> Subject {
+        self.last += 1;
+        format!("{}.{}", self.prefix, self.last).into()
+    }
+
+    /// Subscribes, the first time that an answer is wanted.
+    async fn subscriber(&mut self, connection: &Connection) -> &mut Subscriber {
+        let subscriber = match self.subscription.take() {
+            Some(subscriber) => subscriber,
+            None => {
+                let subject = format!("{}.*", self.prefix);
+                match connection.client().subscribe(subject).await {
+                    Ok(subscriber) => subscriber,
+                    Err(_) => crashed().await,
+                }
+            }
+        };
+        self.subscription.insert(subscriber)
+    }
+}
+
+/// The first message on `reply` that `read` makes something of.
+async fn answer_on<T>(
+    reply: &Subject,
+    subscriber: &mut Subscriber,
+    read: impl Fn(&Message) -> Option<T>,
+) -> T {
+    loop {
+        let Some(message) = subscriber.next().await else {
+            return crashed().await;
+        };
+        if message.subject == *reply
+            && let Some(answer) = read(&message)
+        {
+            return answer;
+        }
+    }
 }

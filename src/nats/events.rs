@@ -1,52 +1,61 @@
-//! What the connection reports that its user must act on.
+//! What happens to the connection, for the log, the monitor, and those who must act on it.
 
-use async_nats::{Client, RequestErrorKind, connection::State};
+use std::{
+    sync::{
+        Arc, Mutex, OnceLock,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Instant,
+};
+
+use anyhow::anyhow;
+use async_nats::{ClientError, Event, ServerError, Statistics};
+use log::{debug, error, info, warn};
 use tokio::sync::mpsc;
 
-use super::connection::ClientCrashed;
+use super::{
+    Api,
+    connection::{ClientCrashed, Connection, Refusals},
+    servers::{Progress, is_refusal, refusal},
+};
+use crate::{
+    config::{Config, Mode},
+    lock::lock,
+    monitor::Monitor,
+    subject::Prefix,
+};
 
-/// What the connection reports that its user must act on.
-pub struct ConnectionEvents {
-    reports: mpsc::UnboundedReceiver<ConnectionEvent>,
-}
-
-/// One such report.
+/// Something on which a part of the relay must act.
 #[derive(Debug)]
 pub enum ConnectionEvent {
     /// The relay cannot go on.
     Fatal(anyhow::Error),
     /// Our user may not subscribe to an inbox, so a request gets no answer; with what to do about it.
     InboxRefused(anyhow::Error),
-    /// Our user may not publish to an inbox, which only [`ConnectionEvents::confirm`] does.
-    ProbeRefused,
     /// There is a new connection.
     Connected,
     /// Our user may not look at the messages of the stream.
     LookRefused,
 }
 
-impl ConnectionEvents {
-    pub(super) fn new(reports: mpsc::UnboundedReceiver<ConnectionEvent>) -> Self {
-        Self { reports }
-    }
+/// The events of the connection.
+pub struct ConnectionEvents(pub(super) mpsc::UnboundedReceiver<ConnectionEvent>);
 
-    /// Waits for the next report. A client that crashed is a fatal one: [`ClientCrashed`].
+impl ConnectionEvents {
+    /// Waits for the next event. A client that crashed is a fatal one: [`ClientCrashed`].
     pub async fn next(&mut self) -> ConnectionEvent {
-        // The client is what reports, so the reports end with it.
-        let event = self.reports.recv().await;
+        // The client is what tells of events, so they end with it.
+        let event = self.0.recv().await;
         event.unwrap_or_else(|| ConnectionEvent::Fatal(ClientCrashed.into()))
     }
 
     /// Resolves when the relay cannot go on, with the reason.
     pub async fn fatal(&mut self) -> anyhow::Error {
         loop {
-            match self.next().await {
-                ConnectionEvent::Fatal(reason) | ConnectionEvent::InboxRefused(reason) => {
-                    return reason;
-                }
-                ConnectionEvent::ProbeRefused
-                | ConnectionEvent::LookRefused
-                | ConnectionEvent::Connected => {}
+            if let ConnectionEvent::Fatal(reason) | ConnectionEvent::InboxRefused(reason) =
+                self.next().await
+            {
+                return reason;
             }
         }
     }
@@ -55,33 +64,292 @@ impl ConnectionEvents {
     ///
     /// # Errors
     /// If it refused what the relay can't do without.
-    pub async fn confirm(&mut self, client: &Client, needs_inbox: bool) -> anyhow::Result<()> {
-        // The client has no round trip of its own to await, so this asks an inbox that nobody
-        // listens to: "no responders" comes back at once, and after any refusal. A user without
-        // permission to use inboxes gets a refusal, which is as good an answer.
+    pub async fn confirm(
+        &mut self,
+        connection: &Connection,
+        needs_inbox: bool,
+    ) -> anyhow::Result<()> {
         loop {
-            tokio::select! {
+            let event = tokio::select! {
                 biased;
-                event = self.next() => match event {
-                    ConnectionEvent::Fatal(reason) => return Err(reason),
-                    ConnectionEvent::InboxRefused(reason) if needs_inbox => return Err(reason),
-                    ConnectionEvent::InboxRefused(_) | ConnectionEvent::ProbeRefused => return Ok(()),
-                    ConnectionEvent::Connected | ConnectionEvent::LookRefused => continue,
+                event = self.next() => event,
+                () = connection.round_trip() => match self.0.try_recv() {
+                    // It came along with the answer.
+                    Ok(event) => event,
+                    Err(_) => return Ok(()),
                 },
-                answer = client.request(client.new_inbox(), "".into()) => match answer {
-                    Err(error) if error.kind() == RequestErrorKind::TimedOut => {}
-                    // Let a refusal that came along with the answer get here first.
-                    _ => tokio::task::yield_now().await,
-                },
-            }
-            while let Ok(event) = self.reports.try_recv() {
-                if let ConnectionEvent::Fatal(reason) = event {
-                    return Err(reason);
-                }
-            }
-            if client.connection_state() == State::Connected {
-                return Ok(());
+            };
+            match event {
+                ConnectionEvent::Fatal(reason) => return Err(reason),
+                ConnectionEvent::InboxRefused(reason) if needs_inbox => return Err(reason),
+                ConnectionEvent::InboxRefused(_) => return Ok(()),
+                ConnectionEvent::Connected | ConnectionEvent::LookRefused => {}
             }
         }
+    }
+}
+
+/// Logs what the client tells, counts it, and passes on what others must act on.
+pub(super) struct Observer {
+    /// It subscribes to all that is below this one.
+    prefix: Prefix,
+    /// Below this one come the answers to its requests.
+    inbox_prefix: Prefix,
+    api: Api,
+    /// What to look at where the server refuses the login.
+    pub(super) hint: String,
+    /// Whether the TLS handshake comes before the server's greeting.
+    pub(super) tls_first: bool,
+    /// The stream that it takes messages from, if it does not publish into it as well.
+    input: Option<String>,
+    /// Whether messages are lost with a connection, as in core mode.
+    is_lossy: bool,
+    /// Whether a server has accepted the login before. If not, a refusal is final.
+    pub(super) was_accepted: AtomicBool,
+    /// Whether it was said that the own inbox is refused.
+    was_inbox_refused: AtomicBool,
+    pub(super) progress: Mutex<Progress>,
+    /// The client's own, which know of a connection before its event comes.
+    pub(super) statistics: OnceLock<Arc<Statistics>>,
+    pub(super) monitor: Arc<Monitor>,
+    refusals: Arc<Refusals>,
+    events: mpsc::UnboundedSender<ConnectionEvent>,
+}
+
+impl Observer {
+    pub(super) fn new(
+        config: &Config,
+        monitor: &Arc<Monitor>,
+        is_first: bool,
+    ) -> (Arc<Self>, Arc<Refusals>, ConnectionEvents) {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let refusals = Arc::default();
+        let observer = Self {
+            prefix: config.prefix.clone(),
+            inbox_prefix: config.inbox_prefix.clone(),
+            api: Api::of(config),
+            hint: config.nats.login.hint(),
+            tls_first: config.nats.tls_first,
+            input: match &config.mode {
+                Mode::Core { .. } => None,
+                Mode::Durable { stream, .. } => Some(stream.clone()).filter(|stream| {
+                    ![&config.relayed_stream, &config.failed_stream]
+                        .iter()
+                        .any(|own| own.as_ref() == Some(stream))
+                }),
+            },
+            is_lossy: matches!(config.mode, Mode::Core { .. }),
+            was_accepted: AtomicBool::new(!is_first),
+            was_inbox_refused: AtomicBool::default(),
+            progress: Mutex::default(),
+            statistics: OnceLock::new(),
+            monitor: Arc::clone(monitor),
+            refusals: Arc::clone(&refusals),
+            events: sender,
+        };
+        (Arc::new(observer), refusals, ConnectionEvents(receiver))
+    }
+
+    pub(super) fn observe(&self, event: Event) {
+        match event {
+            Event::Connected => {
+                self.was_accepted.store(true, Relaxed);
+                self.refusals.doubt();
+                let mut progress = lock(&self.progress);
+                progress.connected = Some(Instant::now());
+                let server = progress.server();
+                info!("connected to NATS at {server}");
+                self.monitor.set_connected(server);
+                self.tell(ConnectionEvent::Connected);
+            }
+            Event::Disconnected => {
+                self.monitor.set_disconnected();
+                if self.is_lossy {
+                    error!(
+                        "lost the connection to NATS; messages that were on their way or are published \
+                         before it is back are lost (NATS_STREAM would keep them); a message that no \
+                         client can read, such as one with malformed headers, has this effect as well"
+                    );
+                } else {
+                    warn!("lost the connection to NATS; reconnecting");
+                }
+            }
+            Event::LameDuckMode => warn!("the NATS server is about to shut down (lame duck mode)"),
+            Event::SlowConsumer(_) => error!("the NATS client dropped a message (slow consumer)"),
+            Event::ServerError(ServerError::Other(text)) => self.observe_server_error(&text),
+            Event::ServerError(error) => error!("the NATS server reports: {error}"),
+            Event::ClientError(ClientError::Other(kind))
+                if is_refusal(&kind) && !self.was_accepted.load(Relaxed) =>
+            {
+                let server = lock(&self.progress).server();
+                let refusal = refusal(&kind, &self.hint);
+                self.fatal(anyhow!("NATS at {server} {refusal}"));
+            }
+            // A failed attempt to connect: the next choice of a server logs it, with the reason.
+            Event::ClientError(_) => {}
+            // Only ever caused by ourselves.
+            Event::Draining | Event::Closed => {}
+        }
+    }
+
+    /// Acts on what the server tells about us (`-ERR` of the NATS client protocol).
+    fn observe_server_error(&self, text: &str) {
+        if let Some(refused) = refused_subject(text, "Subscription to") {
+            if self.inbox_prefix.contains(refused) {
+                return self.inbox_refused(anyhow!(
+                    "no permission to subscribe to {}, where NATS answers; allow it for this NATS \
+                     user, or set NATS_INBOX_PREFIX to a prefix that this user may subscribe to",
+                    self.inbox_prefix.wildcard()
+                ));
+            }
+            // It subscribes to nothing else, however the server writes that.
+            return self.fatal(anyhow!(
+                "no permission to subscribe to {}; allow it for this NATS user",
+                self.prefix.wildcard()
+            ));
+        }
+        if let Some(refused) = refused_subject(text, "Publish to") {
+            return self.observe_refused_publish(refused);
+        }
+        match &text.to_ascii_lowercase()[..] {
+            "maximum control line exceeded" => {
+                self.refused(
+                    "the subject of a message is too long for the NATS server, so it was not \
+                     republished; shorten NATS_RELAYED_SUBJECT_PREFIX, or raise max_control_line of \
+                     the server",
+                );
+            }
+            "maximum payload violation" => {
+                self.refused(
+                    "a message is larger than the NATS server takes, so it was not republished; raise \
+                     max_payload of the server",
+                );
+            }
+            "maximum subscriptions exceeded" => {
+                let reason = anyhow!("NATS refused the subscription: {text}");
+                match self.is_lossy {
+                    // Its own subscription came first; it can do without the one of an inbox.
+                    true => self.inbox_refused(reason),
+                    false => self.fatal(reason),
+                }
+            }
+            _ => error!("the NATS server reports: {text}"),
+        }
+    }
+
+    fn observe_refused_publish(&self, refused: &str) {
+        if self.refusals.is_own_inbox(refused) {
+            // Core mode can do without, because it hardly ever asks.
+            if !self.is_lossy && !self.was_inbox_refused.swap(true, Relaxed) {
+                warn!(
+                    "no permission to publish on {}, by which the relay learns whether NATS refuses a \
+                     message; each message leaves an error in the server's log; allow it for this NATS user",
+                    self.inbox_prefix.wildcard()
+                );
+            }
+            return self.refusals.inbox.notify_one();
+        }
+        let request = self.api.request(refused).unwrap_or_default();
+        if request.starts_with("STREAM.MSG.GET.") {
+            warn!("{}", cannot_look(refused));
+            return self.tell(ConnectionEvent::LookRefused);
+        }
+        if request
+            .strip_prefix("STREAM.INFO.")
+            .is_some_and(|stream| self.input.as_deref() == Some(stream))
+        {
+            // It can do without a look at the stream that it takes messages from, and says what follows.
+            return debug!("no permission to publish on {refused}");
+        }
+        if refused.starts_with("$JS.") {
+            return self.fatal(anyhow!(
+                "no permission to publish on {refused}, which the relay needs; allow it for this NATS \
+                 user"
+            ));
+        }
+        self.refused(&format!(
+            "no permission to publish on {refused}, so this message was not republished; allow it for \
+             this NATS user"
+        ));
+    }
+
+    fn refused(&self, line: &str) {
+        self.refusals.add();
+        self.monitor.add_publish_refused();
+        error!("{line}");
+    }
+
+    fn inbox_refused(&self, reason: anyhow::Error) {
+        self.refusals.inbox.notify_one();
+        self.tell(ConnectionEvent::InboxRefused(reason));
+    }
+
+    fn fatal(&self, reason: anyhow::Error) {
+        self.tell(ConnectionEvent::Fatal(reason));
+    }
+
+    fn tell(&self, event: ConnectionEvent) {
+        // Nobody is left to listen only while the relay ends.
+        let _ = self.events.send(event);
+    }
+}
+
+/// What follows from a missing permission to look at the messages of a stream.
+#[must_use]
+pub fn cannot_look(subject: &str) -> String {
+    format!(
+        "no permission to publish on {subject}, by which the relay finds a message that no client can \
+         read; such a message would block all others, and show only as a connection that is lost \
+         again and again; allow it for this NATS user"
+    )
+}
+
+/// The subject in the server's `Permissions Violation for <what> "<subject>"`, in quotes as Go writes them, with
+/// whatever it escapes in it.
+fn refused_subject<'a>(text: &'a str, what: &str) -> Option<&'a str> {
+    let (_, rest) = text
+        .strip_prefix("Permissions Violation for ")?
+        .split_once(what)?;
+    let rest = rest.trim_start().strip_prefix('"')?;
+    let mut is_escaped = false;
+    let end = rest.find(|character| {
+        let is_end = character == '"' && !is_escaped;
+        is_escaped = character == '\\' && !is_escaped;
+        is_end
+    })?;
+    Some(&rest[..end])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refusals_name_their_subject() {
+        let (subscription, publish) = ("Subscription to", "Publish to");
+        for (text, what, subject) in [
+            (r#"Subscription to "a.>""#, subscription, Some("a.>")),
+            (
+                r#"Subscription to "a.>" using queue "q""#,
+                subscription,
+                Some("a.>"),
+            ),
+            (
+                r#"Subscription to "a.>" (sid "1")"#,
+                subscription,
+                Some("a.>"),
+            ),
+            (r#"Publish to "a.b""#, publish, Some("a.b")),
+            (
+                r#"Subscription to "a\"b\\\u200b.>" using queue "q""#,
+                subscription,
+                Some(r#"a\"b\\\u200b.>"#),
+            ),
+            (r#"Publish to "a.b""#, subscription, None),
+        ] {
+            let text = format!("Permissions Violation for {text}");
+            assert_eq!(refused_subject(&text, what), subject, "{text}");
+        }
+        assert_eq!(refused_subject("Stale Connection", publish), None);
     }
 }

@@ -238,7 +238,8 @@ impl Ack {
                 text.into(),
                 is_confirmation,
             );
-            if matches!(answer.await, Ok(true)) {
+            let answer = answer.await;
+            if matches!(answer, Ok(true)) {
                 // The next message is handed out only after this ack.
                 lock(&self.deliveries.0).none_out_at = started_at;
                 return true;
@@ -247,7 +248,18 @@ impl Ack {
                 return false;
             }
             if start.elapsed() >= CONFIRM_WITHIN {
-                warn!("{} may come again: NATS does not confirm its ack", self.id);
+                let hint = match answer {
+                    // Nobody listens to acks at all.
+                    Ok(_) => {
+                        "; where JetStream is imported from another account, export and import the service \
+                         $JS.ACK.> as well"
+                    }
+                    Err(_) => "",
+                };
+                warn!(
+                    "{} may come again: NATS does not confirm its ack{hint}",
+                    self.id
+                );
                 return false;
             }
             // Nobody confirms: the consumer has no leader just now.

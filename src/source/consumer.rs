@@ -9,7 +9,7 @@ use async_nats::jetstream::{
     response::Response,
     stream::{self, DiscardPolicy},
 };
-use log::{info, warn};
+use log::info;
 use serde_json::{Value, json};
 
 use crate::{
@@ -76,14 +76,14 @@ impl Consumer {
         self.read(self.connection.request(&request, &json!({})).await)
     }
 
-    /// Verifies that the consumer is still configured correctly; returns what the server tells of it, if it
-    /// answers just now.
+    /// Verifies that the consumer is still configured correctly; returns what the server tells of it, or why
+    /// it does not answer just now.
     ///
     /// # Errors
     /// If it is gone, or was edited into one that cannot be used.
-    pub(crate) async fn verify_again(&self) -> anyhow::Result<Option<Info>> {
+    pub(crate) async fn verify_again(&self) -> anyhow::Result<Result<Info, String>> {
         let reason = match self.verify().await {
-            Ok(info) => return Ok(Some(info)),
+            Ok(info) => return Ok(Ok(info)),
             Err(ConsumerError::Fatal(reason)) => return Err(reason),
             Err(ConsumerError::Missing) => bail!(
                 "the consumer {} was deleted; the next start creates it anew",
@@ -93,8 +93,7 @@ impl Consumer {
             Err(ConsumerError::NobodyAnswers(_)) => "nobody answers".to_owned(),
             Err(ConsumerError::Temporary(reason)) => reason,
         };
-        warn!("JetStream is not ready: {reason}");
-        Ok(None)
+        Ok(Err(format!("JetStream is not ready: {reason}")))
     }
 
     /// Verifies that the stream keeps what the relay wants; returns a warning of what can disturb the order, if

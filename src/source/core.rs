@@ -76,7 +76,9 @@ impl Core {
         };
         // It only fails where the client crashed, which the events tell.
         self.subscriber = subscriber.ok();
-        self.events.confirm(client, self.needs_inbox).await
+        self.events
+            .confirm(&self.connection, self.needs_inbox)
+            .await
     }
 
     pub(super) async fn next(&mut self) -> anyhow::Result<Option<Delivery>> {
@@ -138,7 +140,6 @@ impl Core {
                 ConnectionEvent::Fatal(reason) => return Err(reason),
                 ConnectionEvent::InboxRefused(reason) if self.needs_inbox => return Err(reason),
                 ConnectionEvent::InboxRefused(_)
-                | ConnectionEvent::ProbeRefused
                 | ConnectionEvent::LookRefused
                 | ConnectionEvent::Connected => {}
             },

@@ -23,7 +23,7 @@ use async_nats::{
     jetstream::consumer::{Info, ReplayPolicy},
 };
 use futures::{FutureExt, StreamExt};
-use log::info;
+use log::{info, warn};
 use tokio::time::{Instant, Sleep, sleep, timeout};
 
 use super::{
@@ -217,7 +217,7 @@ impl Durable {
                 ConnectionEvent::Fatal(reason) | ConnectionEvent::InboxRefused(reason) => {
                     return Err(reason);
                 }
-                ConnectionEvent::LookRefused | ConnectionEvent::ProbeRefused => {}
+                ConnectionEvent::LookRefused => {}
                 ConnectionEvent::Connected => {
                     // The server has forgotten the request along with the old connection.
                     self.requests.end();
@@ -320,12 +320,15 @@ impl Durable {
     /// Returns whether the consumer is still configured correctly; an error if it is not. False where nobody
     /// can tell just now.
     async fn verify(&mut self) -> anyhow::Result<bool> {
-        let info = self.consumer.verify_again().await?;
+        let found = self.consumer.verify_again().await?;
         self.verified = Instant::now();
-        if let Some(info) = &info {
-            self.learn(info);
+        match &found {
+            Ok(info) => self.learn(info),
+            Err(reason) => warn!("{reason}"),
         }
-        Ok(info.is_some())
+        let is_verified = found.is_ok();
+        self.monitor.set_obstacle(found.err());
+        Ok(is_verified)
     }
 
     /// Takes in what the server tells of the consumer.

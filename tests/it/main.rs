@@ -22,6 +22,7 @@ mod order;
 mod outcomes;
 mod permissions;
 mod receivers;
+mod refusals;
 mod relaying;
 mod service;
 mod slow;
