@@ -43,13 +43,15 @@ impl Name {
 
     /// What starts a program that sees it, with these variables beside the usual ones.
     fn command(&self, port: u16) -> Vec<String> {
-        // The relay's own environment has no PATH.
+        // The relay's own environment has no PATH. Without RESOLV_MULTI, glibc takes only the first line of
+        // a name where there is no /etc/host.conf.
         let [env, unshare, mount] = ["env", "unshare", "mount"].map(path_of);
         let hosts = self.hosts.display();
         let destination = format!("WEBHOOK_DESTINATION=http://frontend.test:{port}/hook");
         let script = format!(r#"{mount} --bind {hosts} /etc/hosts && exec "$0" "$@""#);
-        [&env[..], &destination, "WEBHOOK_EVERY_ADDRESS=true"]
+        [&env[..], "RESOLV_MULTI=on"]
             .into_iter()
+            .chain([&destination[..], "WEBHOOK_EVERY_ADDRESS=true"])
             .chain([&unshare, "--map-root-user", "--mount"])
             .chain(["/bin/sh", "-c", &script])
             .map(str::to_owned)

@@ -15,8 +15,8 @@ use tokio::{
 };
 
 use crate::support::{
-    Answer, Mode, NatsServer, PATIENCE, Relay, Scene, Webhook, check, next, publish_all, until,
-    until_ok,
+    Answer, Authority, Mode, NatsServer, PATIENCE, Relay, Scene, Webhook, check, next, publish_all,
+    until, until_ok,
 };
 
 pub const STATUS: (&str, &str) = ("STATUS_LISTEN", "127.0.0.1:0");
@@ -555,11 +555,11 @@ async fn check_prints_each_line_when_it_knows_it() {
 #[tokio::test]
 async fn check_looks_at_certificates() {
     let nats = NatsServer::start().await;
-    let authority = crate::support::Authority::new();
+    let (authority, another) = (Authority::new(), Authority::new());
     let webhook = Webhook::https(authority.acceptor()).await;
     let (url, destination) = (nats.url(), webhook.url().replace("http:", "https:"));
-    let ca = authority.ca();
-    let variables = [
+    let (ca, other) = (authority.ca(), another.ca());
+    let mut variables = [
         ("WEBHOOK_DESTINATION", &destination[..]),
         ("NATS_HOST", &url),
         ("NATS_SUBJECT_PREFIX", "cms.cache"),
@@ -568,7 +568,8 @@ async fn check_looks_at_certificates() {
     ];
     let (code, lines) = check(&variables).await;
     assert_eq!(code, Some(0), "{lines:#?}");
-    let (code, lines) = check(&variables[..4]).await;
+    variables[4].1 = &other;
+    let (code, lines) = check(&variables).await;
     assert_eq!(code, Some(1), "{lines:#?}");
     assert!(
         lines

@@ -9,7 +9,7 @@ use std::{
 use async_nats::HeaderMap;
 use tokio::net::TcpListener;
 
-use crate::support::{Answer, NatsServer, Received, Relay, Scene, Webhook, next};
+use crate::support::{Answer, Authority, NatsServer, Received, Relay, Scene, Webhook, next};
 
 /// One message that meets the webhook.
 impl Scene {
@@ -146,6 +146,7 @@ async fn a_front_end_that_is_not_up_yet_is_waited_for() {
 #[tokio::test]
 async fn names_that_do_not_resolve_and_tls_where_there_is_none_are_tried_again() {
     let webhook = Webhook::ok().await;
+    let authority = Authority::new();
     for (destination, reason) in [
         (
             "http://nowhere.invalid/".to_owned(),
@@ -157,7 +158,11 @@ async fn names_that_do_not_resolve_and_tls_where_there_is_none_are_tried_again()
         ),
     ] {
         let nats = NatsServer::start().await;
-        let relay = Relay::between(&nats, &destination, &[("WEBHOOK_MAX_ATTEMPTS", "2")]);
+        let variables = [
+            ("SSL_CERT_FILE", &authority.ca()[..]),
+            ("WEBHOOK_MAX_ATTEMPTS", "2"),
+        ];
+        let relay = Relay::between(&nats, &destination, &variables);
         relay.logged("listening on").await;
         nats.publish("cms.cache.x", "first").await;
         let line = relay.logged("attempt 1: ").await;

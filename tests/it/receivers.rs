@@ -162,7 +162,12 @@ async fn https_is_trusted_by_the_system_s_store_or_a_ca_of_one_s_own() {
     let webhook = Webhook::https(authority.acceptor()).await;
     let url = webhook.url().replace("http:", "https:");
 
-    let relay = Relay::between(&nats, &url, &[("WEBHOOK_MAX_ATTEMPTS", "2")]);
+    let other = Authority::new();
+    let variables = [
+        ("SSL_CERT_FILE", &other.ca()[..]),
+        ("WEBHOOK_MAX_ATTEMPTS", "2"),
+    ];
+    let relay = Relay::between(&nats, &url, &variables);
     relay.logged("listening on").await;
     nats.publish("cms.cache.x", "refused").await;
     relay.logged("is not relayed").await;
