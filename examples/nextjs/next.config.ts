@@ -1,9 +1,9 @@
 import type { NextConfig } from "next";
 
 const config: NextConfig = {
-  // To a page with a lifetime Next.js adds "stale-while-revalidate", and the browser then answers a refresh
-  // from its own cache, with the old page. This holds for the data that the router requests, so that a CDN
-  // may still keep the documents.
+  // Next.js lets browsers and CDNs keep what its router requests of a page with a lifetime
+  // (stale-while-revalidate), and a refresh is then answered from there, with the old page. Documents may be
+  // kept as before.
   async headers() {
     return [
       {

@@ -21,12 +21,14 @@ export function Live() {
     let connection: NatsConnection | undefined;
     let unmounted = false;
 
-    // In dev React mounts this twice, and the first one's end must not be shown.
     function show(state: keyof typeof LABELS) {
       if (!unmounted) setState(state);
     }
 
     async function listen() {
+      // In dev React mounts this twice in a row: only the second one connects.
+      await undefined;
+      if (unmounted) return;
       connection = await wsconnect({
         servers: process.env.NEXT_PUBLIC_NATS_URL,
         user: process.env.NEXT_PUBLIC_NATS_USER,

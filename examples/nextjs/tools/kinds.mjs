@@ -1,14 +1,15 @@
 // Counts stale pages for every kind of page that people have: pages that stay open, links that were
-// prefetched before the edit, and going back. The pages are in ../kinds, and here they become projects with
+// prefetched before the edit, going back, and pages that are opened later. The pages are in ../kinds, and here they become projects with
 // the files that people copy.
 
 import { cpSync, readFileSync, writeFileSync } from "node:fs";
 import { join, resolve } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
+import { LIVE } from "./browser.mjs";
 
 /** @typedef {import("playwright-core").Page} BrowserPage */
 /** @typedef {{ looks: number, stale: number }} Count */
-/** @typedef {"open page" | "by a link" | "back" | "link during an edit"} Way */
+/** @typedef {"open page" | "opened later" | "by a link" | "back" | "link during an edit"} Way */
 /** @typedef {Record<Way, Count>} Counts */
 /** @typedef {{ variant: string, basePath: string, options: string, kinds: Record<string, string> }} Project */
 
@@ -128,7 +129,7 @@ async function countSome({ browser, origin, project, edit, rounds, dev = false }
   const kinds = [];
   for (const name of names) {
     const count = () => ({ looks: 0, stale: 0 });
-    counts.set(name, { "open page": count(), "by a link": count(), back: count(), "link during an edit": count() });
+    counts.set(name, { "open page": count(), "opened later": count(), "by a link": count(), back: count(), "link during an edit": count() });
     const open = await openPage(browser, `${site}/${name}`);
     kinds.push({ name, open, visitor: await openPage(browser, site) });
   }
@@ -206,6 +207,14 @@ async function countSome({ browser, origin, project, edit, rounds, dev = false }
       }),
     );
     await (await third).looked;
+
+    // Where a shared cache has the old document, the page opens with that.
+    await Promise.all(
+      kinds.map(async ({ name, open }) => {
+        await open.reload();
+        note(name, "opened later", await shows(open, name, (await third).version));
+      }),
+    );
   }
 
   await Promise.all(kinds.flatMap(({ open, visitor }) => [open.context().close(), visitor.context().close()]));
@@ -230,7 +239,7 @@ async function openPage(browser, address) {
     page.on(/** @type {"requestfinished"} */ (event), () => (seen.open--, (seen.since = Date.now())));
   }
   await page.goto(address);
-  await page.waitForSelector('[role="status"][data-state="live"]', { timeout: 60_000 });
+  await page.waitForSelector(LIVE, { timeout: 60_000 });
   return page;
 }
 
@@ -241,9 +250,10 @@ async function quiet(page) {
   while (seen && Date.now() < deadline && (seen.open > 0 || Date.now() - seen.since < 200)) await sleep(20);
 }
 
-/** @param {string} address */
-async function visit(address) {
+/** @param {string} address @returns {Promise<string | null>} what the shared cache says of it */
+export async function visit(address) {
   const response = await fetch(address);
   await response.text();
   if (!response.ok) throw new Error(`${address} answered ${response.status}`);
+  return response.headers.get("x-cache");
 }

@@ -167,10 +167,58 @@ export class Stack {
     return directory;
   }
 
-  /** @param {Variables} changes */
-  async relay(changes = {}) {
-    const part = this.#start("relay", RELAY, [], { ...this.settings, ...changes });
+  /**
+   * @param {Variables} changes
+   * @param {string} directory where it looks for .env
+   */
+  async relay(changes = {}, directory = this.directory) {
+    const part = this.#start("relay", RELAY, [], { ...this.settings, ...changes }, { cwd: directory });
     await part.says("listening on");
+  }
+
+  /**
+   * A shared cache in front of a site, which does what the site's Cache-Control and Vary say, as a CDN does.
+   * @param {number} port
+   */
+  async sharedCache(port) {
+    const directory = mkdtempSync(join(this.directory, "nginx-"));
+    const temporary = ["client_body", "proxy", "fastcgi", "scgi", "uwsgi"].map((name) => `${name}_temp_path ${directory}/${name};`);
+    const config = `
+      daemon off;
+      pid ${directory}/pid;
+      error_log stderr notice;
+      ${process.getuid?.() === 0 ? "user root;" : ""}
+      events {}
+      http {
+        access_log off;
+        ${temporary.join(" ")}
+        proxy_cache_path ${directory}/cache keys_zone=pages:1m;
+        server {
+          listen 127.0.0.1:${port};
+          location / {
+            proxy_pass http://127.0.0.1:${this.ports.site};
+            proxy_http_version 1.1;
+            proxy_set_header Host $http_host;
+            proxy_cache pages;
+            add_header X-Cache $upstream_cache_status;
+          }
+        }
+      }`;
+    writeFileSync(join(directory, "nginx.conf"), config);
+    const args = ["-c", join(directory, "nginx.conf"), "-e", "stderr"];
+    await this.start("shared-cache", "nginx", args, directory, "start worker process ");
+  }
+
+  /**
+   * Any other program.
+   * @param {string} name
+   * @param {string} program
+   * @param {string[]} args
+   * @param {string} directory
+   * @param {string} ready what it says once it is
+   */
+  async start(name, program, args, directory, ready) {
+    await this.#start(name, program, args, {}, { cwd: directory }).says(ready);
   }
 
   /**
@@ -245,10 +293,14 @@ export class Stack {
 
   /** One of the example's files, with the ports put in. @param {string} name */
   #example(name) {
+    return this.withPorts(readFileSync(join(HERE, name), "utf8"));
+  }
+
+  /** @param {string} text */
+  withPorts(text) {
     const { site, cms, nats, websocket } = this.ports;
     /** @type {Record<string, number>} */
     const ports = { 3000: site, 3001: cms, 4222: nats, 4223: websocket };
-    const text = readFileSync(join(HERE, name), "utf8");
     return text.replaceAll(/(?<=:)(3000|3001|4222|4223)\b/g, (port) => String(ports[port]));
   }
 

@@ -11,8 +11,8 @@ import { connect, createServer as createTcpServer } from "node:net";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { connect as connectToNats } from "@nats-io/transport-node";
-import { chromium } from "playwright-core";
-import { PROJECTS, assemble, assembleForNext15, countStale } from "./kinds.mjs";
+import { LIVE, launch, step } from "./browser.mjs";
+import { PROJECTS, assemble, assembleForNext15, countStale, visit as visitKind } from "./kinds.mjs";
 import { Stack, demandFreePorts, ports } from "./stack.mjs";
 
 /** @typedef {import("playwright-core").Page} BrowserPage */
@@ -32,11 +32,6 @@ const STALE_AFTER_OUTAGE = 40_000;
 const SLOWED_BY = 50;
 /** More often than this no page asks for itself during one outage. */
 const MANY_REQUESTS = 20;
-const FLAGS = [
-  "--no-sandbox --disable-gpu --disable-quic --no-first-run",
-  "--disable-background-networking --disable-component-update --disable-sync",
-].flatMap((flags) => flags.split(" "));
-const LIVE = '[role="status"][data-state="live"]';
 const CORE = { NATS_STREAM: "", NATS_CONSUMER: "" };
 
 // Other ports than `start` has, so that both run side by side.
@@ -44,6 +39,7 @@ const chosen = ports({ site: 13000, cms: 13001, nats: 14222, websocket: 14223 })
 const natsWebsocket = await freePort();
 const cmsBehindCable = await freePort();
 const secondSite = await freePort();
+const SITE = `http://localhost:${chosen.site}`;
 // Not localhost: nats-server 2.9 keeps only one allowed port per host name.
 const SECOND_ORIGIN = `http://127.0.0.1:${secondSite}`;
 /** The site's way to the CMS is a cable that can be cut; the editors' way is not. */
@@ -68,7 +64,7 @@ let complete = false;
 
 try {
   await demandFreePorts(Object.values(chosen));
-  browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: FLAGS });
+  browser = await launch();
   await throughTheRelay();
   await directly();
   complete = true;
@@ -132,7 +128,7 @@ async function throughTheRelay() {
   cable.close();
 }
 
-/** Every kind of page: in production, in dev, in Next.js 15, and without the mend of next.config.ts. */
+/** Every kind of page: in production, behind a shared cache, in dev, in Next.js 15, and without the mend of next.config.ts. */
 async function everyKind() {
   for (const project of PROJECTS) {
     const directory = stack.project(project.variant);
@@ -140,6 +136,10 @@ async function everyKind() {
     step(`every kind of page, ${project.variant}`);
     await stack.nextBuild(directory);
     const built = await countKinds("start", directory, project, ROUNDS);
+    step(`every kind of page, ${project.variant}, behind a shared cache`);
+    await stack.sharedCache(secondSite);
+    const shared = await countKinds("start", directory, project, ROUNDS, SECOND_ORIGIN);
+    await stack.end("shared-cache");
     step(`every kind of page, ${project.variant}, in dev`);
     const dev = await countKinds("dev", directory, project, ROUNDS);
     /** @type {typeof built} */
@@ -158,7 +158,7 @@ async function everyKind() {
 
     for (const [name, what] of Object.entries(project.kinds)) {
       const all = (/** @type {typeof built} */ counts) => sum(Object.values(counts.get(name) ?? {}));
-      kinds.push({ what, ...built.get(name), "in dev": all(dev), "in Next.js 15": all(next15), "without the mend": all(without) });
+      kinds.push({ what, ...built.get(name), "behind a shared cache": all(shared), "in dev": all(dev), "in Next.js 15": all(next15), "without the mend": all(without) });
     }
   }
 }
@@ -174,10 +174,9 @@ function sum(counts) {
  * @param {(typeof PROJECTS)[number]} project
  * @param {number} rounds
  */
-async function countKinds(command, directory, project, rounds) {
+async function countKinds(command, directory, project, rounds, origin = SITE) {
   if (!browser) throw new Error("no browser");
-  const origin = `http://localhost:${chosen.site}`;
-  const handlers = ["webhook", "path"].map((name) => `${origin}${project.basePath}/api/cache/${name}`);
+  const handlers = ["webhook", "path"].map((name) => `${SITE}${project.basePath}/api/cache/${name}`);
   await stack.next(command, directory);
   await stack.relay({ WEBHOOK_DESTINATION: handlers.join(" ") });
   const counts = await countStale({
@@ -188,6 +187,8 @@ async function countKinds(command, directory, project, rounds) {
     dev: command === "dev",
     edit: (title) => edit(DOCUMENTS[0], title),
   });
+  // Were the documents not kept, the shared cache would be none.
+  if (origin !== SITE && (await visitKind(`${origin}${project.basePath}/in/de`)) !== "HIT") throw new Error("the shared cache keeps no documents");
   await stack.end("relay");
   await stack.end("site");
   return counts;
@@ -605,11 +606,6 @@ function addRow(what, relayed = true) {
   const row = { what, edits: 0, stale: 0, took: [], relayed };
   rows.push(row);
   return row;
-}
-
-/** @param {string} what */
-function step(what) {
-  console.error(`${new Date().toISOString().slice(11, 19)} ${what}`);
 }
 
 function report() {

@@ -8,7 +8,7 @@ export function Fetched({ at }: { at: number }) {
 
   useEffect(() => {
     let latest = true;
-    fetch("/api/document", { cache: "no-store" })
+    fetch("/api/document")
       .then((response) => response.json())
       .then((document) => latest && setDocument(document));
     return () => void (latest = false);

@@ -4,5 +4,6 @@ export const revalidate = 3600;
 
 export async function GET() {
   const response = await fetch(source("route-handler"), { next: { tags: ["loaf"] } });
-  return Response.json(await response.json());
+  // For browsers and CDNs; Next.js keeps it all the same.
+  return Response.json(await response.json(), { headers: { "cache-control": "no-store" } });
 }
