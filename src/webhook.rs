@@ -12,15 +12,16 @@ mod signing;
 
 use std::{
     error::Error,
-    sync::atomic::Ordering::Relaxed,
+    ops::RangeInclusive,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::Context;
 use futures::TryFutureExt;
 use reqwest::{
-    Request, Response, StatusCode,
-    header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue, LOCATION, USER_AGENT},
+    Request, StatusCode,
+    header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue, USER_AGENT},
 };
 use rustls::ClientConfig;
 use tokio::time::{Instant, timeout_at};
@@ -28,14 +29,8 @@ use tokio::time::{Instant, timeout_at};
 #[cfg(any(fuzzing, test))]
 pub(crate) use self::answer::parse_retry_after;
 pub use self::{addresses::Addresses, endpoint::Endpoint, id::Ids};
-use self::{
-    answer::{printable, read, retry_after},
-    endpoint::met_dead_connection,
-    id::header,
-    secrets::Secrets,
-    signing::SigningKey,
-};
-use crate::{config, source::Delivery, text, tls};
+use self::{endpoint::met_dead_connection, id::header, secrets::Secrets, signing::SigningKey};
+use crate::{config, source::Delivery, tls};
 
 const AGENT: &str = concat!("nats-webhook-relay/", env!("CARGO_PKG_VERSION"));
 const WEBHOOK_ID: HeaderName = HeaderName::from_static("webhook-id");
@@ -51,18 +46,14 @@ const PASSED_ON: [HeaderName; 3] = [
     HeaderName::from_static("tracestate"),
 ];
 
-/// How much of a successful answer is read so that its connection can be used again.
-const DRAIN_BYTES: usize = 64 * 1024;
-
-/// How much of a refusing answer is read for the log.
-const EXCERPT_BYTES: usize = 200;
-
 /// Where and how to POST.
 pub struct Webhook {
     destinations: Vec<Destination>,
     timeout: Duration,
     signing_keys: Vec<SigningKey>,
     sent_secrets: Secrets,
+    /// Instead of the usual statuses.
+    give_up_on: Option<Vec<RangeInclusive<u16>>>,
 }
 
 /// One destination.
@@ -71,6 +62,8 @@ pub struct Destination {
     pub url: config::Destination,
     /// How it is reached.
     pub reach: Reach,
+    /// Whether a page for people was warned of.
+    warned_of_html: AtomicBool,
     /// What all requests to it have in common, with a place for each header that they have of their own: in a
     /// copy of it, nothing has to grow.
     template: Request,
@@ -123,6 +116,7 @@ impl Webhook {
             timeout: config.timeout,
             signing_keys: config.signing_keys.iter().map(SigningKey::new).collect(),
             sent_secrets: Secrets::of(config),
+            give_up_on: config.give_up_on.clone(),
         })
     }
 
@@ -148,7 +142,7 @@ impl Webhook {
             // Some destinations quote what they were sent.
             let (Failure::Temporary { reason, .. } | Failure::Permanent { reason, .. }) =
                 &mut failure;
-            *reason = self.sent_secrets.blot_out(reason).into_owned();
+            *reason = self.sent_secrets.redact(reason).into_owned();
             failure
         })
     }
@@ -172,34 +166,9 @@ impl Webhook {
                 Err(_) => return Err(temporary(format!("no answer within {:?}", self.timeout))),
             }
         };
-        let status = response.status();
-        match status.as_u16() {
-            200..=299 => {
-                // The message has arrived, whatever becomes of the rest of the answer.
-                read(response, DRAIN_BYTES, deadline).await;
-                endpoint.is_idle.store(true, Relaxed);
-                Ok(status)
-            }
-            300..=399 => Err(Failure::Permanent {
-                reason: destination.redirect_reason(&response),
-                status,
-            }),
-            408 | 425 | 429 | 500..=599 => Err(Failure::Temporary {
-                retry_after: retry_after(&response),
-                reason: format!("answered {status}"),
-                status: Some(status),
-            }),
-            400..=499 => {
-                let excerpt = printable(&read(response, EXCERPT_BYTES, deadline).await);
-                Err(Failure::Permanent {
-                    reason: format!("answered {status}: {excerpt}"),
-                    status,
-                })
-            }
-            _ => Err(temporary(format!(
-                "answered {status}, which is no answer to a POST"
-            ))),
-        }
+        let (status, is_whole) = self.judge(destination, response, deadline).await?;
+        endpoint.is_idle.store(is_whole, Relaxed);
+        Ok(status)
     }
 
     fn request(&self, destination: &Destination, delivery: &Delivery, id: &HeaderValue) -> Request {
@@ -284,6 +253,7 @@ impl Destination {
         Ok(Self {
             url: url.clone(),
             reach,
+            warned_of_html: AtomicBool::new(false),
             template,
         })
     }
@@ -304,26 +274,6 @@ impl Destination {
         match self.url.proxy() {
             Some(proxy) => format!("cannot connect to {server} through the proxy {proxy}: {cause}"),
             None => format!("cannot connect to {server}: {cause}"),
-        }
-    }
-
-    fn redirect_reason(&self, response: &Response) -> String {
-        let location = response
-            .headers()
-            .get(LOCATION)
-            .and_then(|location| location.to_str().ok())
-            .and_then(|location| self.template.url().join(location).ok())
-            // Such as mailto: or data:, of which nothing is known to be fit to be shown.
-            .filter(|url| url.has_host());
-        let status = response.status();
-        match location {
-            Some(url) => format!(
-                "answered {status} to {}; redirects are not followed, set WEBHOOK_DESTINATION to it",
-                text::one_line(&config::without_secrets(&url), text::LONGEST_PIECE)
-            ),
-            None => {
-                format!("answered {status} without a usable Location; check WEBHOOK_DESTINATION")
-            }
         }
     }
 }

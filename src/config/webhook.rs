@@ -1,6 +1,6 @@
 //! Where and how to POST.
 
-use std::{fmt, time::Duration};
+use std::{fmt, ops::RangeInclusive, time::Duration};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use hyper_util::client::proxy::matcher::Matcher;
@@ -16,8 +16,8 @@ use super::{
     reader::{Noted, Reader, any_text, parse_bool, parse_duration, parse_list, parse_url},
     tls::Tls,
     variables::{
-        DESTINATION, EVERY_ADDRESS, HEADER_PREFIX, HTTP_PROXY, HTTPS_PROXY, MAX_ATTEMPTS, NO_PROXY,
-        SECRET, TIMEOUT, WEBHOOK_CA, WEBHOOK_CERT, WEBHOOK_KEY,
+        DESTINATION, EVERY_ADDRESS, GIVE_UP_ON, HEADER_PREFIX, HTTP_PROXY, HTTPS_PROXY,
+        MAX_ATTEMPTS, NO_PROXY, SECRET, TIMEOUT, WEBHOOK_CA, WEBHOOK_CERT, WEBHOOK_KEY,
     },
 };
 
@@ -34,6 +34,8 @@ pub struct Webhook {
     pub timeout: Duration,
     /// Attempts per message; without end if none.
     pub max_attempts: Option<u32>,
+    /// The statuses that are the message's fault, instead of the usual ones.
+    pub give_up_on: Option<Vec<RangeInclusive<u16>>>,
     /// Whom to trust for https, and the client certificate.
     pub tls: Tls,
 }
@@ -58,6 +60,7 @@ impl Webhook {
             Ok(Mode::Durable { .. }) if !reader.is_set(MAX_ATTEMPTS) => Ok(None),
             _ => reader.value(MAX_ATTEMPTS, parse_max_attempts),
         };
+        let give_up_on = reader.optional(GIVE_UP_ON, parse_statuses);
         let headers = read_headers(reader);
         let signing_keys = reader.optional(SECRET, |text| parse_list(text, parse_signing_key));
         let needs_tls = |destinations: &Vec<_>| destinations.iter().any(Destination::needs_tls);
@@ -69,6 +72,7 @@ impl Webhook {
             signing_keys: signing_keys?.unwrap_or_default(),
             timeout: timeout?,
             max_attempts: max_attempts?,
+            give_up_on: give_up_on?,
             tls: tls?,
         })
     }
@@ -260,6 +264,23 @@ fn parse_timeout(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// Parses statuses such as `400 404 4xx`, or `none`.
+fn parse_statuses(text: &str) -> Result<Vec<RangeInclusive<u16>>, String> {
+    let parse = |word: &str| match (word, word.parse()) {
+        ("3xx", _) => Ok(300..=399),
+        ("4xx", _) => Ok(400..=499),
+        ("5xx", _) => Ok(500..=599),
+        (_, Ok(status @ 300..=599)) => Ok(status..=status),
+        _ => Err(format!(
+            "has the entry {word:?}; write statuses such as 400 404 422, 4xx, or none"
+        )),
+    };
+    match text.trim() {
+        "none" => Ok(Vec::new()),
+        text => text.split_whitespace().map(parse).collect(),
+    }
+}
+
 fn parse_max_attempts(text: &str) -> Result<Option<u32>, String> {
     match text.parse() {
         Ok(0) => Ok(None),
@@ -339,6 +360,9 @@ mod tests {
             (MAX_ATTEMPTS, "many", "is not a valid count"),
             (MAX_ATTEMPTS, "-1", "is not a valid count"),
             (EVERY_ADDRESS, "yes", "write true or false"),
+            (GIVE_UP_ON, "400 200", "has the entry \"200\""),
+            (GIVE_UP_ON, "none 400", "has the entry \"none\""),
+            (GIVE_UP_ON, "6xx", "has the entry \"6xx\""),
         ]);
     }
 

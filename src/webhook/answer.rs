@@ -1,39 +1,180 @@
-//! What is read of an answer: its body within bounds, and how long it asks us to wait.
+//! What an answer means: success, the destination's fault or the message's, and what to do about it.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    sync::atomic::Ordering::Relaxed,
+    time::{Duration, SystemTime},
+};
 
-use reqwest::{Response, header::RETRY_AFTER};
+use log::warn;
+use reqwest::{
+    Response, StatusCode, Url,
+    header::{CONTENT_TYPE, LOCATION, RETRY_AFTER},
+};
 use tokio::time::{Instant, timeout_at};
 
-use crate::text;
+use super::{Destination, Failure, Webhook};
+use crate::{config, text};
 
 /// A longer `Retry-After` is not waited for.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(60);
 
-/// The body of an answer, up to a bound and a deadline. What does not come is not missed.
-pub(super) async fn read(mut response: Response, bound: usize, deadline: Instant) -> Vec<u8> {
-    let mut body = Vec::new();
-    while let Ok(Ok(Some(chunk))) = timeout_at(deadline, response.chunk()).await {
-        let fits = chunk.len().min(bound - body.len());
-        body.extend_from_slice(&chunk[..fits]);
-        if body.len() == bound {
-            break;
+/// The body of an answer gets this long to come: what it means is known without it.
+const BODY_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How much of a successful answer is read so that its connection can be used again.
+const DRAIN_BYTES: usize = 64 * 1024;
+
+/// How much of another answer is read. The secrets in it are redacted before it is cut to an excerpt.
+const READ_BYTES: usize = 8 * 1024;
+
+/// How many characters of another answer are shown.
+const EXCERPT: usize = 200;
+
+/// Statuses that are the destination's fault, or that of the settings, and not the message's.
+const TEMPORARY: [u16; 9] = [401, 403, 404, 405, 407, 408, 421, 425, 429];
+
+impl Webhook {
+    /// Judges an answer. Returns whether its connection can be used again beside the status of a success.
+    pub(super) async fn judge(
+        &self,
+        destination: &Destination,
+        response: Response,
+        deadline: Instant,
+    ) -> Result<(StatusCode, bool), Failure> {
+        let status = response.status();
+        let deadline = deadline.min(Instant::now() + BODY_TIMEOUT);
+        if status.is_success() {
+            destination.warn_of_html(&response);
+            // The message has arrived, whatever becomes of the rest of the answer.
+            let (_, is_whole) = read(response, DRAIN_BYTES, deadline).await;
+            return Ok((status, is_whole));
+        }
+        let retry_after = retry_after(&response);
+        let (target, hint) = match status.is_redirection() {
+            true => self.redirect(destination, &response),
+            false => (String::new(), hint(status)),
+        };
+        let (body, is_whole) = read(response, READ_BYTES, deadline).await;
+        let body = String::from_utf8_lossy(&body);
+        let excerpt = excerpt(&match is_whole {
+            true => self.sent_secrets.redact(&body),
+            false => self.sent_secrets.redact_cut(&body),
+        });
+        let reason = format!("answered {status}{target}{excerpt}{hint}");
+        if self.gives_up_on(status) {
+            return Err(Failure::Permanent { reason, status });
+        }
+        Err(Failure::Temporary {
+            reason,
+            status: Some(status),
+            retry_after,
+        })
+    }
+
+    fn gives_up_on(&self, status: StatusCode) -> bool {
+        match &self.give_up_on {
+            Some(statuses) => statuses
+                .iter()
+                .any(|range| range.contains(&status.as_u16())),
+            None => status.is_client_error() && !TEMPORARY.contains(&status.as_u16()),
         }
     }
-    body
+
+    /// Where an answer redirects to, and what to do about it.
+    fn redirect(&self, destination: &Destination, response: &Response) -> (String, &'static str) {
+        let location = response.headers().get(LOCATION);
+        let own = &destination.url.secret_url;
+        let target = location
+            .and_then(|location| own.join(location.to_str().ok()?).ok())
+            // Such as mailto: or data:, of which nothing is known to be fit to be shown.
+            .filter(Url::has_host);
+        let Some(target) = target else {
+            return (
+                " without a usable Location".to_owned(),
+                "; check WEBHOOK_DESTINATION",
+            );
+        };
+        let hint = redirect_hint(own, &target);
+        let target = config::without_secrets(&target);
+        let target = self.sent_secrets.redact(&target);
+        let target = text::one_line(&target, text::LONGEST_PIECE);
+        (format!(" to {target}"), hint)
+    }
 }
 
-/// The beginning of an answer, fit for one line.
-pub(super) fn printable(bytes: &[u8]) -> String {
-    let body = String::from_utf8_lossy(bytes);
-    match text::one_line(&body, text::LONGEST_PIECE).trim() {
-        "" => "(no body)".to_owned(),
-        line => line.to_owned(),
+impl Destination {
+    /// Warns once of an answer that people read: a page for logging in is no handler, and succeeds.
+    fn warn_of_html(&self, response: &Response) {
+        let content_type = response.headers().get(CONTENT_TYPE);
+        let is_html = content_type.is_some_and(|value| value.as_bytes().starts_with(b"text/html"));
+        if is_html && !self.warned_of_html.swap(true, Relaxed) {
+            warn!(
+                "{} answered {} with an HTML page, which counts as success; is it the handler, or a login page?",
+                self.url,
+                response.status()
+            );
+        }
+    }
+}
+
+/// What to do about a redirect, which is never followed.
+fn redirect_hint(own: &Url, target: &Url) -> &'static str {
+    let path = |url: &Url| url.path().trim_end_matches('/').to_owned();
+    let words = ["login", "signin", "sign-in", "auth", "sso"];
+    let is_same = own.host() == target.host() && path(own) == path(target);
+    if is_same {
+        "; redirects are not followed, set WEBHOOK_DESTINATION to it"
+    } else if words
+        .iter()
+        .any(|word| path(target).to_lowercase().contains(word))
+    {
+        "; it wants a login: does the route need an exemption?"
+    } else {
+        "; redirects are not followed: does the route need an exemption, or WEBHOOK_DESTINATION another URL?"
+    }
+}
+
+/// What to do about a status that is the fault of the destination or the settings.
+fn hint(status: StatusCode) -> &'static str {
+    match status.as_u16() {
+        401 | 403 => "; check the secret on both sides",
+        404 | 405 => "; check the path in WEBHOOK_DESTINATION, and whether the route is deployed",
+        407 => "; check the login in the URL of the proxy",
+        421 => "; check the host in WEBHOOK_DESTINATION",
+        _ => "",
+    }
+}
+
+/// Reads the body of an answer, up to a bound and a deadline. Returns whether that is all of it beside it; a
+/// truncated body is fine.
+async fn read(mut response: Response, bound: usize, deadline: Instant) -> (Vec<u8>, bool) {
+    let mut body = Vec::new();
+    loop {
+        match timeout_at(deadline, response.chunk()).await {
+            Ok(Ok(Some(chunk))) => {
+                let fits = chunk.len().min(bound - body.len());
+                body.extend_from_slice(&chunk[..fits]);
+                if body.len() == bound {
+                    return (body, false);
+                }
+            }
+            Ok(Ok(None)) => return (body, true),
+            _ => return (body, false),
+        }
+    }
+}
+
+/// The beginning of a body, fit for the end of a line.
+fn excerpt(body: &str) -> String {
+    let beginning: String = body.chars().take(EXCERPT).collect();
+    match text::one_line(&beginning, text::LONGEST_PIECE).trim() {
+        "" => String::new(),
+        line => format!(": {line}"),
     }
 }
 
 /// The wait that a `Retry-After` header asks for, in seconds or as a date (RFC 9110, 10.2.3).
-pub(super) fn retry_after(response: &Response) -> Option<Duration> {
+fn retry_after(response: &Response) -> Option<Duration> {
     let value = response.headers().get(RETRY_AFTER)?.to_str().ok()?;
     parse_retry_after(value, SystemTime::now())
 }
@@ -53,6 +194,7 @@ pub(crate) fn parse_retry_after(value: &str, now: SystemTime) -> Option<Duration
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use std::{convert::Infallible, time::UNIX_EPOCH};
@@ -72,7 +214,8 @@ mod tests {
             let body = Body::wrap(StreamBody::new(stream::iter(chunks)));
             let deadline = Instant::now() + Duration::from_secs(10);
             let read = read(hyper::Response::new(body).into(), bound, deadline).await;
-            assert_eq!(read, expected.as_bytes(), "{bound}");
+            let is_whole = bound == 100;
+            assert_eq!(read, (expected.into(), is_whole), "{bound}");
         }
     }
 
@@ -99,7 +242,38 @@ mod tests {
 
     #[test]
     fn an_excerpt_is_one_printable_line() {
-        assert_eq!(printable(b"no\r\n\x1b[31mway\xff"), "no   [31mway\u{fffd}");
-        assert_eq!(printable(b" \n"), "(no body)");
+        assert_eq!(
+            excerpt("no\r\n\x1b[31mway\u{fffd}"),
+            ": no   [31mway\u{fffd}"
+        );
+        assert_eq!(excerpt(" \n"), "");
+        assert_eq!(excerpt(&"\u{e4}".repeat(200)).chars().count(), 202);
+    }
+
+    #[test]
+    fn the_hint_of_a_redirect_fits_its_target() {
+        let own = "http://app.example/api/hook".parse().unwrap();
+        for (target, words) in [
+            (
+                "http://app.example/api/hook/",
+                "set WEBHOOK_DESTINATION to it",
+            ),
+            (
+                "https://app.example/api/hook",
+                "set WEBHOOK_DESTINATION to it",
+            ),
+            (
+                "https://app.example/Login?next=/api/hook",
+                "it wants a login",
+            ),
+            ("https://id.example/oauth2/authorize", "it wants a login"),
+            (
+                "http://app.example/en/api/hook",
+                "does the route need an exemption, or",
+            ),
+        ] {
+            let hint = redirect_hint(&own, &target.parse().unwrap());
+            assert!(hint.contains(words), "{target}: {hint}");
+        }
     }
 }

@@ -70,7 +70,7 @@ impl Secrets {
 
     /// A text from elsewhere without any of the secrets.
     #[must_use]
-    pub fn blot_out<'a>(&self, text: &'a str) -> Cow<'a, str> {
+    pub fn redact<'a>(&self, text: &'a str) -> Cow<'a, str> {
         let mut text = Cow::Borrowed(text);
         for secret in &self.0 {
             if text.contains(secret) {
@@ -78,6 +78,20 @@ impl Secrets {
             }
         }
         text
+    }
+
+    /// The same for a text that was cut: it may end in the beginning of a secret.
+    pub(super) fn redact_cut<'a>(&self, text: &'a str) -> Cow<'a, str> {
+        let text = self.redact(text);
+        let begins_at = |secret: &String| {
+            let lengths = (1..=secret.len().min(text.len())).rev();
+            let mut begun = lengths.filter_map(|length| secret.get(..length));
+            Some(text.len() - begun.find(|begun| text.ends_with(begun))?.len())
+        };
+        match self.0.iter().filter_map(begins_at).min() {
+            Some(end) => Cow::Owned(format!("{}{BLOT}", &text[..end])),
+            None => text,
+        }
     }
 }
 
@@ -119,7 +133,14 @@ mod tests {
             ("x: 1", "x: 1"),
             ("Bearer token-1234, token-1234", "***, ***"),
         ] {
-            assert_eq!(secrets.blot_out(text), expected);
+            assert_eq!(secrets.redact(text), expected);
+        }
+        for (cut, expected) in [
+            ("key is s ecret, or hunt", "key is ***, or ***"),
+            ("nothing", "nothing"),
+            ("Bearer toke", "***"),
+        ] {
+            assert_eq!(secrets.redact_cut(cut), expected);
         }
     }
 
@@ -128,7 +149,7 @@ mod tests {
         // api-key:
         let answer = "got Basic YXBpLWtleTo=";
         assert_eq!(
-            sent("http://api-key@host", "").blot_out(answer),
+            sent("http://api-key@host", "").redact(answer),
             "got Basic ***"
         );
         assert!(sent("http://host", "").0.is_empty());

@@ -240,7 +240,7 @@ fn objects(log: &[String]) -> Vec<serde_json::Value> {
 #[tokio::test]
 async fn in_json_every_line_is_an_object_with_the_fields_of_its_event() {
     let nats = NatsServer::start().await;
-    let webhook = Webhook::script([Answer::status(503), Answer::OK, Answer::status(404)]).await;
+    let webhook = Webhook::script([Answer::status(503), Answer::OK, Answer::status(422)]).await;
     // The libraries say something, too.
     let changes = [("LOG_FORMAT", "json"), ("RUST_LOG", "trace")];
     let relay = Relay::listening(&nats, &webhook, &changes).await;
@@ -283,7 +283,7 @@ async fn in_json_every_line_is_an_object_with_the_fields_of_its_event() {
     let given_up = event("ERROR", "cms.cache.refused");
     assert_eq!(
         (&given_up["status"], &given_up["attempts"]),
-        (&404.into(), &1.into())
+        (&422.into(), &1.into())
     );
     assert!(given_up["relayed_subject"].is_null(), "{given_up}");
 }

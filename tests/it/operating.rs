@@ -138,7 +138,7 @@ async fn metrics_count_exactly_what_happened() {
     let mut relayed = client.subscribe("relayed.>").await.unwrap();
     let webhook = Webhook::start(|n, request| match (n, request.text().as_str()) {
         (1, _) | (_, "used up") => Answer::status(503),
-        (_, "refused") => Answer::status(404),
+        (_, "refused") => Answer::status(422),
         (_, "hangs") => Answer::Hang,
         _ => Answer::OK,
     })

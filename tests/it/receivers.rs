@@ -71,7 +71,7 @@ async fn one_that_refuses_gives_the_message_up_after_the_others_came_to_an_end()
     let client = nats.client().await;
     let mut relayed = client.subscribe("relayed.>").await.unwrap();
     let mut failed = client.subscribe("failed.>").await.unwrap();
-    let refusing = Webhook::script([Answer::status(404)]).await;
+    let refusing = Webhook::script([Answer::status(422)]).await;
     let failing = Webhook::script([Answer::status(503)]).await;
     let changes = [("NATS_FAILED_SUBJECT_PREFIX", "failed")];
     let _relay = relay_to(&nats, &[&refusing, &failing], &changes).await;
@@ -82,7 +82,7 @@ async fn one_that_refuses_gives_the_message_up_after_the_others_came_to_an_end()
     let reason = headers.get("Relay-Error").unwrap().as_str();
     assert_eq!(
         reason,
-        format!("{}: answered 404 Not Found: (no body)", refusing.url())
+        format!("{}: answered 422 Unprocessable Entity", refusing.url())
     );
     assert_eq!(next(&mut relayed).await.payload, "second");
     assert_eq!(

@@ -61,7 +61,7 @@ async fn readiness_status_watchdog_and_stopping_are_told() {
     let mut nats = NatsServer::start().await;
     nats.kill();
     let webhook =
-        Webhook::script([Answer::OK, Answer::status(404), Answer::OK, Answer::Hang]).await;
+        Webhook::script([Answer::OK, Answer::status(422), Answer::OK, Answer::Hang]).await;
     let manager = Manager::new();
     let path = manager.path();
     let variables = [
@@ -145,20 +145,24 @@ async fn no_message_makes_systemd_drop_what_it_is_told() {
     );
     let webhook = Webhook::script([
         Answer::full(&elsewhere, ""),
-        Answer::full("404 Not Found", "no\0body"),
-        Answer::status(404),
+        Answer::full("422 No", "no\0body"),
+        Answer::status(422),
     ])
     .await;
     let manager = Manager::new();
     let path = manager.path();
-    let variables = [("NOTIFY_SOCKET", &path[..]), ("WATCHDOG_USEC", "200000")];
+    let variables = [
+        ("NOTIFY_SOCKET", &path[..]),
+        ("WATCHDOG_USEC", "200000"),
+        ("WEBHOOK_MAX_ATTEMPTS", "1"),
+    ];
     let relay = Relay::listening(&nats, &webhook, &variables).await;
     let long = format!("cms.cache.{}", "x".repeat(4000));
     let mut told = Vec::new();
     for (subject, reason) in [
-        ("cms.cache.x", "set WEBHOOK_DESTINATION to it"),
+        ("cms.cache.x", "redirects are not followed"),
         ("cms.cache.x", "no body"),
-        (&long, "answered 404 Not Found: (no body)"),
+        (&long, "answered 422 Unprocessable Entity"),
     ] {
         nats.publish_raw(subject.as_bytes(), b"", b"x").await;
         told.extend(manager.heard(reason).await);
