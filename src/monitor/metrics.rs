@@ -74,7 +74,7 @@ impl Metrics {
             )?,
             given_up: counters(
                 "messages_given_up_total",
-                "Messages taken and not relayed.",
+                "Messages taken and not relayed, by reason.",
                 &["reason"],
             )?,
             dropped: counter(
@@ -83,15 +83,16 @@ impl Metrics {
             )?,
             publish_refused: counter(
                 "publish_refused_total",
-                "Messages that NATS did not let be published.",
+                "Messages that NATS refused to publish.",
             )?,
             unconfirmed: counter(
                 "confirmations_missed_total",
-                "Attempts to publish a message that the stream that is to keep it did not confirm.",
+                "Attempts to publish a message that were not confirmed by the stream that has to keep it.",
             )?,
             attempts: counters(
                 "webhook_attempts_total",
-                "Attempts to POST a message, by the index of the destination in WEBHOOK_DESTINATION.",
+                "Attempts to POST a message, by outcome and by the index of the destination in \
+                 WEBHOOK_DESTINATION.",
                 &["destination", "outcome"],
             )?,
             attempt_duration: registered(

@@ -29,13 +29,13 @@ pub async fn address(relay: &Relay) -> String {
 }
 
 /// Status and body of an answer.
-async fn get(address: &str, path: &str) -> (u16, String) {
+pub async fn get(address: &str, path: &str) -> (u16, String) {
     let stream = TcpStream::connect(address).await.unwrap();
     ask(stream, "GET", path).await
 }
 
 async fn ask(mut stream: TcpStream, method: &str, path: &str) -> (u16, String) {
-    let request = format!("{method} {path} HTTP/1.1\r\nhost: x\r\n\r\n");
+    let request = format!("{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut answer = String::new();
     let read = timeout(PATIENCE, stream.read_to_string(&mut answer));
