@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, anyhow};
+use async_nats::{HeaderMap, Message, StatusCode};
 use reqwest::Url;
 use rustls::{ClientConfig, pki_types::ServerName};
 use tokio::{
@@ -28,6 +29,9 @@ use crate::{
     text::{self, count, reasons},
     tls,
 };
+
+/// How long it may take to learn that nobody listens to acks.
+const ACK_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// How long anything may take.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -202,7 +206,7 @@ async fn check_consumer(
                 count(info.num_pending, "message")
             );
             let warnings = warning.into_iter().chain(consumer.warnings(&info.config));
-            (warnings.collect(), words)
+            (warnings.chain(lost_acks(consumer).await).collect(), words)
         }
         Ok((warning, Err(ConsumerError::Missing))) => {
             let words = "does not exist yet; will be created on start".to_owned();
@@ -225,6 +229,25 @@ async fn check_consumer(
     for warning in warnings {
         report.line("warning", &warning);
     }
+}
+
+/// Returns a warning if nobody listens to acks. What it sends is a sign of progress with no message, which changes
+/// nothing and gets no other answer.
+async fn lost_acks(consumer: &Consumer) -> Option<String> {
+    let Consumer { stream, name, .. } = consumer;
+    let subject = format!("$JS.ACK.{stream}.{name}.1.0.0.0.0").into();
+    let is_lost =
+        |answer: &Message| (answer.status == Some(StatusCode::NO_RESPONDERS)).then_some(());
+    let answer = consumer
+        .connection
+        .ask(subject, HeaderMap::new(), "+WPI".into(), is_lost);
+    let is_lost = matches!(timeout(ACK_TIMEOUT, answer).await, Ok(Ok(())));
+    is_lost.then(|| {
+        format!(
+            "nobody listens to acks of the consumer {name}, so each message comes again and again; where \
+             JetStream is imported from another account, export and import the service $JS.ACK.> as well"
+        )
+    })
 }
 
 /// Looks at the streams that are to keep what is published.
