@@ -99,11 +99,10 @@ impl Commit {
         if let Some(unconfirmed) = &publication
             && let Some(stream) = &unconfirmed.publisher.stream
         {
-            if !delivery.may_be_published().await {
+            let (subject, headers) = (unconfirmed.subject, &unconfirmed.headers);
+            if !stream.publish(delivery, subject, headers).await? {
                 return Ok(false);
             }
-            let (subject, headers) = (unconfirmed.subject, &unconfirmed.headers);
-            stream.publish(delivery, subject, headers).await?;
             publication = None;
         }
         loop {

@@ -110,7 +110,8 @@ impl ConfirmingStream {
         Ok(())
     }
 
-    /// Publishes a message on `subject` until the stream has confirmed it.
+    /// Publishes a message on `subject` until the stream has confirmed it. Returns whether it has; not if the
+    /// message turns out not to be ours any more.
     ///
     /// # Errors
     /// If the stream, or the server, refuses it for good.
@@ -119,12 +120,16 @@ impl ConfirmingStream {
         delivery: &Delivery,
         subject: &str,
         headers: &HeaderMap,
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<bool> {
         let mut attempts = 0;
         loop {
             attempts += 1;
+            self.connection.up().await;
+            if !delivery.may_be_published().await {
+                return Ok(false);
+            }
             let reason = match self.publish_once(delivery, subject, headers).await {
-                Ok(()) => return Ok(()),
+                Ok(()) => return Ok(true),
                 Err(Failure::Permanent(reason)) => bail!(reason),
                 Err(Failure::Temporary(reason)) => reason,
             };
@@ -149,7 +154,6 @@ impl ConfirmingStream {
         subject: &str,
         headers: &HeaderMap,
     ) -> Result<(), Failure> {
-        self.connection.up().await;
         let refusals = self.connection.refusals();
         let (headers, payload) = (headers.clone(), delivery.payload.clone());
         let domain = self.connection.api().domain();

@@ -43,9 +43,9 @@ pub struct Ack {
     created: Option<i128>,
     /// How many deliveries came to us before and with it.
     received: u64,
-    /// The last moment at which it was certainly not another relay's. By the wall clock, because no other
-    /// goes on while a laptop sleeps.
-    ours_at: Mutex<SystemTime>,
+    /// The last moment at which it was certainly not another relay's, and the connection at that time. By the
+    /// wall clock, because no other goes on while a laptop sleeps.
+    ours_at: Mutex<(SystemTime, u64)>,
 }
 
 /// The position of a message in its stream. The sequence alone does not tell: a stream that was restored
@@ -195,7 +195,7 @@ impl Ack {
             deliveries: deliveries.clone(),
             created: known.created,
             received: known.received,
-            ours_at: Mutex::new(known.none_out_at),
+            ours_at: Mutex::new((known.none_out_at, consumer.connection.epoch())),
         }
     }
 
@@ -305,11 +305,13 @@ impl Ack {
             // The server hands out another one only where this one is out no more.
             known.is_doubtful || known.received != self.received
         };
-        let age = lock(&self.ours_at).elapsed();
-        if !is_doubtful && age.is_ok_and(|age| age < MOMENT) {
+        let now = (SystemTime::now(), self.consumer.connection.epoch());
+        let (ours_at, epoch) = *lock(&self.ours_at);
+        let is_recent = ours_at.elapsed().is_ok_and(|age| age < MOMENT);
+        // An ack may have got through on an earlier connection, and its confirmation may not.
+        if !is_doubtful && is_recent && epoch == now.1 {
             return Ok(true);
         }
-        let asked_at = SystemTime::now();
         let info = self.consumer.info().await.map_err(|error| error.reason())?;
         if Some(info.created.unix_timestamp_nanos()) != self.created {
             return Ok(false);
@@ -323,7 +325,7 @@ impl Ack {
                 return Ok(false);
             }
         }
-        *lock(&self.ours_at) = asked_at;
+        *lock(&self.ours_at) = now;
         Ok(true)
     }
 }

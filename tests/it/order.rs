@@ -14,9 +14,10 @@ use async_nats::{
     Subscriber,
     jetstream::{
         Context,
-        consumer::{DeliverPolicy, Info, pull},
+        consumer::{DeliverPolicy, Info, PullConsumer, pull},
     },
 };
+use futures::StreamExt;
 use tokio::{
     sync::Notify,
     time::{sleep, timeout},
@@ -46,17 +47,17 @@ enum Pause {
 
 impl Replicas {
     async fn start(webhook: Webhook) -> Self {
-        Self::on(NatsServer::with_stream().await, webhook).await
+        Self::with(NatsServer::with_stream().await, webhook, &[]).await
     }
 
-    async fn on(nats: NatsServer, webhook: Webhook) -> Self {
+    async fn with(nats: NatsServer, webhook: Webhook, changes: &[(&str, &str)]) -> Self {
         let link = Proxy::to(SocketAddr::from(([127, 0, 0, 1], nats.port()))).await;
         let host = format!("nats://{}", link.address());
-        let changes = [("NATS_HOST", &host[..]), ("WEBHOOK_HEADER_X_RELAY", "a")];
+        let own = [("NATS_HOST", &host[..]), ("WEBHOOK_HEADER_X_RELAY", "a")];
         Self {
             jetstream: nats.jetstream().await,
             relayed: nats.client().await.subscribe("relayed.>").await.unwrap(),
-            a: Relay::durable(&nats, &webhook, &changes).await,
+            a: Relay::durable(&nats, &webhook, &[&own, changes].concat()).await,
             link,
             webhook,
             nats,
@@ -64,8 +65,12 @@ impl Replicas {
     }
 
     async fn b(&self) -> Relay {
-        let changes = [("WEBHOOK_HEADER_X_RELAY", "b")];
-        Relay::durable(&self.nats, &self.webhook, &changes).await
+        self.b_with(&[]).await
+    }
+
+    async fn b_with(&self, changes: &[(&str, &str)]) -> Relay {
+        let own = [("WEBHOOK_HEADER_X_RELAY", "b")];
+        Relay::durable(&self.nats, &self.webhook, &[&own, changes].concat()).await
     }
 
     fn pause(&self, pause: Pause) {
@@ -260,6 +265,59 @@ async fn a_resumed_replica_republishes_nothing_that_had_reached_it_while_it_was_
 #[tokio::test]
 async fn a_delivery_that_a_bad_network_has_held_up_is_not_republished_late() {
     a_late_delivery_is_abandoned(Pause::CutOff).await;
+}
+
+#[tokio::test]
+async fn a_resumed_replica_does_not_go_on_publishing_what_another_one_has_relayed() {
+    let nats = NatsServer::with_stream().await;
+    nats.create_stream("RELAYED", "relayed.>", 1).await;
+    let changes = [("NATS_RELAYED_STREAM", "RELAYED")];
+    let mut replicas = Replicas::with(nats, Webhook::ok().await, &changes).await;
+    // Nothing confirms what is published.
+    replicas.jetstream.delete_stream("RELAYED").await.unwrap();
+    replicas.publish(0..1).await;
+    replicas.a.logged("RELAYED has not confirmed").await;
+    replicas.pause(Pause::Suspended);
+    replicas.nats.create_stream("RELAYED", "relayed.>", 1).await;
+    let b = replicas.b_with(&changes).await;
+    replicas.publish(1..2).await;
+    b.logged_times(" -> ", 2).await;
+    stop(b).await;
+    replicas.resume(Pause::Suspended);
+    replicas.publish(2..3).await;
+    let mut heard = Vec::new();
+    while heard.last().is_none_or(|last| last != "2") {
+        let payload = next(&mut replicas.relayed).await.payload;
+        heard.push(String::from_utf8_lossy(&payload).into_owned());
+    }
+    assert!(heard.is_sorted(), "{heard:?}: {:#?}", replicas.a.log());
+}
+
+#[tokio::test]
+async fn what_was_acknowledged_on_a_connection_that_broke_is_not_republished_late() {
+    let mut replicas = Replicas::start(Webhook::ok().await).await;
+    until("it has asked for a message", async || {
+        replicas.consumer().await.num_waiting > 0
+    })
+    .await;
+    replicas.link.set(Network::Slow(Duration::from_millis(100)));
+    replicas.publish(0..2).await;
+    replicas.expect(0..2).await;
+    // The ack has come with the message, and its confirmation is on its way.
+    replicas.drained().await;
+    replicas.link.set(Network::Good);
+    replicas.link.reset();
+    // Another relay gets the next one.
+    replicas.publish(2..3).await;
+    let stream = replicas.jetstream.get_stream("CMS").await.unwrap();
+    let consumer: PullConsumer = stream.get_consumer("relay").await.unwrap();
+    let mut messages = consumer.fetch().max_messages(1).messages().await.unwrap();
+    let other = messages.next().await.unwrap().unwrap();
+    assert_eq!(other.payload, "2", "{:#?}", replicas.a.log());
+    other.double_ack().await.unwrap();
+    replicas.a.logged_times("connected to NATS", 2).await;
+    replicas.publish(3..4).await;
+    replicas.expect([3]).await;
 }
 
 #[tokio::test]
