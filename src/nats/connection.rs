@@ -51,12 +51,8 @@ pub(super) struct Refusals {
 }
 
 impl Refusals {
-    pub(super) fn add(&self) {
-        self.count.fetch_add(1, Relaxed);
-        self.doubt();
-    }
-
-    pub(super) fn doubt(&self) {
+    pub(super) fn add(&self, refused: u64) {
+        self.count.fetch_add(refused, Relaxed);
         self.is_doubtful.store(true, Relaxed);
     }
 
@@ -76,8 +72,6 @@ impl fmt::Display for ClientCrashed {
         f.write_str("the NATS client crashed")
     }
 }
-
-impl std::error::Error for ClientCrashed {}
 
 impl Connection {
     pub(super) fn new(client: Client, api: Api, refusals: Arc<Refusals>) -> Self {

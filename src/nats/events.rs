@@ -46,7 +46,7 @@ impl ConnectionEvents {
     pub async fn next(&mut self) -> ConnectionEvent {
         // The client is what tells of events, so they end with it.
         let event = self.0.recv().await;
-        event.unwrap_or_else(|| ConnectionEvent::Fatal(ClientCrashed.into()))
+        event.unwrap_or_else(|| ConnectionEvent::Fatal(anyhow::Error::msg(ClientCrashed)))
     }
 
     /// Resolves when the relay cannot go on, with the reason.
@@ -154,7 +154,7 @@ impl Observer {
         match event {
             Event::Connected => {
                 self.was_accepted.store(true, Relaxed);
-                self.refusals.doubt();
+                self.refusals.add(0);
                 let mut progress = lock(&self.progress);
                 progress.connected = Some(Instant::now());
                 let server = progress.server();
@@ -274,7 +274,7 @@ impl Observer {
     }
 
     fn refused(&self, line: &str) {
-        self.refusals.add();
+        self.refusals.add(1);
         self.monitor.add_publish_refused();
         error!("{line}");
     }

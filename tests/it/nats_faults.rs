@@ -427,6 +427,8 @@ async fn after_a_crash_of_the_client_core_mode_starts_over_and_says_what_that_co
             scene.relay.logged(line).await;
         }
         relays_again(&mut scene).await;
+        // The new client knows what the server takes.
+        assert_eq!(scene.relay.lines("more than the"), [""; 0]);
         scene.relay.signal("TERM");
         assert_eq!(scene.relay.ended().await.0, Some(0));
     }
