@@ -12,8 +12,8 @@ import { setTimeout as sleep } from "node:timers/promises";
 import { parseEnv } from "node:util";
 
 const HERE = resolve(import.meta.dirname, "..");
-const TARGET = process.env.CARGO_TARGET_DIR ?? resolve(HERE, "../../target");
-const RELAY = join(TARGET, "release/nats-webhook-relay");
+// From tools/prepare.
+const RELAY = resolve(HERE, process.env.RELAY ?? "");
 /** Longer than any part takes to start on a slow machine. */
 const PATIENCE = 120_000;
 
