@@ -33,7 +33,10 @@ async fn failed(nats: &NatsServer, variables: &[(&str, &str)], reason: &str) {
     assert!(line.contains(reason), "{line}");
     let (code, report) = Relay::check(nats, &webhook, variables).await;
     assert_eq!(code, Some(1), "{report:#?}");
-    assert!(report[2].contains(reason), "{report:#?}");
+    assert!(
+        report.iter().any(|line| line.contains(reason)),
+        "{report:#?}"
+    );
     assert_eq!(relay.lines("connected to NATS at"), [""; 0]);
 }
 
@@ -74,8 +77,9 @@ async fn a_relay_on_a_web_socket_relays_as_on_any_other_connection() {
         let variables = [&variables[..], &durable(mode)].concat();
         let (code, report) = Relay::check(&scene.nats, &scene.webhook, &variables).await;
         assert_eq!(code, Some(0), "{report:#?}");
+        let connected = format!("ok      NATS {url}: connected");
         assert!(
-            report[2].starts_with(&format!("ok      NATS {url}: connected")),
+            report.iter().any(|line| line.starts_with(&connected)),
             "{report:#?}"
         );
     }
@@ -125,9 +129,7 @@ async fn tls_with_a_private_ca() {
     failed(&nats, &[host], untrusted).await;
     failed(&nats, &[host, ("NATS_CA", &other.ca())], untrusted).await;
     let plain = url.replace("wss:", "ws:");
-    let hint = "it answers with HTTP status 400 instead of a web socket; check host, port and path, and \
-                whether it is to be ws:// or wss://";
-    failed(&nats, &[("NATS_HOST", &plain)], hint).await;
+    failed(&nats, &[("NATS_HOST", &plain)], "got status code 400").await;
 }
 
 #[tokio::test]
