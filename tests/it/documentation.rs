@@ -22,6 +22,7 @@ fn pages() -> Vec<PathBuf> {
     let pages = fs::read_dir(root().join("docs")).unwrap();
     pages
         .map(|page| Path::new("docs").join(page.unwrap().file_name()))
+        .filter(|page| page.extension().is_some_and(|extension| extension == "md"))
         .collect()
 }
 
