@@ -247,6 +247,7 @@ impl Monitor {
 
     /// The current message stays in its stream, for this relay or another one.
     pub fn add_unfinished(&self, reason: &str) {
+        self.metrics.unfinished.inc();
         self.end(&lock(&self.state), "left in the stream", || {
             reason.to_owned()
         });

@@ -25,6 +25,7 @@ pub(super) struct Metrics {
     given_up: IntCounterVec,
     pub(super) dropped: IntCounter,
     pub(super) publish_refused: IntCounter,
+    pub(super) unfinished: IntCounter,
     pub(super) unconfirmed: IntCounter,
     attempts: IntCounterVec,
     attempt_duration: HistogramVec,
@@ -84,6 +85,11 @@ impl Metrics {
             publish_refused: counter(
                 "publish_refused_total",
                 "Messages that NATS refused to publish.",
+            )?,
+            unfinished: counter(
+                "messages_unfinished_total",
+                "Messages that stayed in the stream: abandoned, left at a stop, or acknowledged without \
+                 a confirmation.",
             )?,
             unconfirmed: counter(
                 "confirmations_missed_total",
