@@ -4,6 +4,7 @@
 mod api;
 mod connection;
 mod events;
+mod inbox;
 mod servers;
 
 use std::{sync::Arc, time::Duration};
@@ -13,8 +14,9 @@ use async_nats::{AuthError, ConnectOptions, ServerAddr};
 
 pub use self::{
     api::{Api, ApiError, Failure, refused},
-    connection::{ANSWER_TIMEOUT, ClientCrashed, Connection, NoAnswer},
+    connection::{ClientCrashed, Connection},
     events::{ConnectionEvent, ConnectionEvents, cannot_look},
+    inbox::{ANSWER_TIMEOUT, NoAnswer},
     servers::show,
 };
 use self::{

@@ -1,29 +1,34 @@
 //! The connection to NATS, as all parts of the relay share it.
 
 use std::{
+    collections::HashSet,
     fmt,
     future::pending,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicU64, Ordering::Relaxed},
     },
-    time::Duration,
 };
 
 use anyhow::bail;
 use async_nats::{
-    Client, HeaderMap, Message, PublishError, Subject, Subscriber, client::PublishErrorKind,
-    connection::State, jetstream::Context,
+    Client, HeaderMap, Message, PublishError, Subject, client::PublishErrorKind, connection::State,
+    jetstream::Context,
 };
 use bytes::Bytes;
-use futures::{FutureExt, StreamExt};
 use tokio::{
     sync::{Mutex, Notify},
     task::yield_now,
-    time::{sleep, timeout},
 };
 
-use super::Api;
+use super::{
+    Api,
+    inbox::{Inbox, NoAnswer},
+};
+use crate::lock::lock;
+
+/// So many subjects are remembered on which a message was not refused.
+const MAX_PERMITTED: usize = 1024;
 
 /// The connection to NATS.
 #[derive(Clone)]
@@ -42,8 +47,9 @@ pub struct Connection {
 #[derive(Default)]
 pub(super) struct Refusals {
     count: AtomicU64,
-    /// Whether the next one may be refused as well: so after a refusal, and on a new connection.
-    is_doubtful: AtomicBool,
+    /// Subjects on which this connection may publish, as a round trip has shown; none after a refusal, and on a
+    /// new connection.
+    permitted: std::sync::Mutex<HashSet<String>>,
     /// Notified when our own inbox is refused, which is as good an answer as any.
     pub(super) inbox: Notify,
     /// What our own inbox begins with.
@@ -53,7 +59,21 @@ pub(super) struct Refusals {
 impl Refusals {
     pub(super) fn add(&self, refused: u64) {
         self.count.fetch_add(refused, Relaxed);
-        self.is_doubtful.store(true, Relaxed);
+        lock(&self.permitted).clear();
+    }
+
+    /// Returns whether the next message may be refused: on this very subject, or where `is_sure` is false, on any.
+    fn are_possible(&self, subject: &Subject, is_sure: bool) -> bool {
+        let permitted = lock(&self.permitted);
+        permitted.is_empty() || is_sure && !permitted.contains(&subject[..])
+    }
+
+    fn permit(&self, subject: Subject) {
+        let mut permitted = lock(&self.permitted);
+        if permitted.len() >= MAX_PERMITTED {
+            permitted.clear();
+        }
+        permitted.insert(subject.to_string());
     }
 
     pub(super) fn is_own_inbox(&self, subject: &str) -> bool {
@@ -143,8 +163,8 @@ impl Connection {
         yield_now().await;
     }
 
-    /// Publishes a message. With `is_sure`, or where NATS may refuse it because it did so before, that is found
-    /// out.
+    /// Publishes a message. With `is_sure`, or where NATS refused one before, it is found out whether it is refused.
+    /// That takes a round trip, but only once for each subject, because it is the subject that may be refused.
     ///
     /// # Errors
     /// If the client or the server refuses it.
@@ -156,13 +176,14 @@ impl Connection {
         is_sure: bool,
     ) -> anyhow::Result<()> {
         let refusals = self.refusals();
-        self.publish(subject, None, headers, payload).await?;
-        if is_sure || self.refusals.is_doubtful.load(Relaxed) {
+        self.publish(subject.clone(), None, headers, payload)
+            .await?;
+        if self.refusals.are_possible(&subject, is_sure) {
             self.round_trip().await;
             if self.refusals() > refusals {
                 bail!("NATS refuses it");
             }
-            self.refusals.is_doubtful.store(false, Relaxed);
+            self.refusals.permit(subject);
         }
         Ok(())
     }
@@ -218,131 +239,6 @@ impl Connection {
 
 /// Never resolves: a crashed client does nothing any more, and who listens to the connection's events starts
 /// over, or ends.
-async fn crashed<T>() -> T {
+pub(super) async fn crashed<T>() -> T {
     pending().await
-}
-
-/// How long an answer may take.
-pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// Where the answers to questions come, to one at a time.
-///
-/// async-nats's own `send_request` takes the first answer, whoever's it is, needs a channel, a random subject and
-/// an entry in a map for each question, and keeps that entry where no answer comes. Here one subscription takes
-/// all answers, and the asker says what is one.
-struct Inbox {
-    /// Question `n` is answered on `<prefix>.<n>`, so that a late answer is not taken for another one.
-    prefix: String,
-    /// The number of the last question.
-    last: u64,
-    subscription: Option<Subscriber>,
-}
-
-/// Why there is no answer.
-#[derive(Debug)]
-pub enum NoAnswer {
-    /// The client refuses to publish the question, for this reason.
-    Refused(String),
-    /// There was none within [`ANSWER_TIMEOUT`].
-    TimedOut,
-}
-
-impl fmt::Display for NoAnswer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Refused(reason) => f.write_str(reason),
-            Self::TimedOut => write!(f, "no answer within {ANSWER_TIMEOUT:?}"),
-        }
-    }
-}
-
-impl Inbox {
-    fn new(prefix: String) -> Self {
-        Self {
-            prefix,
-            last: 0,
-            subscription: None,
-        }
-    }
-
-    /// Publishes a message, and waits for its answer: the first that `read` makes something of.
-    async fn ask<T>(
-        &mut self,
-        connection: &Connection,
-        subject: Subject,
-        headers: HeaderMap,
-        payload: Bytes,
-        read: impl Fn(&Message) -> Option<T>,
-    ) -> Result<T, NoAnswer> {
-        let reply = self.next_reply();
-        let subscriber = self.subscriber(connection).await;
-        connection
-            .publish(subject, Some(reply.clone()), headers, payload)
-            .await
-            .map_err(|error| NoAnswer::Refused(error.to_string()))?;
-        let answer = timeout(ANSWER_TIMEOUT, answer_on(&reply, subscriber, read)).await;
-        answer.map_err(|_| NoAnswer::TimedOut)
-    }
-
-    /// Publishes to the inbox itself, and returns whether that came back or was refused: either way the server
-    /// has processed all that was sent before. Nobody else's subscription can take it away.
-    async fn echo(&mut self, connection: &Connection, refused: &Notify) -> bool {
-        if refused.notified().now_or_never().is_some() {
-            // That was no answer to this one, and there may be no subscription.
-            self.subscription = None;
-        }
-        let reply = self.next_reply();
-        let subscriber = self.subscriber(connection).await;
-        let sent = connection.publish(reply.clone(), None, HeaderMap::new(), Bytes::new());
-        // The client refuses nothing so small.
-        let _ = sent.await;
-        tokio::select! {
-            _ = answer_on(&reply, subscriber, |_| Some(())) => true,
-            () = refused.notified() => {
-                // The next one is to be refused again.
-                self.subscription = None;
-                true
-            }
-            () = sleep(ANSWER_TIMEOUT) => false,
-        }
-    }
-
-    /// Where the next question is to be answered.
-    fn next_reply(&mut self) -> Subject {
-        self.last += 1;
-        format!("{}.{}", self.prefix, self.last).into()
-    }
-
-    /// Subscribes, the first time that an answer is wanted.
-    async fn subscriber(&mut self, connection: &Connection) -> &mut Subscriber {
-        let subscriber = match self.subscription.take() {
-            Some(subscriber) => subscriber,
-            None => {
-                let subject = format!("{}.*", self.prefix);
-                match connection.client().subscribe(subject).await {
-                    Ok(subscriber) => subscriber,
-                    Err(_) => crashed().await,
-                }
-            }
-        };
-        self.subscription.insert(subscriber)
-    }
-}
-
-/// The first message on `reply` that `read` makes something of.
-async fn answer_on<T>(
-    reply: &Subject,
-    subscriber: &mut Subscriber,
-    read: impl Fn(&Message) -> Option<T>,
-) -> T {
-    loop {
-        let Some(message) = subscriber.next().await else {
-            return crashed().await;
-        };
-        if message.subject == *reply
-            && let Some(answer) = read(&message)
-        {
-            return answer;
-        }
-    }
 }

@@ -243,7 +243,7 @@ impl Observer {
             if !self.is_lossy && !self.was_inbox_refused.swap(true, Relaxed) {
                 warn!(
                     "no permission to publish on {}, by which the relay learns whether NATS refuses a \
-                     message; each message leaves an error in the server's log; allow it for this NATS user",
+                     message; each time leaves an error in the server's log; allow it for this NATS user",
                     self.inbox_prefix.wildcard()
                 );
             }

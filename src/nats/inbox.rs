@@ -1,0 +1,138 @@
+//! Questions to NATS, and what is answered: messages with a reply subject of ours.
+
+use std::{fmt, time::Duration};
+
+use async_nats::{HeaderMap, Message, Subject, Subscriber};
+use bytes::Bytes;
+use futures::{FutureExt, StreamExt};
+use tokio::{
+    sync::Notify,
+    time::{sleep, timeout},
+};
+
+use super::{Connection, connection::crashed};
+
+/// How long an answer may take.
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Where the answers to questions come, to one at a time.
+///
+/// async-nats's own `send_request` takes the first answer, whoever's it is, needs a channel, a random subject and
+/// an entry in a map for each question, and keeps that entry where no answer comes. Here one subscription takes
+/// all answers, and the asker says what is one.
+pub(super) struct Inbox {
+    /// Question `n` is answered on `<prefix>.<n>`, so that a late answer is not taken for another one.
+    prefix: String,
+    /// The number of the last question.
+    last: u64,
+    subscription: Option<Subscriber>,
+}
+
+/// Why there is no answer.
+#[derive(Debug)]
+pub enum NoAnswer {
+    /// The client refuses to publish the question, for this reason.
+    Refused(String),
+    /// There was none within [`ANSWER_TIMEOUT`].
+    TimedOut,
+}
+
+impl fmt::Display for NoAnswer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused(reason) => f.write_str(reason),
+            Self::TimedOut => write!(f, "no answer within {ANSWER_TIMEOUT:?}"),
+        }
+    }
+}
+
+impl Inbox {
+    pub(super) fn new(prefix: String) -> Self {
+        Self {
+            prefix,
+            last: 0,
+            subscription: None,
+        }
+    }
+
+    /// Publishes a message, and waits for its answer: the first that `read` makes something of.
+    pub(super) async fn ask<T>(
+        &mut self,
+        connection: &Connection,
+        subject: Subject,
+        headers: HeaderMap,
+        payload: Bytes,
+        read: impl Fn(&Message) -> Option<T>,
+    ) -> Result<T, NoAnswer> {
+        let reply = self.next_reply();
+        let subscriber = self.subscriber(connection).await;
+        connection
+            .publish(subject, Some(reply.clone()), headers, payload)
+            .await
+            .map_err(|error| NoAnswer::Refused(error.to_string()))?;
+        let answer = timeout(ANSWER_TIMEOUT, answer_on(&reply, subscriber, read)).await;
+        answer.map_err(|_| NoAnswer::TimedOut)
+    }
+
+    /// Publishes to the inbox itself, and returns whether that came back or was refused: either way the server
+    /// has processed all that was sent before. Nobody else's subscription can take it away.
+    pub(super) async fn echo(&mut self, connection: &Connection, refused: &Notify) -> bool {
+        if refused.notified().now_or_never().is_some() {
+            // That was no answer to this one, and there may be no subscription.
+            self.subscription = None;
+        }
+        let reply = self.next_reply();
+        let subscriber = self.subscriber(connection).await;
+        let sent = connection.publish(reply.clone(), None, HeaderMap::new(), Bytes::new());
+        // The client refuses nothing so small.
+        let _ = sent.await;
+        tokio::select! {
+            _ = answer_on(&reply, subscriber, |_| Some(())) => true,
+            () = refused.notified() => {
+                // The next one is to be refused again.
+                self.subscription = None;
+                true
+            }
+            () = sleep(ANSWER_TIMEOUT) => false,
+        }
+    }
+
+    /// Where the next question is to be answered.
+    fn next_reply(&mut self) -> Subject {
+        self.last += 1;
+        format!("{}.{}", self.prefix, self.last).into()
+    }
+
+    /// Subscribes, the first time that an answer is wanted.
+    async fn subscriber(&mut self, connection: &Connection) -> &mut Subscriber {
+        let subscriber = match self.subscription.take() {
+            Some(subscriber) => subscriber,
+            None => {
+                let subject = format!("{}.*", self.prefix);
+                match connection.client().subscribe(subject).await {
+                    Ok(subscriber) => subscriber,
+                    Err(_) => crashed().await,
+                }
+            }
+        };
+        self.subscription.insert(subscriber)
+    }
+}
+
+/// The first message on `reply` that `read` makes something of.
+async fn answer_on<T>(
+    reply: &Subject,
+    subscriber: &mut Subscriber,
+    read: impl Fn(&Message) -> Option<T>,
+) -> T {
+    loop {
+        let Some(message) = subscriber.next().await else {
+            return crashed().await;
+        };
+        if message.subject == *reply
+            && let Some(answer) = read(&message)
+        {
+            return answer;
+        }
+    }
+}
