@@ -51,10 +51,7 @@ mod text;
 mod tls;
 mod webhook;
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Instant};
 
 use futures::{Stream, StreamExt, stream::pending};
 use log::error;
@@ -76,9 +73,6 @@ use self::{
     source::Source,
     webhook::Webhook,
 };
-
-/// How long the page tells why the relay ends: a bit longer than it takes to look again.
-const LAST_WORDS: Duration = Duration::from_secs(3);
 
 /// Starts logging to standard error, as the settings say.
 pub fn start_logging(log: &Log) {
@@ -108,16 +102,6 @@ pub async fn run(config: Config, stop: impl Stream<Item = ()> + Unpin) -> anyhow
         never = heartbeat.beat(&monitor) => match never {},
     };
     heartbeat.stopping(&monitor);
-    if let Err(reason) = &ended
-        && config.status_listen.is_some()
-    {
-        // So that a page that is open learns why there will be no answer.
-        monitor.set_obstacle(Some(reasons(reason)));
-        tokio::select! {
-            () = sleep(LAST_WORDS) => {}
-            _ = stop.next() => {}
-        }
-    }
     ended
 }
 

@@ -79,14 +79,9 @@ impl State {
         let obstacle = self.obstacle.as_ref();
         let reason = obstacle.map_or_else(String::new, |(_, reason)| format!(": {reason}"));
         if self.is_stopping {
-            return match (obstacle, current) {
-                (Some(_), _) => ("bad", "Exiting", format!("Exiting{reason}")),
-                (None, Some(current)) => {
-                    let text = format!("Stopping: finishing {}", current.subject);
-                    ("wait", "Stopping", text)
-                }
-                (None, None) => ("wait", "Stopping", "Stopping".to_owned()),
-            };
+            let current = current.map(|current| format!(": finishing {}", current.subject));
+            let text = format!("Stopping{}", current.unwrap_or_default());
+            return ("wait", "Stopping", text);
         }
         if self.server.is_none() {
             let text = format!("Waiting for NATS for {}{reason}", span(age(self.since)));

@@ -160,7 +160,7 @@ test("tells that the password was changed", async () => {
   await picture("password");
 });
 
-test("tells that the stream was deleted", async () => {
+test("tells that the relay has ended", async () => {
   relay.kill("SIGKILL");
   await restartNats(`jetstream { store_dir: "${directory}/jetstream" }`);
   await publish("$JS.API.STREAM.CREATE.CMS", '{"name":"CMS","subjects":["cms.cache.>"]}');
@@ -168,8 +168,6 @@ test("tells that the stream was deleted", async () => {
   await shows("h1", /^Listening/);
   assert.match(await page.textContent("[data-live=about]"), /\(durable mode, consumer relay of the stream CMS\)/);
   await publish("$JS.API.STREAM.DELETE.CMS", "");
-  await shows("h1", /^Exiting: there is no stream CMS; create it, or set NATS_STREAM/);
-  await picture("stream-deleted");
   await shows("h1", /^The relay does not answer$/);
 });
 
