@@ -21,7 +21,7 @@ use self::{
 pub use self::{
     nats::Nats,
     variables::{Default, Kind, VARIABLES, Variable, help, misnamed},
-    webhook::{Destination, Webhook, without_secrets},
+    webhook::{Destination, PassHeaders, Webhook, without_secrets},
 };
 pub(crate) use self::{
     variables::{FAILED_STREAM, RELAYED_STREAM},

@@ -21,7 +21,10 @@ use anyhow::Context;
 use futures::TryFutureExt;
 use reqwest::{
     Request, StatusCode,
-    header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue, USER_AGENT},
+    header::{
+        ACCEPT, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue,
+        USER_AGENT,
+    },
 };
 use rustls::ClientConfig;
 use tokio::time::{Instant, timeout_at};
@@ -30,7 +33,11 @@ use tokio::time::{Instant, timeout_at};
 pub(crate) use self::answer::parse_retry_after;
 pub use self::{addresses::Addresses, endpoint::Endpoint, id::Ids};
 use self::{endpoint::met_dead_connection, id::header, secrets::Secrets, signing::SigningKey};
-use crate::{config, source::Delivery, tls};
+use crate::{
+    config::{self, PassHeaders},
+    source::Delivery,
+    tls,
+};
 
 const AGENT: &str = concat!("nats-webhook-relay/", env!("CARGO_PKG_VERSION"));
 const WEBHOOK_ID: HeaderName = HeaderName::from_static("webhook-id");
@@ -38,8 +45,8 @@ const WEBHOOK_TIMESTAMP: HeaderName = HeaderName::from_static("webhook-timestamp
 const WEBHOOK_SIGNATURE: HeaderName = HeaderName::from_static("webhook-signature");
 const NATS_SUBJECT: HeaderName = HeaderName::from_static("x-nats-subject");
 
-/// The message headers that are passed on as they are. No other is: a publisher must not be able
-/// to set, say, `Authorization`.
+/// The message headers that are always passed on. No other is unless the settings name it: a publisher must not
+/// be able to set, say, `Authorization`.
 const PASSED_ON: [HeaderName; 3] = [
     CONTENT_TYPE,
     HeaderName::from_static("traceparent"),
@@ -54,6 +61,7 @@ pub struct Webhook {
     sent_secrets: Secrets,
     /// Instead of the usual statuses.
     give_up_on: Option<Vec<RangeInclusive<u16>>>,
+    pass_headers: PassHeaders,
 }
 
 /// One destination.
@@ -117,6 +125,7 @@ impl Webhook {
             signing_keys: config.signing_keys.iter().map(SigningKey::new).collect(),
             sent_secrets: Secrets::of(config),
             give_up_on: config.give_up_on.clone(),
+            pass_headers: config.pass_headers.clone(),
         })
     }
 
@@ -154,12 +163,18 @@ impl Webhook {
         delivery: &Delivery,
         id: &HeaderValue,
     ) -> Result<StatusCode, Failure> {
-        let deadline = Instant::now() + self.timeout;
-        let response = loop {
+        let start = Instant::now();
+        let deadline = start + self.timeout;
+        let (response, is_last) = loop {
             let was_idle = endpoint.is_idle.swap(false, Relaxed);
-            let request = self.request(destination, delivery, id);
+            let is_last = endpoint.is_last_use(was_idle, start);
+            let mut request = self.request(destination, delivery, id);
+            if is_last {
+                let headers = request.headers_mut();
+                headers.insert(CONNECTION, HeaderValue::from_static("close"));
+            }
             match timeout_at(deadline, endpoint.client.execute(request)).await {
-                Ok(Ok(response)) => break response,
+                Ok(Ok(response)) => break (response, is_last),
                 // The destination closed the connection as the request went out, and saw nothing of it.
                 Ok(Err(error)) if was_idle && met_dead_connection(&error) => {}
                 Ok(Err(error)) => return Err(temporary(destination.describe(error))),
@@ -167,7 +182,7 @@ impl Webhook {
             }
         };
         let (status, is_whole) = self.judge(destination, response, deadline).await?;
-        endpoint.is_idle.store(is_whole, Relaxed);
+        endpoint.is_idle.store(is_whole && !is_last, Relaxed);
         Ok(status)
     }
 
@@ -182,6 +197,9 @@ impl Webhook {
             {
                 headers.insert(name, value);
             }
+        }
+        if !self.pass_headers.is_empty() {
+            self.pass_headers(delivery, headers);
         }
         match HeaderValue::from_bytes(delivery.subject.as_bytes()) {
             Ok(subject) => headers.insert(NATS_SUBJECT, subject),
@@ -209,6 +227,24 @@ impl Webhook {
         headers.insert(CONTENT_LENGTH, delivery.payload.len().into());
         *request.body_mut() = Some(delivery.payload.clone().into());
         request
+    }
+}
+
+impl Webhook {
+    /// Adds the message headers that the settings name, except where the relay has one of its own.
+    fn pass_headers(&self, delivery: &Delivery, headers: &mut HeaderMap) {
+        for (name, values) in delivery.headers.iter() {
+            let Ok(name) = HeaderName::try_from(AsRef::<str>::as_ref(name)) else {
+                continue;
+            };
+            if self.pass_headers.contains(name.as_str()) && !headers.contains_key(&name) {
+                for value in values {
+                    if let Ok(value) = HeaderValue::from_str(value.as_str()) {
+                        headers.append(&name, value);
+                    }
+                }
+            }
+        }
     }
 }
 

@@ -81,6 +81,7 @@ variables! {
     TIMEOUT = "WEBHOOK_TIMEOUT", Plain, Value("15s"), "longest time for one attempt, connecting included";
     MAX_ATTEMPTS = "WEBHOOK_MAX_ATTEMPTS", Plain, Value("5"), "attempts per message; 0 is no limit, and the default in durable mode";
     GIVE_UP_ON = "WEBHOOK_GIVE_UP_ON", Plain, Off, "statuses that give up on a message at once, such as 400 404 422, 4xx, or none";
+    PASS_HEADERS = "WEBHOOK_PASS_HEADERS", Plain, Off, "message headers that the request has too, such as ce-* content-encoding";
     EVERY_ADDRESS = "WEBHOOK_EVERY_ADDRESS", Plain, Value("false"), "true: every address of a destination's name has to succeed";
     SECRET = "WEBHOOK_SECRET", Secret, Off, "Standard Webhooks secrets whsec_..., separated by white space; signs every request";
     WEBHOOK_CA = "WEBHOOK_CA", File, Off, "PEM file with the CAs to trust for https destinations, instead of the system's";

@@ -17,7 +17,8 @@ use super::{
     tls::Tls,
     variables::{
         DESTINATION, EVERY_ADDRESS, GIVE_UP_ON, HEADER_PREFIX, HTTP_PROXY, HTTPS_PROXY,
-        MAX_ATTEMPTS, NO_PROXY, SECRET, TIMEOUT, WEBHOOK_CA, WEBHOOK_CERT, WEBHOOK_KEY,
+        MAX_ATTEMPTS, NO_PROXY, PASS_HEADERS, SECRET, TIMEOUT, WEBHOOK_CA, WEBHOOK_CERT,
+        WEBHOOK_KEY,
     },
 };
 
@@ -36,8 +37,47 @@ pub struct Webhook {
     pub max_attempts: Option<u32>,
     /// The statuses that are the message's fault, instead of the usual ones.
     pub give_up_on: Option<Vec<RangeInclusive<u16>>>,
+    /// The message headers that the request carries too.
+    pub pass_headers: PassHeaders,
     /// Whom to trust for https, and the client certificate.
     pub tls: Tls,
+}
+
+/// Names of message headers, some of them the beginnings of names.
+#[derive(Clone, Debug, Default)]
+pub struct PassHeaders(Vec<String>);
+
+impl PassHeaders {
+    /// Returns whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Returns whether a header of this name, in lower case, is one of them.
+    #[must_use]
+    pub fn contains(&self, name: &str) -> bool {
+        let is_it = |entry: &String| match entry.strip_suffix('*') {
+            Some(beginning) => name.starts_with(beginning),
+            None => name == entry,
+        };
+        !is_reserved(name) && !LOGINS.contains(&name) && self.0.iter().any(is_it)
+    }
+
+    fn parse(text: &str) -> Result<Self, String> {
+        let names = parse_list(text, |entry| Ok(entry.to_lowercase()))?;
+        let all = Self(names);
+        let is_bad = |entry: &&String| {
+            let name = entry.trim_end_matches('*');
+            HeaderName::try_from(name).is_err() || (name == entry.as_str() && !all.contains(name))
+        };
+        match all.0.iter().find(is_bad) {
+            Some(entry) => Err(format!(
+                "has the entry {entry:?}, which no message may set; write names of other headers, such as ce-*"
+            )),
+            None => Ok(all),
+        }
+    }
 }
 
 /// A URL to POST to. `Display` and `Debug` show neither its userinfo nor its query.
@@ -60,6 +100,7 @@ impl Webhook {
             Ok(Mode::Durable { .. }) if !reader.is_set(MAX_ATTEMPTS) => Ok(None),
             _ => reader.value(MAX_ATTEMPTS, parse_max_attempts),
         };
+        let pass_headers = reader.optional(PASS_HEADERS, PassHeaders::parse);
         let give_up_on = reader.optional(GIVE_UP_ON, parse_statuses);
         let headers = read_headers(reader);
         let signing_keys = reader.optional(SECRET, |text| parse_list(text, parse_signing_key));
@@ -73,6 +114,7 @@ impl Webhook {
             timeout: timeout?,
             max_attempts: max_attempts?,
             give_up_on: give_up_on?,
+            pass_headers: pass_headers?.unwrap_or_default(),
             tls: tls?,
         })
     }
@@ -213,15 +255,22 @@ fn read_headers(reader: &mut Reader<'_>) -> Result<HeaderMap, Noted> {
 }
 
 /// Headers that the relay sets itself, or that would break the request (RFC 9110, 7.6.1).
-const RESERVED_HEADERS: &str = "connection content-encoding content-length content-type expect host keep-alive te \
+const RESERVED_HEADERS: &str = "connection content-length content-type expect host keep-alive proxy-connection te \
      traceparent tracestate trailer transfer-encoding upgrade user-agent webhook-id webhook-signature \
      webhook-timestamp x-nats-subject";
+
+fn is_reserved(name: &str) -> bool {
+    RESERVED_HEADERS.split(' ').any(|reserved| reserved == name)
+}
+
+/// Headers that no publisher may set.
+const LOGINS: [&str; 3] = ["authorization", "proxy-authorization", "cookie"];
 
 /// `WEBHOOK_HEADER_X_KEY` is the header `x-key`.
 fn parse_header(variable: &str, value: &str) -> Result<(HeaderName, HeaderValue), String> {
     let name = variable.strip_prefix(HEADER_PREFIX).unwrap_or(variable);
     let name = name.to_lowercase().replace('_', "-");
-    if RESERVED_HEADERS.split(' ').any(|reserved| reserved == name) {
+    if is_reserved(&name) {
         return Err(format!(
             "would set {name}, which the relay sets itself; unset it"
         ));
@@ -360,6 +409,19 @@ mod tests {
             (MAX_ATTEMPTS, "many", "is not a valid count"),
             (MAX_ATTEMPTS, "-1", "is not a valid count"),
             (EVERY_ADDRESS, "yes", "write true or false"),
+            (
+                PASS_HEADERS,
+                "ce-* Authorization",
+                "\"authorization\", which no message",
+            ),
+            (PASS_HEADERS, "webhook-id", "which no message may set"),
+            (
+                PASS_HEADERS,
+                "transfer-encoding",
+                "which no message may set",
+            ),
+            (PASS_HEADERS, "*", "which no message may set"),
+            (PASS_HEADERS, "a:b", "which no message may set"),
             (GIVE_UP_ON, "400 200", "has the entry \"200\""),
             (GIVE_UP_ON, "none 400", "has the entry \"none\""),
             (GIVE_UP_ON, "6xx", "has the entry \"6xx\""),

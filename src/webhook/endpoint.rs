@@ -4,15 +4,16 @@ use std::{
     error::Error,
     io,
     net::{IpAddr, SocketAddr},
-    sync::atomic::AtomicBool,
+    sync::{Mutex, atomic::AtomicBool},
     time::Duration,
 };
 
 use anyhow::Context;
 use reqwest::{Client, Proxy, redirect, retry};
 use rustls::ClientConfig;
+use tokio::time::Instant;
 
-use crate::config;
+use crate::{config, lock::lock};
 
 /// An idle connection is closed before the usual server does it (Node.js after 5 s), so that no
 /// request runs into a connection that is just being closed.
@@ -21,12 +22,17 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
 /// So many headers an answer may have; the HTTP client's own bound is 100.
 const MAX_HEADERS: usize = 256;
 
+/// A connection is used this long: a name that leads elsewhere by then is followed.
+const LONGEST_USE: Duration = Duration::from_secs(30);
+
 /// What reaches a destination, or one address of it.
 pub struct Endpoint {
     /// Keeps the one connection.
     pub(super) client: Client,
     /// Whether that connection waits for the next request, as far as we know.
     pub(super) is_idle: AtomicBool,
+    /// When it was opened.
+    opened: Mutex<Instant>,
 }
 
 impl Endpoint {
@@ -64,7 +70,18 @@ impl Endpoint {
         Ok(Self {
             client: builder.build().context("cannot set up the HTTP client")?,
             is_idle: AtomicBool::new(false),
+            opened: Mutex::new(Instant::now()),
         })
+    }
+
+    /// Returns whether a request at this time should be the last one on its connection, which is a new one unless
+    /// one `was_idle`.
+    pub(super) fn is_last_use(&self, was_idle: bool, now: Instant) -> bool {
+        let mut opened = lock(&self.opened);
+        if !was_idle {
+            *opened = now;
+        }
+        now.duration_since(*opened) >= LONGEST_USE
     }
 }
 
