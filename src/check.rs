@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, anyhow};
-use async_nats::{HeaderMap, Message, StatusCode};
+use async_nats::{HeaderMap, Message, StatusCode, jetstream::consumer::Info};
 use reqwest::Url;
 use rustls::{ClientConfig, pki_types::ServerName};
 use tokio::{
@@ -25,7 +25,7 @@ use crate::{
     nats::{
         Connection, ConnectionEvent, ConnectionEvents, Failure, cannot_look, connect_once, show,
     },
-    source::{Consumer, ConsumerError, try_to_look},
+    source::{Consumer, ConsumerError, oldest_age, try_to_look},
     text::{self, count, reasons},
     tls,
 };
@@ -86,6 +86,7 @@ pub async fn check(config: &Config, out: &mut dyn Write) -> anyhow::Result<bool>
                     name: consumer.clone(),
                     prefix: config.prefix.clone(),
                     relayed_prefix: config.relayed_prefix.clone(),
+                    deliver_policy: config.deliver_policy,
                 };
                 check_consumer(&consumer, &mut events, &mut report).await;
             }
@@ -124,6 +125,11 @@ async fn check_destination(
         Ok(addresses) => addresses,
         Err(reason) => return report.add(&name, Err(reason)),
     };
+    let words = format!(
+        "addresses of its name: {}; each has to succeed",
+        addresses.len()
+    );
+    report.add(&name, Ok(words));
     for address in addresses {
         let found = within_timeout(connect(url, &[address], tls)).await;
         let found = found.map(|_| connected(destination));
@@ -202,8 +208,8 @@ async fn check_consumer(
     let (warnings, words): (Vec<_>, _) = match found {
         Ok((warning, Ok(info))) => {
             let words = format!(
-                "exists and is configured correctly; waiting in the stream: {}",
-                count(info.num_pending, "message")
+                "exists and is configured correctly; {}",
+                waiting(consumer, &info).await
             );
             let warnings = warning.into_iter().chain(consumer.warnings(&info.config));
             (warnings.chain(lost_acks(consumer).await).collect(), words)
@@ -248,6 +254,29 @@ async fn lost_acks(consumer: &Consumer) -> Option<String> {
              JetStream is imported from another account, export and import the service $JS.ACK.> as well"
         )
     })
+}
+
+/// Says what waits for a consumer, since when, and how often it was tried.
+async fn waiting(consumer: &Consumer, info: &Info) -> String {
+    let waiting = info.num_pending + info.num_ack_pending as u64;
+    if waiting == 0 {
+        return "no message waits".to_owned();
+    }
+    let age = within_timeout(async { Ok(oldest_age(consumer, info).await) }).await;
+    let age = match age {
+        Ok(Some(age)) => {
+            let age = humantime::format_duration(Duration::from_secs(age.as_secs()));
+            format!(", the oldest one for {age}")
+        }
+        _ => String::new(),
+    };
+    // One at a time is handed out, and so all deliveries since the last ack were of the oldest one.
+    let deliveries = info.delivered.consumer_sequence - info.ack_floor.consumer_sequence;
+    let delivered = match info.num_ack_pending {
+        0 => "not handed out to a relay yet".to_owned(),
+        _ => format!("handed out {}", count(deliveries, "time")),
+    };
+    format!("waiting: {}{age}, {delivered}", count(waiting, "message"))
 }
 
 /// Looks at the streams that are to keep what is published.

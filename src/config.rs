@@ -2,6 +2,8 @@
 
 use std::{net::SocketAddr, time::Duration};
 
+use async_nats::jetstream::consumer::DeliverPolicy;
+
 pub mod environment;
 mod files;
 mod nats;
@@ -14,8 +16,8 @@ use self::{
     environment::Environment,
     reader::{Noted, Reader, any_text, parse_duration},
     variables::{
-        CONSUMER, DOMAIN, FAILED_PREFIX, INBOX_PREFIX, LOG, LOG_FORMAT, PREFIX, QUEUE_GROUP,
-        RELAYED_PREFIX, REPUBLISH_DELAY, SHUTDOWN_TIMEOUT, STATUS_LISTEN, STREAM,
+        CONSUMER, DELIVER_POLICY, DOMAIN, FAILED_PREFIX, INBOX_PREFIX, LOG, LOG_FORMAT, PREFIX,
+        QUEUE_GROUP, RELAYED_PREFIX, REPUBLISH_DELAY, SHUTDOWN_TIMEOUT, STATUS_LISTEN, STREAM,
     },
 };
 pub use self::{
@@ -50,6 +52,8 @@ pub struct Config {
     pub domain: Option<String>,
     /// Where messages come from.
     pub mode: Mode,
+    /// Where a consumer that is created begins.
+    pub deliver_policy: DeliverPolicy,
     /// Where and how to POST.
     pub webhook: Webhook,
     /// Wait between the webhook's success and the republishing.
@@ -138,6 +142,7 @@ impl Config {
             prefixes.extend(prefix.iter().map(|prefix| (name, prefix)));
         }
         let distinct = refuse_overlaps(reader, &prefixes);
+        let deliver_policy = reader.value(DELIVER_POLICY, parse_deliver_policy);
         let relayed_stream = reader.optional(RELAYED_STREAM, parse_name);
         let failed_stream = read_failed_stream(reader);
         let domain = reader.optional(DOMAIN, parse_name);
@@ -156,6 +161,7 @@ impl Config {
             failed_stream: failed_stream?,
             domain: domain?,
             mode: mode?,
+            deliver_policy: deliver_policy?,
             webhook: webhook?,
             republish_delay: republish_delay?,
             shutdown_timeout: shutdown_timeout?,
@@ -242,6 +248,15 @@ fn parse_word(text: &str, bad: &str) -> Result<String, String> {
             "{text:?} is not a valid name; write it without white space {bad}"
         )),
         false => Ok(text.to_owned()),
+    }
+}
+
+fn parse_deliver_policy(text: &str) -> Result<DeliverPolicy, String> {
+    match text {
+        "all" => Ok(DeliverPolicy::All),
+        "new" => Ok(DeliverPolicy::New),
+        "last_per_subject" => Ok(DeliverPolicy::LastPerSubject),
+        _ => Err(format!("is {text:?}; write all, new or last_per_subject")),
     }
 }
 
@@ -378,6 +393,7 @@ mod tests {
                 "FAILED",
                 "NATS_FAILED_SUBJECT_PREFIX is not set",
             ),
+            (DELIVER_POLICY, "last", "write all, new or last_per_subject"),
             (QUEUE_GROUP, "a b", "is not a valid name"),
             (SHUTDOWN_TIMEOUT, "soon", "is not a valid duration"),
             (STATUS_LISTEN, "9642", "is not a valid address and port"),

@@ -35,7 +35,7 @@ pub use self::{
 pub(crate) use self::{buffer::Buffer, pull::Meaning};
 pub(crate) use self::{
     consumer::{Consumer, ConsumerError},
-    unreadable::try_to_look,
+    unreadable::{oldest_age, try_to_look},
 };
 
 /// A message to relay.
@@ -150,6 +150,7 @@ impl Source {
                     name: consumer,
                     prefix: config.prefix.clone(),
                     relayed_prefix: config.relayed_prefix.clone(),
+                    deliver_policy: config.deliver_policy,
                 };
                 let durable = Durable::new(connection, events, monitor, consumer);
                 Self::Durable(Box::new(durable))

@@ -32,7 +32,12 @@ use tokio::time::{Instant, timeout_at};
 #[cfg(any(fuzzing, test))]
 pub(crate) use self::answer::parse_retry_after;
 pub use self::{addresses::Addresses, endpoint::Endpoint, id::Ids};
-use self::{endpoint::met_dead_connection, id::header, secrets::Secrets, signing::SigningKey};
+use self::{
+    endpoint::{met_dead_connection, was_refused},
+    id::header,
+    secrets::Secrets,
+    signing::SigningKey,
+};
 use crate::{
     config::{self, PassHeaders},
     source::Delivery,
@@ -96,6 +101,8 @@ pub enum Failure {
         status: Option<StatusCode>,
         /// The shortest wait before the next attempt, if the destination asks for one.
         retry_after: Option<Duration>,
+        /// Whether there was no connection, because it was refused or there is no way there.
+        is_refused: bool,
     },
     /// No further attempt can succeed.
     Permanent {
@@ -177,7 +184,14 @@ impl Webhook {
                 Ok(Ok(response)) => break (response, is_last),
                 // The destination closed the connection as the request went out, and saw nothing of it.
                 Ok(Err(error)) if was_idle && met_dead_connection(&error) => {}
-                Ok(Err(error)) => return Err(temporary(destination.describe(error))),
+                Ok(Err(error)) => {
+                    return Err(Failure::Temporary {
+                        is_refused: was_refused(&error),
+                        reason: destination.describe(error),
+                        status: None,
+                        retry_after: None,
+                    });
+                }
                 Err(_) => return Err(temporary(format!("no answer within {:?}", self.timeout))),
             }
         };
@@ -321,5 +335,6 @@ pub fn temporary(reason: String) -> Failure {
         reason,
         status: None,
         retry_after: None,
+        is_refused: false,
     }
 }

@@ -74,6 +74,7 @@ variables! {
     QUEUE_GROUP = "NATS_QUEUE_GROUP", Plain, Off, "core mode: replicas in a group share the messages, without order across them";
     STREAM = "NATS_STREAM", Plain, Off, "durable mode: the JetStream stream, together with NATS_CONSUMER";
     CONSUMER = "NATS_CONSUMER", Plain, Off, "durable mode: the name of the durable consumer, created if it is missing";
+    DELIVER_POLICY = "NATS_DELIVER_POLICY", Plain, Value("all"), "where a consumer that the relay creates begins: all, new, last_per_subject";
     DOMAIN = "NATS_JS_DOMAIN", Plain, Off, "the JetStream domain of all streams that are named, as behind a leaf node";
     FAILED_PREFIX = "NATS_FAILED_SUBJECT_PREFIX", Plain, Off, "publishes abandoned messages under this prefix, with the reason";
     RELAYED_STREAM = "NATS_RELAYED_STREAM", Plain, Off, "the stream that keeps what is republished, and must confirm each message";

@@ -2,7 +2,10 @@
 
 use std::{
     net::IpAddr,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
@@ -40,10 +43,35 @@ pub(super) struct Posting {
 struct Job<'a> {
     destination: &'a Destination,
     /// The one of its addresses that is to get it, where each is a destination of its own.
-    address: Option<IpAddr>,
+    address: Option<(IpAddr, &'a Families)>,
     metrics: &'a DestinationMetrics,
     delivery: &'a Delivery,
     id: &'a HeaderValue,
+}
+
+/// What the addresses of a name have done with a message: those of IPv4, and those of IPv6.
+#[derive(Default)]
+struct Families {
+    answered: [AtomicBool; 2],
+    succeeded: [AtomicBool; 2],
+}
+
+impl Families {
+    /// Notes what an attempt has met. Returns whether the address is not to be waited for: its family refuses all
+    /// connections, as where the receiver listens on the other one alone, which has succeeded.
+    fn may_be_left(&self, address: IpAddr, answer: &Result<StatusCode, Failure>) -> bool {
+        let own = usize::from(address.is_ipv6());
+        self.succeeded[own].fetch_or(answer.is_ok(), Relaxed);
+        let is_refused = matches!(
+            answer,
+            Err(Failure::Temporary {
+                is_refused: true,
+                ..
+            })
+        );
+        let has_answered = self.answered[own].fetch_or(!is_refused, Relaxed);
+        is_refused && !has_answered && self.succeeded[1 - own].load(Relaxed)
+    }
 }
 
 /// A destination has succeeded.
@@ -119,10 +147,11 @@ impl Posting {
         addresses: &Addresses,
     ) -> Result<Vec<Posted>, Unrelayed> {
         let mut attempts = 0;
+        let families = &Families::default();
         loop {
             let current = self.look_up(job, addresses, &mut attempts).await?;
             let ends = join_all(current.iter().map(async |(address, endpoint)| {
-                let address = Some(*address);
+                let address = Some((*address, families));
                 self.post_to(&Job { address, ..*job }, endpoint).await
             }));
             let posted = all_of(ends.await)?;
@@ -168,6 +197,9 @@ impl Posting {
                 .webhook
                 .post(job.destination, endpoint, job.delivery, job.id)
                 .await;
+            let may_be_left = job
+                .address
+                .is_some_and(|(address, families)| families.may_be_left(address, &answer));
             let failure = match answer {
                 Ok(status) => {
                     self.monitor
@@ -178,12 +210,22 @@ impl Posting {
             };
             self.monitor
                 .end_attempt(job.metrics, ended(&failure), start.elapsed());
-            self.wait_or_give_up(job, attempts, failure).await?;
-            let (Reach::EveryAddress(addresses), Some(address)) =
+            let (Reach::EveryAddress(addresses), Some((address, _))) =
                 (&job.destination.reach, job.address)
             else {
+                self.wait_or_give_up(job, attempts, failure).await?;
                 continue;
             };
+            if may_be_left {
+                let (subject, url) = (&job.delivery.subject, &job.destination.url);
+                info!(
+                    subject:% = subject;
+                    "{subject} is not POSTed to {url} at {address}, which refuses connections, as it has \
+                     succeeded at an address of the other IP version; take this one out of the name's addresses"
+                );
+                return Ok(Vec::new());
+            }
+            self.wait_or_give_up(job, attempts, failure).await?;
             let current = Box::pin(self.look_up(job, addresses, &mut attempts)).await?;
             if current.iter().all(|(known, _)| *known != address) {
                 info!(
@@ -208,7 +250,7 @@ impl Posting {
     ) -> Result<(), Unrelayed> {
         let Destination { url, reach, .. } = job.destination;
         let name = match job.address {
-            Some(address) => format!("{url} at {address}"),
+            Some((address, _)) => format!("{url} at {address}"),
             None => url.to_string(),
         };
         let is_only = matches!((reach, self.webhook.destinations()), (Reach::Name(_), [_]));
@@ -230,6 +272,7 @@ impl Posting {
                 reason,
                 status,
                 retry_after,
+                ..
             } => (reason, status.map(|status| status.as_u16()), retry_after),
         };
         if Some(attempts) == self.max_attempts {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{anyhow, bail};
 use async_nats::jetstream::{
     ErrorCode,
-    consumer::{self, AckPolicy, Info, ReplayPolicy},
+    consumer::{self, AckPolicy, DeliverPolicy, Info, ReplayPolicy},
     response::Response,
     stream::{self, DiscardPolicy},
 };
@@ -51,6 +51,8 @@ pub(crate) struct Consumer {
     pub(crate) prefix: Prefix,
     /// Its messages are republished under this one.
     pub(crate) relayed_prefix: Prefix,
+    /// Where it begins if it is created.
+    pub(crate) deliver_policy: DeliverPolicy,
 }
 
 impl Consumer {
@@ -191,6 +193,7 @@ impl Consumer {
         consumer::Config {
             durable_name: Some(self.name.clone()),
             description: Some(format!("{DESCRIPTION}{}", self.relayed_prefix)),
+            deliver_policy: self.deliver_policy,
             ack_policy: AckPolicy::Explicit,
             ack_wait: ACK_WAIT,
             filter_subject: self.prefix.wildcard(),

@@ -5,9 +5,12 @@
 //! message out again, for ever, and hold up all that follow. So, with a new connection, the message that is
 //! out and not acked is looked at before the next one is asked for, in the form in which it is stored.
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
-use async_nats::jetstream::{message::StreamMessage, stream::RawMessage};
+use async_nats::jetstream::{consumer::Info, message::StreamMessage, stream::RawMessage};
 use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use serde_json::{Value, json};
@@ -31,6 +34,21 @@ async fn ask(consumer: &Consumer, sequence: u64) -> Result<Bytes, ApiError> {
     let request = format!("STREAM.MSG.GET.{}", consumer.stream);
     let question = json!({ "seq": sequence });
     consumer.connection.request(&request, &question).await
+}
+
+/// Returns how long the oldest message that is not acked has been in the stream, if there is one.
+pub(crate) async fn oldest_age(consumer: &Consumer, info: &Info) -> Option<Duration> {
+    let request = format!("STREAM.MSG.GET.{}", consumer.stream);
+    let next = info.ack_floor.stream_sequence + 1;
+    let question = json!({ "seq": next, "next_by_subj": consumer.prefix.wildcard() });
+    let answer = consumer
+        .connection
+        .request(&request, &question)
+        .await
+        .ok()?;
+    let mut answer: Value = serde_json::from_slice(&answer).ok()?;
+    let message: RawMessage = serde_json::from_value(answer.get_mut("message")?.take()).ok()?;
+    SystemTime::from(message.time).elapsed().ok()
 }
 
 /// Returns the message that is out and not acked, if it cannot be read.

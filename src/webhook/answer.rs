@@ -68,6 +68,7 @@ impl Webhook {
             reason,
             status: Some(status),
             retry_after,
+            is_refused: false,
         })
     }
 

@@ -87,21 +87,38 @@ impl Endpoint {
 
 /// Whether a request failed because its connection had been closed by then.
 pub(super) fn met_dead_connection(error: &reqwest::Error) -> bool {
-    let mut cause: Option<&dyn Error> = Some(error);
-    while let Some(error) = cause {
-        if let Some(error) = error.downcast_ref::<hyper::Error>()
-            && (error.is_incomplete_message() || error.is_canceled())
-        {
-            return true;
-        }
-        if let Some(error) = error.downcast_ref::<io::Error>() {
-            use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset};
-            return matches!(
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset};
+
+    let is_dead = |error: &hyper::Error| error.is_incomplete_message() || error.is_canceled();
+    cause::<hyper::Error>(error).is_some_and(is_dead)
+        || cause::<io::Error>(error).is_some_and(|error| {
+            matches!(
                 error.kind(),
                 BrokenPipe | ConnectionAborted | ConnectionReset
-            );
+            )
+        })
+}
+
+/// Returns whether there was no connection, because it was refused or there is no way there.
+pub(super) fn was_refused(error: &reqwest::Error) -> bool {
+    use io::ErrorKind::{AddrNotAvailable, ConnectionRefused, HostUnreachable, NetworkUnreachable};
+
+    cause::<io::Error>(error).is_some_and(|error| {
+        matches!(
+            error.kind(),
+            AddrNotAvailable | ConnectionRefused | HostUnreachable | NetworkUnreachable
+        )
+    })
+}
+
+/// Finds the first cause of this kind.
+fn cause<E: Error + 'static>(error: &reqwest::Error) -> Option<&E> {
+    let mut cause: Option<&dyn Error> = Some(error);
+    while let Some(error) = cause {
+        if let Some(found) = error.downcast_ref() {
+            return Some(found);
         }
         cause = error.source();
     }
-    false
+    None
 }

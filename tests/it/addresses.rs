@@ -1,9 +1,14 @@
 //! Every address of a name is told (`WEBHOOK_EVERY_ADDRESS`). The relay sees a hosts file of the test's own.
 
-use std::{env, fs, path::PathBuf, process};
+use std::{
+    env, fs,
+    path::PathBuf,
+    process,
+    time::{Duration, Instant},
+};
 
 use tempfile::TempDir;
-use tokio::{net::TcpListener, process::Command};
+use tokio::{net::TcpListener, process::Command, time::sleep};
 
 use crate::support::{Answer, NatsServer, Relay, Webhook, next};
 
@@ -42,16 +47,17 @@ impl Name {
     }
 
     /// What starts a program that sees it, with these variables beside the usual ones.
-    fn command(&self, port: u16) -> Vec<String> {
+    fn command(&self, port: u16, every_address: &str) -> Vec<String> {
         // The relay's own environment has no PATH. Without RESOLV_MULTI, glibc takes only the first line of
         // a name where there is no /etc/host.conf.
         let [env, unshare, mount] = ["env", "unshare", "mount"].map(path_of);
         let hosts = self.hosts.display();
         let destination = format!("WEBHOOK_DESTINATION=http://frontend.test:{port}/hook");
         let script = format!(r#"{mount} --bind {hosts} /etc/hosts && exec "$0" "$@""#);
+        let every_address = format!("WEBHOOK_EVERY_ADDRESS={every_address}");
         [&env[..], "RESOLV_MULTI=on"]
             .into_iter()
-            .chain([&destination[..], "WEBHOOK_EVERY_ADDRESS=true"])
+            .chain([&destination[..], &every_address])
             .chain([&unshare, "--map-root-user", "--mount"])
             .chain(["/bin/sh", "-c", &script])
             .map(str::to_owned)
@@ -59,7 +65,11 @@ impl Name {
     }
 
     async fn relay(&self, nats: &NatsServer, webhook: &Webhook) -> Relay {
-        let command = self.command(webhook.address().port());
+        self.relay_with("true", nats, webhook).await
+    }
+
+    async fn relay_with(&self, every_address: &str, nats: &NatsServer, webhook: &Webhook) -> Relay {
+        let command = self.command(webhook.address().port(), every_address);
         let command: Vec<_> = command.iter().map(String::as_str).collect();
         Relay::under(&command, nats, webhook).await
     }
@@ -159,6 +169,60 @@ async fn addresses_come_and_go() {
 }
 
 #[tokio::test]
+async fn a_family_that_refuses_connections_holds_nothing_up_once_the_other_has_succeeded() {
+    let nats = NatsServer::start().await;
+    let mut relayed = nats.client().await.subscribe("relayed.>").await.unwrap();
+    let replicas = replicas(&ADDRESSES[..2], &[Answer::OK, Answer::status(503)]).await;
+    let Some(name) = Name::with(&["127.0.0.1", "127.0.0.2", "::1"]) else {
+        return;
+    };
+    let relay = name.relay(&nats, &replicas[0]).await;
+    nats.publish("cms.cache.a", "1").await;
+    next(&mut relayed).await;
+    let line = relay.logged(" at ::1, which refuses connections").await;
+    assert!(line.contains("INFO"), "{line}");
+    // Of the family that has succeeded each is waited for.
+    let counts: Vec<_> = replicas.iter().map(Webhook::count).collect();
+    assert_eq!(counts, [1, 2]);
+}
+
+#[tokio::test]
+async fn a_name_that_has_moved_is_followed_within_half_a_minute() {
+    let nats = NatsServer::start().await;
+    let replicas = replicas(&ADDRESSES[..2], &[Answer::OK, Answer::OK]).await;
+    let Some(name) = Name::with(&ADDRESSES[..1]) else {
+        return;
+    };
+    let _relay = name.relay_with("false", &nats, &replicas[0]).await;
+    nats.publish("cms.cache.a", "1").await;
+    replicas[0].received(1).await;
+    name.set(&ADDRESSES[1..2]);
+    let start = Instant::now();
+    // Always in use, as by an editor who saves again and again.
+    while replicas[1].count() == 0 {
+        assert!(
+            start.elapsed() < Duration::from_secs(35),
+            "it was not followed"
+        );
+        nats.publish("cms.cache.a", "2").await;
+        sleep(Duration::from_millis(500)).await;
+    }
+    let requests = replicas[0].requests();
+    let (last, others) = requests.split_last().unwrap();
+    assert_eq!(last.header("connection"), Some("close"));
+    assert!(
+        others.len() > 10 && last.connection == 0,
+        "{}",
+        others.len()
+    );
+    assert!(
+        others
+            .iter()
+            .all(|request| request.header("connection").is_none())
+    );
+}
+
+#[tokio::test]
 async fn a_message_that_nobody_has_got_is_not_relayed() {
     let nats = NatsServer::start().await;
     let mut relayed = nats.client().await.subscribe("relayed.>").await.unwrap();
@@ -199,7 +263,7 @@ async fn check_reaches_every_address() {
     let Some(name) = Name::with(&ADDRESSES[..2]) else {
         return;
     };
-    let command = name.command(replicas[0].address().port());
+    let command = name.command(replicas[0].address().port(), "true");
     let output = Command::new(&command[0])
         .args(&command[1..])
         .arg(Relay::program())
@@ -213,6 +277,10 @@ async fn check_reaches_every_address() {
         .unwrap();
     let report = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(1), "{report}");
+    assert!(
+        report.contains("/hook: addresses of its name: 2; each has to succeed"),
+        "{report}"
+    );
     for (result, address, what) in [
         ("ok      ", "127.0.0.1", "can be connected to"),
         ("FAILED  ", "127.0.0.2", "cannot connect: "),

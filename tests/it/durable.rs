@@ -37,6 +37,52 @@ async fn expect(relayed: &mut async_nats::Subscriber, numbers: std::ops::Range<u
 }
 
 #[tokio::test]
+async fn a_consumer_begins_where_it_is_told_and_the_log_and_check_say_what_waits() {
+    for (policy, waiting, relayed_first) in [
+        ("all", "20 messages", "0"),
+        ("last_per_subject", "7 messages", "13"),
+        ("new", "0 messages", "20"),
+    ] {
+        let nats = NatsServer::with_stream().await;
+        let mut relayed = nats.client().await.subscribe("relayed.>").await.unwrap();
+        publish(&nats, 0..20).await;
+        let webhook = Webhook::ok().await;
+        let relay = Relay::durable(&nats, &webhook, &[("NATS_DELIVER_POLICY", policy)]).await;
+        let line = relay.logged("waiting for the consumer relay: ").await;
+        assert!(line.ends_with(waiting), "{policy}: {line}");
+        publish(&nats, 20..21).await;
+        assert_eq!(next(&mut relayed).await.payload, relayed_first, "{policy}");
+    }
+}
+
+#[tokio::test]
+async fn check_says_what_is_stuck() {
+    let nats = NatsServer::with_stream().await;
+    let webhook = Webhook::start(|_, _| Answer::Hang).await;
+    let relay = Relay::durable(&nats, &webhook, &[]).await;
+    publish(&nats, 0..3).await;
+    webhook.received(1).await;
+    let line = async || {
+        let (code, lines) = Relay::check(&nats, &webhook, &DURABLE).await;
+        assert_eq!(code, Some(0), "{lines:#?}");
+        lines[2].clone()
+    };
+    let stuck = line().await;
+    assert!(
+        stuck.contains("; waiting: 3 messages, the oldest one for "),
+        "{stuck}"
+    );
+    assert!(stuck.ends_with(", handed out 1 time"), "{stuck}");
+    // Killed, so that nobody hands it back, and it is handed out again.
+    relay.signal("KILL");
+    relay.ended().await;
+    let _relay = Relay::durable(&nats, &webhook, &[]).await;
+    webhook.received(2).await;
+    let stuck = line().await;
+    assert!(stuck.ends_with(", handed out 2 times"), "{stuck}");
+}
+
+#[tokio::test]
 async fn what_was_published_before_the_start_and_during_a_downtime_is_relayed_in_order() {
     let nats = NatsServer::with_stream().await;
     let mut relayed = nats.client().await.subscribe("relayed.>").await.unwrap();

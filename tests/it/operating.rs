@@ -421,7 +421,7 @@ async fn check_says_what_holds_and_what_does_not() {
     let (code, lines) = check(&with(&durable)).await;
     assert_eq!(code, Some(0), "{lines:#?}");
     assert!(
-        lines[2].contains("exists and is configured correctly; waiting in the stream: 0 messages"),
+        lines[2].contains("exists and is configured correctly; no message waits"),
         "{lines:#?}"
     );
     assert_eq!(lines[3], "ok      messages of the stream CMS: readable");

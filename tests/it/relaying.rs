@@ -166,6 +166,49 @@ async fn the_content_type_is_the_message_s_own_if_it_has_one() {
 }
 
 #[tokio::test]
+async fn headers_that_are_listed_go_along_and_never_replace_one_of_the_relay_s() {
+    let changes = [
+        ("WEBHOOK_PASS_HEADERS", "ce-* Content-Encoding x-* webhook*"),
+        ("WEBHOOK_HEADER_X_KEY", "ours"),
+    ];
+    let mut scene = Scene::core(Webhook::ok().await, &changes).await;
+    let mut headers = HeaderMap::new();
+    for (name, value) in [
+        ("Ce-Type", "edit"),
+        ("content-encoding", "gzip"),
+        ("X-Twice", "one"),
+        ("X-Twice", "two"),
+        ("X-Key", "theirs"),
+        ("X-Nats-Subject", "theirs"),
+        ("Webhook-Id", "theirs"),
+        ("Other", "kept back"),
+        ("Authorization", "Bearer stolen"),
+    ] {
+        headers.append(name, value);
+    }
+    let published = scene
+        .client
+        .publish_with_headers("cms.cache.x", headers, "x".into());
+    published.await.unwrap();
+    scene.next().await;
+    let requests = scene.webhook.requests();
+    let request = &requests[0];
+    for (name, expected) in [
+        ("ce-type", Some("edit")),
+        ("content-encoding", Some("gzip")),
+        // The fake keeps the last one.
+        ("x-twice", Some("two")),
+        ("x-key", Some("ours")),
+        ("x-nats-subject", Some("cms.cache.x")),
+        ("other", None),
+        ("authorization", None),
+    ] {
+        assert_eq!(request.header(name), expected, "{name}");
+    }
+    assert_ne!(request.header("webhook-id"), Some("theirs"));
+}
+
+#[tokio::test]
 async fn a_message_without_a_usable_id_gets_one_of_its_own() {
     let scene = Scene::core(Webhook::ok().await, &[]).await;
     for id in [None, None, Some("has.dots")] {

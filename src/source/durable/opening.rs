@@ -3,13 +3,14 @@
 use std::time::Duration;
 
 use async_nats::jetstream::consumer::Info;
-use log::warn;
+use log::{info, warn};
 use tokio::time::sleep;
 
 use super::Durable;
 use crate::{
     backoff::Backoff,
     source::{Consumer, ConsumerError, unreadable},
+    text::count,
 };
 
 /// Growing waits for a JetStream that does not answer, as without a leader.
@@ -67,6 +68,8 @@ async fn find(consumer: &Consumer) -> anyhow::Result<Result<Info, String>> {
     match consumer.ensure().await {
         Ok(info) => {
             let warnings = consumer.warnings(&info.config);
+            let waiting = count(info.num_pending + info.num_ack_pending as u64, "message");
+            info!("waiting for the consumer {}: {waiting}", consumer.name);
             for warning in stream.into_iter().chain(warnings) {
                 warn!("{warning}");
             }
