@@ -2,6 +2,7 @@
 //! no request to a destination, creates nothing.
 
 use std::{
+    collections::HashSet,
     io::{ErrorKind, Write},
     net::SocketAddr,
     sync::Arc,
@@ -263,20 +264,17 @@ async fn waiting(consumer: &Consumer, info: &Info) -> String {
         return "no message waits".to_owned();
     }
     let age = within_timeout(async { Ok(oldest_age(consumer, info).await) }).await;
-    let age = match age {
-        Ok(Some(age)) => {
-            let age = humantime::format_duration(Duration::from_secs(age.as_secs()));
-            format!(", the oldest one for {age}")
-        }
-        _ => String::new(),
-    };
+    let since = age.ok().flatten().map_or_else(String::new, |age| {
+        let age = Duration::from_secs(age.as_secs());
+        format!(", the oldest one for {}", humantime::format_duration(age))
+    });
     // One at a time is handed out, and so all deliveries since the last ack were of the oldest one.
     let deliveries = info.delivered.consumer_sequence - info.ack_floor.consumer_sequence;
     let delivered = match info.num_ack_pending {
         0 => "not handed out to a relay yet".to_owned(),
         _ => format!("handed out {}", count(deliveries, "time")),
     };
-    format!("waiting: {}{age}, {delivered}", count(waiting, "message"))
+    format!("waiting: {}{since}, {delivered}", count(waiting, "message"))
 }
 
 /// Looks at the streams that are to keep what is published.
@@ -343,13 +341,9 @@ fn connected(destination: &Destination) -> String {
 /// Looks up the addresses of the host of `url`, each once.
 async fn look_up(url: &Url) -> anyhow::Result<Vec<SocketAddr>> {
     let found = lookup_host(config::authority(url)).await;
-    let mut addresses = Vec::new();
-    for address in found.context("its name does not resolve")? {
-        if !addresses.contains(&address) {
-            addresses.push(address);
-        }
-    }
-    Ok(addresses)
+    let mut seen = HashSet::new();
+    let found = found.context("its name does not resolve")?;
+    Ok(found.filter(|address| seen.insert(*address)).collect())
 }
 
 /// Connects to the host of `url` at one of its `addresses`, and shakes hands where that is by TLS. A server

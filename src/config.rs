@@ -6,6 +6,7 @@ use async_nats::jetstream::consumer::DeliverPolicy;
 
 pub mod environment;
 mod files;
+mod headers;
 mod nats;
 mod reader;
 mod tls;
@@ -14,16 +15,17 @@ mod webhook;
 
 use self::{
     environment::Environment,
-    reader::{Noted, Reader, any_text, parse_duration},
+    reader::{Noted, Reader, any_text, parse_choice, parse_duration},
     variables::{
         CONSUMER, DELIVER_POLICY, DOMAIN, FAILED_PREFIX, INBOX_PREFIX, LOG, LOG_FORMAT, PREFIX,
         QUEUE_GROUP, RELAYED_PREFIX, REPUBLISH_DELAY, SHUTDOWN_TIMEOUT, STATUS_LISTEN, STREAM,
     },
 };
 pub use self::{
+    headers::PassHeaders,
     nats::Nats,
     variables::{Default, Kind, VARIABLES, Variable, help, misnamed},
-    webhook::{Destination, PassHeaders, Webhook, without_secrets},
+    webhook::{Destination, Webhook, without_secrets},
 };
 pub(crate) use self::{
     variables::{FAILED_STREAM, RELAYED_STREAM},
@@ -105,7 +107,9 @@ impl Log {
 
     fn read(reader: &mut Reader<'_>) -> Result<Self, Noted> {
         let filter = reader.value(LOG, any_text);
-        let is_json = reader.value(LOG_FORMAT, parse_format);
+        let is_json = reader.value(LOG_FORMAT, |text| {
+            parse_choice(text, &[("text", false), ("json", true)])
+        });
         Ok(Self {
             filter: filter?,
             is_json: is_json?,
@@ -142,9 +146,24 @@ impl Config {
             prefixes.extend(prefix.iter().map(|prefix| (name, prefix)));
         }
         let distinct = refuse_overlaps(reader, &prefixes);
-        let deliver_policy = reader.value(DELIVER_POLICY, parse_deliver_policy);
+        let deliver_policy = reader.value(DELIVER_POLICY, |text| {
+            let last = DeliverPolicy::LastPerSubject;
+            let all = DeliverPolicy::All;
+            parse_choice(
+                text,
+                &[
+                    ("all", all),
+                    ("new", DeliverPolicy::New),
+                    ("last_per_subject", last),
+                ],
+            )
+        });
         let relayed_stream = reader.optional(RELAYED_STREAM, parse_name);
-        let failed_stream = read_failed_stream(reader);
+        let mut failed_stream = reader.optional(FAILED_STREAM, parse_name);
+        if matches!(failed_stream, Ok(Some(_))) && !reader.is_set(FAILED_PREFIX) {
+            let problem = format!("is not set, but {FAILED_STREAM} is; set both, or unset that");
+            failed_stream = Err(reader.note(FAILED_PREFIX, &problem));
+        }
         let domain = reader.optional(DOMAIN, parse_name);
         let republish_delay = reader.value(REPUBLISH_DELAY, parse_duration);
         let shutdown_timeout = reader.value(SHUTDOWN_TIMEOUT, parse_duration);
@@ -206,17 +225,6 @@ fn refuse_overlaps(reader: &mut Reader<'_>, prefixes: &[(&str, &Prefix)]) -> Res
     result
 }
 
-/// The stream that keeps what is given up, which makes no sense unless that is published.
-fn read_failed_stream(reader: &mut Reader<'_>) -> Result<Option<String>, Noted> {
-    let stream = reader.optional(FAILED_STREAM, parse_name)?;
-    if stream.is_some() && !reader.is_set(FAILED_PREFIX) {
-        let problem =
-            format!("is not set, but {FAILED_STREAM} is; set it too, or unset {FAILED_STREAM}");
-        return Err(reader.note(FAILED_PREFIX, &problem));
-    }
-    Ok(stream)
-}
-
 fn parse_prefix(text: &str) -> Result<Prefix, String> {
     // More of a long one would not help.
     let shown: String = text.chars().take(100).collect();
@@ -248,23 +256,6 @@ fn parse_word(text: &str, bad: &str) -> Result<String, String> {
             "{text:?} is not a valid name; write it without white space {bad}"
         )),
         false => Ok(text.to_owned()),
-    }
-}
-
-fn parse_deliver_policy(text: &str) -> Result<DeliverPolicy, String> {
-    match text {
-        "all" => Ok(DeliverPolicy::All),
-        "new" => Ok(DeliverPolicy::New),
-        "last_per_subject" => Ok(DeliverPolicy::LastPerSubject),
-        _ => Err(format!("is {text:?}; write all, new or last_per_subject")),
-    }
-}
-
-/// Parses whether a log is in JSON.
-fn parse_format(text: &str) -> Result<bool, String> {
-    match text {
-        "text" | "json" => Ok(text == "json"),
-        _ => Err(format!("is {text:?}; write text or json")),
     }
 }
 
@@ -393,7 +384,11 @@ mod tests {
                 "FAILED",
                 "NATS_FAILED_SUBJECT_PREFIX is not set",
             ),
-            (DELIVER_POLICY, "last", "write all, new or last_per_subject"),
+            (
+                DELIVER_POLICY,
+                "last",
+                "write all or new or last_per_subject",
+            ),
             (QUEUE_GROUP, "a b", "is not a valid name"),
             (SHUTDOWN_TIMEOUT, "soon", "is not a valid duration"),
             (STATUS_LISTEN, "9642", "is not a valid address and port"),

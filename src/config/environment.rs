@@ -43,9 +43,13 @@ impl Environment {
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value)))
             .collect();
         let quoted = environment.variables.iter().filter(|(name, value)| {
-            let text = value.as_deref().unwrap_or_default().to_str();
-            let ends = text.and_then(|text| Some((text.chars().next()?, text.chars().last()?)));
-            is_known(name) && matches!(ends, Some(('"', '"') | ('\'', '\'')))
+            let text = value.as_ref().ok().and_then(|value| value.to_str());
+            let is_in = |quote| {
+                text.is_some_and(|text| {
+                    text.len() > 1 && text.starts_with(quote) && text.ends_with(quote)
+                })
+            };
+            is_known(name) && (is_in('"') || is_in('\''))
         });
         environment.warnings = quoted
             .map(|(name, _)| {

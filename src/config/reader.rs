@@ -121,9 +121,17 @@ pub(super) fn any_text(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
+/// Parses one of a few words, each with what it stands for.
+pub(super) fn parse_choice<T: Copy>(text: &str, choices: &[(&str, T)]) -> Result<T, String> {
+    let chosen = choices.iter().find(|(word, _)| *word == text);
+    chosen.map(|(_, choice)| *choice).ok_or_else(|| {
+        let words: Vec<_> = choices.iter().map(|(word, _)| *word).collect();
+        format!("is {text:?}; write {}", words.join(" or "))
+    })
+}
+
 pub(super) fn parse_bool(text: &str) -> Result<bool, String> {
-    text.parse()
-        .map_err(|_| format!("is {text:?}; write true or false"))
+    parse_choice(text, &[("true", true), ("false", false)])
 }
 
 pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
