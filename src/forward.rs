@@ -90,6 +90,7 @@ impl Forward {
     /// # Errors
     /// If a stream that is to confirm what is published cannot be used.
     pub async fn open(&self) -> anyhow::Result<()> {
+        self.posting.resolve_names().await;
         self.commit.open().await
     }
 

@@ -12,7 +12,7 @@ use std::{
 use futures::future::join_all;
 use log::{info, warn};
 use reqwest::{StatusCode, header::HeaderValue};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 use crate::{
     backoff::Backoff,
@@ -28,6 +28,9 @@ const BACKOFF: Backoff = Backoff {
     first: Duration::from_millis(250),
     longest: Duration::from_secs(30),
 };
+
+/// At the start a name gets this long to resolve.
+const RESOLVE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What POSTs messages.
 pub(super) struct Posting {
@@ -90,6 +93,16 @@ impl Posting {
             max_attempts: config.webhook.max_attempts,
             monitor: Arc::clone(monitor),
             webhook,
+        }
+    }
+
+    /// Resolves the names of which every address has to succeed, so that the log says at the start how many there
+    /// are. A name without any is no reason not to start.
+    pub(super) async fn resolve_names(&self) {
+        for destination in self.webhook.destinations() {
+            if let Reach::EveryAddress(addresses) = &destination.reach {
+                let _ = timeout(RESOLVE_TIMEOUT, addresses.current()).await;
+            }
         }
     }
 

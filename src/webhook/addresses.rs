@@ -10,10 +10,11 @@ use std::{
 };
 
 use futures::future::BoxFuture;
+use log::info;
 use tokio::{net::lookup_host, time::timeout};
 
 use super::{Endpoint, Failure, temporary};
-use crate::lock::lock;
+use crate::{lock::lock, text};
 
 /// Looks a host and port up.
 type Resolve = Box<dyn Fn() -> BoxFuture<'static, io::Result<Vec<SocketAddr>>> + Send + Sync>;
@@ -23,6 +24,7 @@ type Open = Box<dyn Fn(IpAddr) -> anyhow::Result<Endpoint> + Send + Sync>;
 
 /// The addresses of a name, as they come and go.
 pub struct Addresses {
+    authority: String,
     resolve: Resolve,
     open: Open,
     timeout: Duration,
@@ -33,11 +35,13 @@ pub struct Addresses {
 impl Addresses {
     /// The addresses of `authority`, which is `host:port`. Looking it up may take as long as `timeout`.
     pub(super) fn new(authority: String, timeout: Duration, open: Open) -> Self {
+        let name = authority.clone();
         let resolve = move || -> BoxFuture<'static, _> {
-            let authority = authority.clone();
+            let authority = name.clone();
             Box::pin(async move { Ok(lookup_host(authority).await?.collect()) })
         };
         Self {
+            authority,
             resolve: Box::new(resolve),
             open,
             timeout,
@@ -60,19 +64,36 @@ impl Addresses {
             .map_err(|error| format!("its name does not resolve: {error}"))?;
         let mut endpoints = lock(&self.endpoints);
         let mut current: Vec<(IpAddr, Arc<Endpoint>)> = Vec::new();
+        let mut is_changed = false;
         for address in found.iter().map(SocketAddr::ip) {
             if current.iter().any(|(known, _)| *known == address) {
                 continue;
             }
             let endpoint = match endpoints.remove(&address) {
                 Some(endpoint) => endpoint,
-                None => Arc::new((self.open)(address).map_err(|error| format!("{error:#}"))?),
+                None => {
+                    is_changed = true;
+                    Arc::new((self.open)(address).map_err(|error| format!("{error:#}"))?)
+                }
             };
             current.push((address, endpoint));
         }
+        is_changed |= !endpoints.is_empty();
         *endpoints = current.iter().cloned().collect();
         if current.is_empty() {
             return Err("its name resolves to no address".to_owned());
+        }
+        if is_changed {
+            let list: Vec<_> = current
+                .iter()
+                .map(|(address, _)| address.to_string())
+                .collect();
+            info!(
+                "{} has {}, and each has to succeed: {}",
+                self.authority,
+                text::count(list.len() as u64, "IP"),
+                list.join(", ")
+            );
         }
         Ok(current)
     }
@@ -91,6 +112,7 @@ mod tests {
     fn addresses(name: &Arc<Mutex<Vec<IpAddr>>>) -> Addresses {
         let name = Arc::clone(name);
         Addresses {
+            authority: "name:80".to_owned(),
             resolve: Box::new(move || {
                 let found = name.lock().unwrap().clone();
                 let found = found
