@@ -401,7 +401,7 @@ async fn what_a_webhook_quotes_of_the_relay_s_secrets_goes_nowhere() {
         match n {
             0 => Answer::full("403 No", &quoted),
             3 => Answer::full("400 No", &format!("{}hunter2-too", "x".repeat(194))),
-            4 => Answer::full("400 No", &format!("{}hunter2-too", " ".repeat(8186))),
+            4 => Answer::full("400 No", &"abcdefgh".repeat(50 * 21)),
             1 => Answer::full("302 Found\r\nlocation: /hunter2/x?y=hunter2", ""),
             _ => Answer::full("302 Found\r\nlocation: mailto:hunter2@example.com", ""),
         }
@@ -414,6 +414,7 @@ async fn what_a_webhook_quotes_of_the_relay_s_secrets_goes_nowhere() {
     let variables = [
         ("NATS_FAILED_SUBJECT_PREFIX", "failed"),
         ("WEBHOOK_HEADER_X_KEY", "hunter2-too"),
+        ("WEBHOOK_HEADER_X_LONG", &"abcdefgh".repeat(50)),
         ("WEBHOOK_MAX_ATTEMPTS", "1"),
     ];
     let relay = Relay::between(&nats, &destination, &variables);
@@ -426,7 +427,7 @@ async fn what_a_webhook_quotes_of_the_relay_s_secrets_goes_nowhere() {
         ("in the path", "/***/x; redirects are not followed"),
         ("opaque", "answered 302 Found without a usable Location"),
         ("at the cut of the excerpt", "xxx***"),
-        ("at the cut of the body", "answered 400 Bad Request"),
+        ("at the cut of the body", "answered 400 Bad Request: ***"),
     ] {
         client.publish("cms.cache.x", payload.into()).await.unwrap();
         let headers = next(&mut failed).await.headers.unwrap();
@@ -434,4 +435,5 @@ async fn what_a_webhook_quotes_of_the_relay_s_secrets_goes_nowhere() {
         assert!(error.contains(reason), "{payload}: {error}");
     }
     assert_eq!(relay.lines("hunt"), [""; 0]);
+    assert_eq!(relay.lines("abcd"), [""; 0]);
 }
