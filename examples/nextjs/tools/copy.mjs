@@ -75,7 +75,7 @@ export default async function Page() {
   stack.settings = {};
   await stack.start("nats", "bash", ["-euc", startNats], directory, "Server is ready");
   await stack.run("bash", ["-euc", stack.withPorts(createStream)], directory);
-  await stack.relay({}, directory);
+  await stack.relay({}, "relay", directory);
   const nats = await connect({ servers: settings.NATS_HOST, user: settings.CMS_NATS_USER, pass: settings.CMS_NATS_PASS });
 
   step("in dev");

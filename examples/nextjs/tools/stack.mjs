@@ -169,10 +169,11 @@ export class Stack {
 
   /**
    * @param {Variables} changes
+   * @param {string} name
    * @param {string} directory where it looks for .env
    */
-  async relay(changes = {}, directory = this.directory) {
-    const part = this.#start("relay", RELAY, [], { ...this.settings, ...changes }, { cwd: directory });
+  async relay(changes = {}, name = "relay", directory = this.directory) {
+    const part = this.#start(name, RELAY, [], { ...this.settings, ...changes }, { cwd: directory });
     await part.says("listening on");
   }
 

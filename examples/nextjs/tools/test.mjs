@@ -91,7 +91,10 @@ async function throughTheRelay() {
   step("through the relay, durable mode");
   await stack.relay();
   for (const document of DOCUMENTS) await manyEdits(`${document.kind} page, through the relay`, document);
+  const complaints = stack.output("relay").match(/.*(WARN|ERROR).*/g);
+  if (complaints) throw new Error(`the relay complains:\n${complaints.join("\n")}`);
   await mayReadStream();
+  await twoEnvironments();
   await screenshot();
   await looks();
 
@@ -252,6 +255,29 @@ async function mayReadStream() {
   await nats.close();
   const { error } = /** @type {{ error?: { description: string } }} */ (answer.json());
   if (error) throw new Error(`the relay’s user can’t read the stream: ${error.description}`);
+}
+
+/** A laptop with the prefix and the consumer that .env.example names hears every edit, and production does too. */
+async function twoEnvironments() {
+  const { NATS_HOST, NEXT_PUBLIC_NATS_USER, NEXT_PUBLIC_NATS_PASS } = stack.settings;
+  const [prefix, consumer] = ["relayed-ana.cache", "relay-ana"];
+  const example = readFileSync(join(import.meta.dirname, "../.env.example"), "utf8");
+  if (!example.includes(`# For Ana's laptop: ${prefix} and ${consumer},`)) throw new Error(".env.example names others");
+  await stack.relay({ NATS_RELAYED_SUBJECT_PREFIX: prefix, NATS_CONSUMER: consumer }, "relay-ana");
+  const browsers = await connectToNats({ servers: NATS_HOST, user: NEXT_PUBLIC_NATS_USER, pass: NEXT_PUBLIC_NATS_PASS });
+  const environments = ["relayed.cache", prefix].map((each) => browsers.subscribe(`${each}.>`, { max: OUTAGES }));
+  await browsers.flush();
+  // The laptop’s consumer begins with what the stream has already.
+  for (let count = 0; count < OUTAGES; count++) await edit(DOCUMENTS[0], `Edit ${count + 1} for two environments`);
+  for (const environment of environments) {
+    let heard = 0;
+    const late = setTimeout(() => environment.unsubscribe(), 10_000);
+    for await (const _ of environment) heard += 1;
+    clearTimeout(late);
+    if (heard < OUTAGES) throw new Error(`${environment.getSubject()}: ${heard} of ${OUTAGES} messages`);
+  }
+  await browsers.close();
+  await stack.end("relay-ana");
 }
 
 /** The route handler and the receiver without a framework answer the same. */
