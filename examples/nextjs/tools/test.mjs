@@ -36,9 +36,8 @@ const CORE = { NATS_STREAM: "", NATS_CONSUMER: "" };
 
 // Other ports than `start` has, so that both run side by side.
 const chosen = ports({ site: 13000, cms: 13001, nats: 14222, websocket: 14223 });
-const natsWebsocket = await freePort();
-const cmsBehindCable = await freePort();
-const secondSite = await freePort();
+// Not any free ones: until they are used, a connection of somebody else may get such a port.
+const [natsWebsocket, cmsBehindCable, secondSite] = [4, 5, 6].map((more) => chosen.site + more);
 const SITE = `http://localhost:${chosen.site}`;
 // Not localhost: nats-server 2.9 keeps only one allowed port per host name.
 const SECOND_ORIGIN = `http://127.0.0.1:${secondSite}`;
@@ -63,7 +62,7 @@ let browser;
 let complete = false;
 
 try {
-  await demandFreePorts(Object.values(chosen));
+  await demandFreePorts([...Object.values(chosen), natsWebsocket, cmsBehindCable, secondSite]);
   browser = await launch();
   await throughTheRelay();
   await directly();
