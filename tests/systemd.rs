@@ -35,7 +35,7 @@ fn hardening() -> Vec<String> {
 
 #[test]
 fn the_example_unit_is_locked_down_like_that_of_the_nixos_module() {
-    let marker = "# What the service may not do.\nDynamicUser=true\n";
+    let marker = "# Sandboxing.\nDynamicUser=true\n";
     let (_, rest) = UNIT.split_once(marker).unwrap();
     let (section, _) = rest.split_once("\n\n").unwrap();
     assert_eq!(section.lines().collect::<Vec<_>>(), hardening());

@@ -634,7 +634,7 @@ function addRow(what, relayed = true) {
 }
 
 function report() {
-  console.log("\n| | pages looked at after an edit | stale | save to screen, median | slowest |\n|---|--:|--:|--:|--:|");
+  console.log("\n| | pages checked after an edit | stale | save to screen, median | slowest |\n|---|--:|--:|--:|--:|");
   for (const { what, edits, stale, took } of rows) {
     took.sort((a, b) => a - b);
     const times = took.length > 0 ? [took[took.length >> 1], took[took.length - 1]].map((time) => `${time} ms`) : ["", ""];
