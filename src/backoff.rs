@@ -12,7 +12,7 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// How long to wait after `failures` failures in a row. Up to half of it is random, so that
+    /// Returns how long to wait after `failures` failures in a row. Up to half of it is random, so that
     /// many clients of one recovering server do not come back at the same moment.
     #[must_use]
     pub fn wait(&self, failures: u32) -> Duration {
@@ -21,7 +21,7 @@ impl Backoff {
         wait.mul_f64(1.0 - fastrand::f64() / 2.0)
     }
 
-    /// The waits after one failure, two, and so on.
+    /// Returns the waits after one failure, two, and so on.
     #[must_use]
     pub fn waits(self) -> Waits {
         Waits {
@@ -39,7 +39,7 @@ pub struct Waits {
 }
 
 impl Waits {
-    /// How long to wait after one more failure.
+    /// Returns how long to wait after one more failure.
     pub fn next(&mut self) -> Duration {
         self.failures = self.failures.saturating_add(1);
         self.backoff.wait(self.failures)

@@ -22,32 +22,32 @@ use crate::{
 /// Publishes and acknowledges.
 pub struct Commit {
     connection: Connection,
-    /// Where messages are published that were relayed.
+    /// Where relayed messages are published.
     pub relayed: Publisher,
-    /// Where messages are published that were given up on, if anywhere.
+    /// Where failed messages are published, if anywhere.
     pub failed: Option<Publisher>,
 }
 
 /// Where messages are published.
 pub struct Publisher {
-    /// Under this prefix.
+    /// The prefix of their subjects.
     pub prefix: Prefix,
-    /// The stream that has to confirm them, if one has to.
+    /// The stream that has to confirm them, if any.
     stream: Option<ConfirmingStream>,
 }
 
 /// A message to be published.
 pub struct Publication<'a> {
-    /// Where.
+    /// Where it is published.
     pub publisher: &'a Publisher,
-    /// The subject, below the publisher's prefix.
+    /// Its subject, below the publisher's prefix.
     pub subject: &'a str,
-    /// With these headers; the payload is the delivery's.
+    /// Its headers; the payload is the delivery's.
     pub headers: HeaderMap,
 }
 
 impl Commit {
-    /// Publishes and acknowledges by `connection`.
+    /// Returns one that publishes and acknowledges on `connection`.
     #[must_use]
     pub fn new(connection: Connection, config: &Config, monitor: &Arc<Monitor>) -> Self {
         let publisher = |prefix: &Prefix, variable, stream: &Option<String>| Publisher {
@@ -69,7 +69,7 @@ impl Commit {
         }
     }
 
-    /// Verifies the streams that are to keep what is published; waits for a JetStream that is not ready.
+    /// Verifies the streams that have to confirm published messages; waits while JetStream is not ready.
     ///
     /// # Errors
     /// If one of them cannot be used.
@@ -83,13 +83,13 @@ impl Commit {
         try_join!(self.relayed.open(), failed).map(drop)
     }
 
-    /// Publishes a message, if there is one to publish, and tells the server what became of the delivery.
-    /// Returns whether the server acknowledged that; if not, the message may be redelivered. Both on one
-    /// connection and in this order, so that a server that has seen the ack has seen the message too; where
-    /// a stream has to confirm the message, only once it has.
+    /// Publishes a message, if there is one to publish, and then acknowledges the delivery. Both go over one
+    /// connection and in this order, so that a server that has seen the ack has seen the message too. If a
+    /// stream has to confirm the message, the ack is sent only once it has. Returns whether the server
+    /// confirmed the ack; if not, the message may be redelivered.
     ///
     /// # Errors
-    /// If it cannot be published.
+    /// If the message cannot be published.
     pub async fn commit(
         &self,
         delivery: &Delivery,
@@ -112,14 +112,14 @@ impl Commit {
             }
             let epoch = self.connection.epoch();
             if let Some(publication) = &publication {
-                // It must be known before the ack is sent whether the server refuses it.
+                // Whether the server refuses the message must be known before the ack is sent.
                 let is_sure = delivery.ack.is_some();
                 let (subject, headers) = (publication.subject.into(), publication.headers.clone());
                 self.connection
                     .publish_for_good(subject, headers, delivery.payload.clone(), is_sure)
                     .await?;
             }
-            // What was under way on a connection that broke may be lost: once more, then.
+            // Data in flight on a broken connection may be lost, so publish again.
             if publication.is_some() && self.connection.epoch() != epoch {
                 continue;
             }
@@ -139,7 +139,7 @@ impl Commit {
         }
     }
 
-    /// The streams that are to keep what is published, with the prefix of each.
+    /// Returns the streams that have to confirm published messages, with the prefix of each.
     pub fn confirming_streams(&self) -> impl Iterator<Item = (&Prefix, &ConfirmingStream)> {
         let publishers = [Some(&self.relayed), self.failed.as_ref()];
         publishers
@@ -150,7 +150,7 @@ impl Commit {
 }
 
 impl Publisher {
-    /// Verifies the stream, if there is one; waits for a JetStream that is not ready.
+    /// Verifies the stream, if there is one; waits while JetStream is not ready.
     async fn open(&self) -> anyhow::Result<()> {
         let Some(stream) = &self.stream else {
             return Ok(());
@@ -163,7 +163,7 @@ impl Publisher {
                 Err(Failure::Temporary(reason)) => reason,
             };
             let wait = waits.next();
-            // Without a connection that is what the log says already.
+            // Without a connection, the log says that already.
             if stream.connection.is_up() {
                 warn!("JetStream is not ready: {reason}; next attempt in {wait:.1?}");
                 let obstacle = format!("JetStream is not ready: {reason}");

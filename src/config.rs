@@ -365,7 +365,11 @@ mod tests {
             (RELAYED_PREFIX, "$JS.API", "is reserved for NATS"),
             (RELAYED_PREFIX, "_INBOX.x", "is reserved for NATS"),
             (FAILED_PREFIX, "$SYS", "is reserved for NATS"),
-            (PREFIX, &"x".repeat(5000), "is longer than NATS takes"),
+            (
+                PREFIX,
+                &"x".repeat(5000),
+                "is longer than a NATS subject can be",
+            ),
             (FAILED_PREFIX, "cms.cache.failed", "overlaps"),
             (FAILED_PREFIX, "relayed.cache", "overlaps"),
             (FAILED_PREFIX, "failed.", "empty token"),

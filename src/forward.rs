@@ -1,5 +1,5 @@
-//! One message: POST it until that succeeded, wait if told to, publish it, and acknowledge it; or give it
-//! up. Promises 1, 3 and 4 are kept here (see the crate's documentation).
+//! One message: POST it until that succeeds, wait if told to, publish it, and acknowledge it; or give up
+//! on it. Promises 1, 3 and 4 are kept here (see the crate's documentation).
 
 mod posting;
 
@@ -24,7 +24,7 @@ use crate::{
     webhook::{Ids, Webhook},
 };
 
-/// What forwards messages, one at a time.
+/// Forwards messages, one at a time.
 pub struct Forward {
     connection: Connection,
     commit: Commit,
@@ -41,19 +41,19 @@ struct Relayed {
 }
 
 impl Relayed {
-    /// How the first destination answered.
+    /// Returns the status with which the first destination responded.
     fn status(&self) -> Option<u16> {
         self.posted.first().map(|posted| posted.status.as_u16())
     }
 
-    /// The most attempts that one destination took.
+    /// Returns the number of attempts of the destination that took the most.
     fn attempts(&self) -> Option<u32> {
         self.posted.iter().map(|posted| posted.attempts).max()
     }
 }
 
 impl fmt::Display for Relayed {
-    /// The part of the log line that tells where to and how, up to how long it took.
+    /// Writes the second half of the log line: the subject and the statuses, up to the duration.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} (", self.subject)?;
         for (index, Posted { status, attempts }) in self.posted.iter().enumerate() {
@@ -68,7 +68,7 @@ impl fmt::Display for Relayed {
 }
 
 impl Forward {
-    /// POSTs to `webhook` and publishes by `connection`.
+    /// Returns one that POSTs to `webhook` and publishes on `connection`.
     #[must_use]
     pub fn new(
         connection: Connection,
@@ -85,26 +85,26 @@ impl Forward {
         }
     }
 
-    /// Verifies what it needs to publish.
+    /// Verifies the streams that have to confirm published messages.
     ///
     /// # Errors
-    /// If a stream that is to confirm what is published cannot be used.
+    /// If one of them cannot be used.
     pub async fn open(&self) -> anyhow::Result<()> {
         self.posting.resolve_names().await;
         self.commit.open().await
     }
 
-    /// Where messages are POSTed to, in words.
+    /// Describes where messages are POSTed to.
     #[must_use]
     pub fn destinations(&self) -> String {
         self.posting.destinations()
     }
 
-    /// Brings one message to its end: relayed, or given up. Whether the server has acknowledged that; if
-    /// not, the message may come again, and counts then.
+    /// Processes one message to completion: relays it, or gives up on it. Returns whether the server
+    /// acknowledged that; if not, the message may be redelivered and is counted then.
     pub async fn forward(&self, delivery: &Delivery) -> bool {
         let start = Instant::now();
-        // In durable mode it has been waiting ever since the stream got it.
+        // In durable mode it has been waiting since the stream stored it.
         let since = delivery.ack.as_ref().map(|ack| ack.stored());
         let _working = self
             .monitor
@@ -138,7 +138,7 @@ impl Forward {
         }
     }
 
-    /// POSTs a message until that succeeded, and only then republishes it (promise 1).
+    /// POSTs a message until that succeeds, and only then republishes it (promise 1).
     async fn try_relay(&self, delivery: &Delivery, ids: &Ids<'_>) -> Result<Relayed, Unrelayed> {
         let publisher = &self.commit.relayed;
         let subject = relayed_subject(delivery, &self.config.prefix, &publisher.prefix)
@@ -146,7 +146,7 @@ impl Forward {
         if let Some(unrelayable) = delivery.unrelayable {
             return Err(GivenUp::unpublishable(unrelayable.to_owned()).into());
         }
-        // One stream may keep several prefixes, of several environments.
+        // One stream may keep the prefixes of several environments.
         let id = format!("{}@{}", ids.message, publisher.prefix);
         let max_payload = self.connection.client().max_payload();
         let publication = Publication {
@@ -177,8 +177,8 @@ impl Forward {
         })
     }
 
-    /// Says that a message is not relayed, and why; publishes it on the failed prefix (promise 4). Whether
-    /// the server has acknowledged that.
+    /// Logs that a message is not relayed, and why, and publishes it under the failed prefix (promise 4). Returns
+    /// whether the server acknowledged that.
     async fn give_up(&self, delivery: &Delivery, ids: &Ids<'_>, given_up: GivenUp) -> bool {
         let line = format!("{} is not relayed: {}", delivery.subject, given_up.reason);
         error!(
@@ -195,7 +195,7 @@ impl Forward {
             let published = match relayed_subject(delivery, &self.config.prefix, &publisher.prefix)
             {
                 Ok(subject) => {
-                    // What is given up on again after a replay is no duplicate.
+                    // A message that fails again after a replay is not a duplicate.
                     let again: u64 = fastrand::u64(..);
                     let id = format!("{}@{}@{again:x}", ids.message, publisher.prefix);
                     let max_payload = self.connection.client().max_payload();
@@ -214,19 +214,19 @@ impl Forward {
                 Ok(is_acknowledged) => return is_acknowledged,
                 Err(error) => error!(
                     subject:% = delivery.subject, reason:% = error;
-                    "{} is not published as failed either: {error:#}",
+                    "{} could not be published as a failed message either: {error:#}",
                     delivery.subject
                 ),
             }
         }
-        // It only fails where the client has ended, and with it all that could be told.
+        // It fails only if the client has crashed, and then nothing can be acknowledged.
         self.commit
             .commit(delivery, None, outcome)
             .await
             .unwrap_or(false)
     }
 
-    /// Says that a message was left unfinished. A stream keeps it, a core subscription does not.
+    /// Logs that a message is left unfinished. A stream keeps it, a core subscription does not.
     pub fn abandon(&self, delivery: &Delivery, reason: &str) {
         let subject = &delivery.subject;
         match &delivery.ack {

@@ -1,4 +1,4 @@
-//! Takes messages from NATS, POSTs each to a webhook, and publishes it again only after its webhook
+//! Takes messages from NATS, POSTs each to a webhook, and republishes it only after its webhook
 //! succeeded: one message at a time, in order.
 //!
 //! ```text
@@ -11,12 +11,12 @@
 //!                └──── ack ◄───────┘   (durable mode: publish before ack, on one connection)
 //! ```
 //!
-//! Everything goes one way: `relay` knows `source` and `forward`; `forward` knows `webhook` and `commit`;
+//! Dependencies point one way: `relay` knows `source` and `forward`; `forward` knows `webhook` and `commit`;
 //! none of them knows `relay`. There is no channel or task of ours between taking a message and
 //! publishing it, and no timer unless there is something to wait for: the job is sequential, and so is
-//! the code. Read `relay`, then `forward`; each names what it hands on to.
+//! the code. Read `relay`, then `forward`, and follow the calls from there.
 //!
-//! What it promises, as the code cites it:
+//! These are the promises that the code cites:
 //!
 //! 1. A message is republished only after its webhook succeeded; with several destinations, after every
 //!    one succeeded.
@@ -25,10 +25,10 @@
 //! 3. The same message: payload byte for byte, headers kept, the subject rewritten in its leading
 //!    prefix only. The reply subject is not carried over.
 //! 4. No silent loss: a message that is not relayed is logged with its subject and the reason, counted,
-//!    and published on the failed prefix where one is set. In durable mode whatever is not given up is
-//!    relayed in the end.
-//! 5. Only its operator stops it, or a NATS server that refuses it: no payload, header, subject, answer
-//!    or fault of NATS ends it, blocks it for ever, or makes its memory grow without bound.
+//!    and published under the failed prefix if one is set. In durable mode every message that the relay
+//!    does not give up on is relayed in the end.
+//! 5. Only a signal stops it, or a NATS server that refuses it: no payload, header, subject, response
+//!    or fault of NATS ends it, blocks it forever, or makes its memory grow without bound.
 //! 6. No secret reaches a log, an error or `Debug`.
 
 mod backoff;
@@ -79,13 +79,13 @@ pub fn start_logging(log: &Log) {
     logging::start(&log.filter, log.is_json);
 }
 
-/// Runs the relay until its operator stops it or it cannot go on.
+/// Runs the relay until it is stopped or cannot continue.
 ///
 /// Each item of `stop` is one request to stop: the first lets the current message finish, and in core mode
-/// those that wait, within `SHUTDOWN_TIMEOUT`; the second ends at once.
+/// those that wait, within `SHUTDOWN_TIMEOUT`; the second stops it immediately.
 ///
 /// # Errors
-/// When it cannot go on: login refused, permission, stream or consumer missing, status port taken.
+/// If it cannot continue: login refused, permission, stream or consumer missing, status port taken.
 pub async fn run(config: Config, stop: impl Stream<Item = ()> + Unpin) -> anyhow::Result<()> {
     let config = Arc::new(config);
     let about = config.status_listen.map(|_| about(&config));
@@ -94,7 +94,7 @@ pub async fn run(config: Config, stop: impl Stream<Item = ()> + Unpin) -> anyhow
         endpoints::start(address, Arc::clone(&monitor))?;
     }
     let heartbeat = Arc::new(Heartbeat::new(config.status_listen.is_some()));
-    // The end of these requests is not another one.
+    // The end of this stream is not a request to stop.
     let mut stop = stop.chain(pending());
     let ended = tokio::select! {
         biased;
@@ -105,7 +105,7 @@ pub async fn run(config: Config, stop: impl Stream<Item = ()> + Unpin) -> anyhow
     ended
 }
 
-/// Returns from where to where messages are relayed.
+/// Returns a line for the page that says where messages come from and where they go.
 fn about(config: &Config) -> String {
     let destinations = config.webhook.destinations.iter();
     let destinations: Vec<_> = destinations.map(ToString::to_string).collect();
@@ -123,8 +123,8 @@ fn about(config: &Config) -> String {
     )
 }
 
-/// Relays messages, and starts over with another NATS client where one crashed. In core mode the messages
-/// that waited are lost with it.
+/// Relays messages, and starts over with a new NATS client when one has crashed. In core mode the messages
+/// that were waiting are lost with it.
 async fn start_over(
     config: &Arc<Config>,
     monitor: &Arc<Monitor>,
@@ -163,7 +163,7 @@ async fn start_over(
         }
         let wait = waits.next();
         error!(
-            "{reason}, as it does on a message with a carriage return in a header value; starting over in \
+            "{reason}, which a carriage return in a message's header value can cause; starting over in \
              {wait:.1?}"
         );
         tokio::select! {

@@ -21,9 +21,9 @@ const SIGXFSZ: i32 = 25;
 /// How the process ends: its exit code.
 #[derive(Clone, Copy)]
 enum End {
-    /// By its operator's wish, or with nothing to complain about.
+    /// It was stopped, or there was nothing to complain about.
     Good = 0,
-    /// It cannot go on.
+    /// It cannot continue.
     Failed = 1,
     /// A bad configuration, EX_CONFIG of sysexits(3): restarting does not help.
     BadConfiguration = 78,
@@ -33,8 +33,8 @@ enum End {
 async fn main() {
     let end = run_as_told().await;
     finish_logging();
-    // The runtime would wait for its threads, and on these a name is looked up, maybe by a resolver
-    // that does not answer.
+    // The runtime would wait for its threads, and one of them may be waiting for a resolver that does not
+    // respond.
     std::process::exit(end as i32);
 }
 
@@ -46,8 +46,8 @@ async fn run_as_told() -> End {
         .map(|argument| argument.to_str())
         .collect::<Vec<_>>()[..]
     {
-        // A task of its own: whenever something else wakes the main future, the runtime asks the
-        // kernel for events first, which would be two more system calls for each message.
+        // In a separate task: whenever something wakes the main future, the runtime first asks the
+        // kernel for events, which would be two more system calls for each message.
         [] => tokio::spawn(relay()).await.unwrap_or(End::Failed),
         [Some("--help" | "-h")] => print(&help()),
         [Some("--check")] => check(true).await,
@@ -65,8 +65,8 @@ async fn run_as_told() -> End {
 }
 
 async fn relay() -> End {
-    // Before anything that takes a moment: a signal without a handler kills the process, and is lost where that
-    // is the first one of a container.
+    // Before anything slow: a signal without a handler kills the process, or is lost if the process is the
+    // first one of a container.
     let stop = stop_requests();
     let config = match configure() {
         Ok(config) => config,
@@ -93,7 +93,7 @@ async fn relay() -> End {
     }
 }
 
-/// Reports whether the configuration is valid, and works if it is to be tried.
+/// Reports whether the configuration is valid and, if `tries` is set, whether it works.
 async fn check(tries: bool) -> End {
     let (environment, config) = read();
     for file in &environment.files {
@@ -156,7 +156,7 @@ fn read() -> (Environment, Result<Config, Vec<String>>) {
     let directory = std::env::current_dir().unwrap_or_default();
     let mut environment = Environment::load(&directory);
     let config = Config::from_environment(&environment);
-    // Nobody misses a dotenv file where all is set without one.
+    // If everything is set without a dotenv file, nobody misses one.
     if config.is_err() && environment.files.is_empty() {
         let sentence = format!(
             "found neither .env.local nor .env in {}",
@@ -167,13 +167,14 @@ fn read() -> (Environment, Result<Config, Vec<String>>) {
     (environment, config)
 }
 
-/// An item for each SIGTERM, SIGINT or SIGHUP. Tasks of their own wait for these, because the relay looks for
-/// a request to stop before all it does, and asking a channel costs far less than asking three signals.
+/// Returns a stream with an item for each SIGTERM, SIGINT or SIGHUP. Separate tasks wait for the signals, because
+/// the relay polls for a request to stop before each step, and polling a channel costs far less than polling three
+/// signals.
 fn stop_requests() -> io::Result<impl Stream<Item = ()> + Unpin> {
-    // With a handler, a write to a log file that is at its limit fails; without one it kills the process.
+    // With a handler, a write to a log file that is at its size limit fails; without one, it kills the process.
     let _ = signal(SignalKind::from_raw(SIGXFSZ));
     let mut kinds = vec![SignalKind::terminate(), SignalKind::interrupt()];
-    // Whoever starts it by nohup wants it to outlive the terminal.
+    // Under nohup it has to outlive the terminal.
     if !ignores_hangup() {
         kinds.push(SignalKind::hangup());
     }
@@ -187,7 +188,7 @@ fn stop_requests() -> io::Result<impl Stream<Item = ()> + Unpin> {
     Ok(poll_fn(move |context| receiver.poll_recv(context)))
 }
 
-/// Whether the process was started with SIGHUP ignored, where the system tells (proc(5), `SigIgn`).
+/// Returns whether the process was started with SIGHUP ignored, if the system tells (proc(5), `SigIgn`).
 fn ignores_hangup() -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let ignored = status
@@ -213,7 +214,7 @@ Usage: nats-webhook-relay [--check | --check=config | --help | --version]
   -h, --help          prints this
   -V, --version       prints the version
 
-All settings are environment variables; .env.local, then .env in the working directory fill
+All settings are environment variables; .env.local, then .env in the working directory fill in
 what the environment leaves unset. X_FILE may name a file that holds the value of X.
 
 {}

@@ -1,5 +1,5 @@
-//! The loop: take a message, have it forwarded, then the next one; and every way of stopping. Promise 2 is
-//! kept here, and in durable mode by the server (see the crate's documentation).
+//! The loop: take a message, forward it, take the next one; and every way of stopping. This is where promise 2 is
+//! kept, in durable mode together with the server (see the crate's documentation).
 
 use std::{future::pending, ops::ControlFlow, pin::pin, sync::Arc, time::Duration};
 
@@ -16,19 +16,19 @@ use crate::{
     text::count,
 };
 
-/// Everything it takes to relay messages.
+/// Relays messages from a source.
 pub struct Relay {
     source: Source,
     forward: Forward,
     config: Arc<Config>,
     monitor: Arc<Monitor>,
     heartbeat: Arc<Heartbeat>,
-    /// When a stop has waited long enough; none before a stop is requested.
+    /// The deadline of a stop; `None` until a stop is requested.
     deadline: Option<Instant>,
 }
 
 impl Relay {
-    /// A relay that takes from `source` and hands over to `forward`.
+    /// Returns a relay that takes messages from `source` and hands them to `forward`.
     #[must_use]
     pub fn new(
         source: Source,
@@ -48,17 +48,17 @@ impl Relay {
     }
 
     /// Relays one message after the other. The first item of `stop` lets the current message finish, and
-    /// those that wait and that no server keeps, within [`Config::shutdown_timeout`]; the second one ends
-    /// it at once.
+    /// those that wait and that no server keeps, within [`Config::shutdown_timeout`]; the second one stops
+    /// it immediately.
     ///
     /// # Errors
-    /// When it cannot go on; [`ClientCrashed`] when another one may.
+    /// If it cannot continue; [`ClientCrashed`] if a new relay with a new client may be able to.
     pub async fn run(mut self, stop: &mut (impl Stream<Item = ()> + Unpin)) -> anyhow::Result<()> {
         let ended = self.relay_all(stop).await;
         self.monitor.set_subscribed(false);
         self.source.close().await;
         match ended {
-            // There is nothing to start over for.
+            // It was stopping anyway, so there is no reason to start over.
             Err(reason) if self.deadline.is_some() && reason.is::<ClientCrashed>() => {
                 error!("{reason} while the relay was stopping");
                 Ok(())
@@ -118,7 +118,7 @@ impl Relay {
         }
     }
 
-    /// Relays one message. Returns whether there is a next one to take.
+    /// Relays one message. Returns whether to take the next one.
     async fn relay(
         &mut self,
         delivery: &Delivery,
@@ -181,10 +181,10 @@ async fn begin_to_stop(
     if let Some(delivery) = current {
         let waiting = match source.waiting() {
             0 => String::new(),
-            waiting => format!(" and {} still waiting", count(waiting, "message")),
+            waiting => format!(" and {} behind it", count(waiting, "message")),
         };
         info!(
-            "stopping within {timeout:?}, for {} is being relayed{waiting}",
+            "stopping: waiting up to {timeout:?} for {}{waiting} (Ctrl-C again to stop now)",
             delivery.subject
         );
     }

@@ -1,4 +1,4 @@
-//! What is published: the relayed message, or the one given up.
+//! The subject and headers of a published message, relayed or failed.
 
 use async_nats::{HeaderMap, header::NATS_MESSAGE_ID};
 
@@ -9,16 +9,16 @@ use crate::{
     text,
 };
 
-/// Why a message is given up.
+/// Why the relay gives up on a message.
 #[derive(Debug)]
 pub struct GivenUp {
-    /// What happened last, without secrets.
+    /// The last failure, without secrets.
     pub reason: String,
-    /// The status of the last answer, if there was one.
+    /// The status of the last response, if there was one.
     pub status: Option<u16>,
-    /// How often it was tried.
+    /// The number of attempts.
     pub attempts: u32,
-    /// Of which kind that is.
+    /// The kind of failure, for the metrics.
     pub cause: Cause,
 }
 
@@ -27,7 +27,7 @@ pub struct GivenUp {
 pub enum Unrelayed {
     /// The relay gives up on it.
     GivenUp(GivenUp),
-    /// It is another relay's.
+    /// Another relay has it.
     Abandoned,
 }
 
@@ -38,7 +38,7 @@ impl From<GivenUp> for Unrelayed {
 }
 
 impl GivenUp {
-    /// For a message that can't be published, whatever a webhook says.
+    /// Returns the failure of a message that can't be published, regardless of its webhook.
     #[must_use]
     pub fn unpublishable(reason: String) -> Self {
         Self {
@@ -49,7 +49,7 @@ impl GivenUp {
         }
     }
 
-    /// One for all destinations that did not succeed; none if there is none.
+    /// Combines the failures of several destinations into one; `None` if there are none.
     #[must_use]
     pub fn all(failures: Vec<Self>) -> Option<Self> {
         failures.into_iter().reduce(|all, next| Self {
@@ -61,10 +61,10 @@ impl GivenUp {
     }
 }
 
-/// The subject of a message below another prefix.
+/// Returns the subject of a message below another prefix.
 ///
 /// # Errors
-/// With the reason, if there is none or NATS does not take it.
+/// With the reason, if it has none or NATS does not accept it.
 pub fn relayed_subject(
     delivery: &Delivery,
     prefix: &Prefix,
@@ -75,19 +75,19 @@ pub fn relayed_subject(
         .ok_or_else(|| format!("it is not below {prefix}"))?;
     if subject.len() > LONGEST_SUBJECT {
         return Err(format!(
-            "below {to} its subject has {} bytes, and NATS takes {LONGEST_SUBJECT}",
+            "below {to} its subject has {} bytes, and NATS accepts only {LONGEST_SUBJECT}",
             subject.len()
         ));
     }
     Ok(subject)
 }
 
-/// Returns the headers of the relayed message: its own and `id`, by which a stream recognizes a duplicate,
-/// as far as there is room for it. It must never become a message that can't be relayed at all.
+/// Returns the headers of the relayed message: its own and, if it fits, `id`, by which a stream recognizes a
+/// duplicate. The added header must never make a message too large to relay.
 ///
 /// # Errors
-/// With the reason, if not even its own fit: their publisher has written them more tightly than the
-/// client does.
+/// With the reason, if not even its own headers fit because their publisher has written them more compactly than
+/// the client does.
 pub fn relayed_headers(
     delivery: &Delivery,
     id: &str,
@@ -104,12 +104,12 @@ pub fn relayed_headers(
                 true => "its payload has",
                 false => "with its headers it has",
             };
-            format!("{what} more than the {max_payload} bytes that NATS takes")
+            format!("{what} more than the {max_payload} bytes that NATS accepts")
         })
 }
 
-/// Returns the headers of a message given up on: its own, its id, and why. Where the message would become
-/// larger than the server accepts, the reason is cut short, and then left out bit by bit with all the rest.
+/// Returns the headers of a failed message: its own, its id, and the reason. If the message would become
+/// larger than the server accepts, the reason is shortened, and then more and more headers are left out.
 #[must_use]
 pub fn failed_headers(
     delivery: &Delivery,
@@ -137,14 +137,14 @@ pub fn failed_headers(
             return headers;
         }
     }
-    // Their publisher may have written them more tightly than the client does.
+    // Their publisher may have written them more compactly than the client does.
     Some(own)
         .filter(|headers| fits(headers, delivery, max_payload))
         .unwrap_or_default()
 }
 
-/// The headers of a message, without those that speak to a stream or of one: the stream behind another
-/// prefix would refuse the message, drop all others, or take it for one of its own sources'.
+/// Returns the headers of a message without those that instruct a stream or describe one: the stream behind another
+/// prefix would refuse the message, drop all others, or treat it as a message from one of its own sources.
 fn carried_over(delivery: &Delivery) -> HeaderMap {
     if !delivery
         .headers
@@ -166,8 +166,7 @@ fn carried_over(delivery: &Delivery) -> HeaderMap {
     headers
 }
 
-/// Families of headers by which a publisher tells a stream or a server what to do (ADR-4, ADR-41, ADR-50,
-/// ADR-51).
+/// Families of headers with which a publisher instructs a stream or a server (ADR-4, ADR-41, ADR-50, ADR-51).
 const SHED_FAMILIES: [&str; 4] = [
     "Nats-Expected-",
     "Nats-Batch-",
@@ -177,14 +176,14 @@ const SHED_FAMILIES: [&str; 4] = [
 
 /// Headers that are not carried over.
 const SHED: [&str; 19] = [
-    // The message gets it anew, with the prefix under which it is published.
+    // The published message gets a new one, with its prefix.
     "Nats-Msg-Id",
-    // By these a publisher tells a stream what to do (ADR-4, ADR-43, ADR-44, ADR-49).
+    // With these a publisher instructs a stream (ADR-4, ADR-43, ADR-44, ADR-49).
     "Nats-Rollup",
     "Nats-TTL",
     "Nats-Incr",
     "Nats-Required-Api-Level",
-    // By these a stream tells what became of the message before (ADR-28, ADR-31, ADR-43, ADR-49).
+    // With these a stream describes the message's history (ADR-28, ADR-31, ADR-43, ADR-49).
     "Nats-Marker-Reason",
     "Nats-Counter-Sources",
     "Nats-Stream-Source",
@@ -196,7 +195,7 @@ const SHED: [&str; 19] = [
     "Nats-Num-Pending",
     "Nats-UpTo-Sequence",
     "Nats-Msg-Size",
-    // By these a relay told why it gave up a message that was published again.
+    // With these a relay has said why it gave up on a message that was published again.
     RELAY_ERROR,
     RELAY_STATUS,
     RELAY_ATTEMPTS,
@@ -206,7 +205,7 @@ const RELAY_ERROR: &str = "Relay-Error";
 const RELAY_STATUS: &str = "Relay-Status";
 const RELAY_ATTEMPTS: &str = "Relay-Attempts";
 
-/// Whether a header is not carried over, however it is capitalised.
+/// Returns whether a header is not carried over, regardless of case.
 fn is_shed(name: &str) -> bool {
     let begins = |family: &&str| {
         name.get(..family.len())
@@ -215,8 +214,8 @@ fn is_shed(name: &str) -> bool {
     SHED_FAMILIES.iter().any(begins) || SHED.iter().any(|shed| name.eq_ignore_ascii_case(shed))
 }
 
-/// Whether the server accepts the payload with these headers: `NATS/1.0`, a line for each, and an
-/// empty line (ADR-4); nothing of it where there is no header.
+/// Returns whether the server accepts the payload with these headers. They are written as `NATS/1.0`, a line for each,
+/// and an empty line (ADR-4), or not at all if there are none.
 fn fits(headers: &HeaderMap, delivery: &Delivery, max_payload: usize) -> bool {
     let mut length = delivery.payload.len();
     if !headers.is_empty() {
@@ -237,7 +236,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_subject_may_be_as_long_as_nats_takes_it() {
+    fn a_subject_may_be_as_long_as_nats_accepts() {
         let (from, to): (Prefix, Prefix) = ("a".parse().unwrap(), "relayed".parse().unwrap());
         let relayed = |length| {
             let rest = "x".repeat(length - "relayed.".len());
@@ -259,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn what_speaks_to_a_stream_or_of_one_is_told_from_other_headers() {
+    fn headers_that_instruct_or_describe_a_stream_are_told_from_others() {
         for (name, expected) in [
             ("Nats-Expected-Last-Sequence", true),
             ("Nats-Rollup", true),

@@ -1,7 +1,7 @@
-//! Where messages come from: a core NATS subscription, or a durable consumer of JetStream.
+//! Where messages come from: a core NATS subscription, or a durable JetStream consumer.
 //!
-//! A source hands out one [`Delivery`] at a time. While that one is worked on, the source is
-//! attended to, so that nothing is lost meanwhile; then the source is told that it is done.
+//! A source hands out one [`Delivery`] at a time. While a delivery is being processed, [`Source::attend`] keeps the
+//! source going so that nothing is lost; afterwards [`Source::done`] tells the source that it is done.
 
 mod ack;
 mod buffer;
@@ -46,14 +46,14 @@ pub struct Delivery {
     pub headers: HeaderMap,
     /// Its payload.
     pub payload: Bytes,
-    /// How it is acknowledged; not at all in core mode.
+    /// How it is acknowledged; `None` in core mode.
     pub ack: Option<Arc<Ack>>,
-    /// Why it cannot be relayed at all, if it cannot.
+    /// Why it cannot be relayed at all, if that is so.
     pub unrelayable: Option<&'static str>,
 }
 
 impl From<Message> for Delivery {
-    /// A message that nobody keeps.
+    /// Converts a core NATS message, which has no ack.
     fn from(message: Message) -> Self {
         Self {
             subject: message.subject,
@@ -69,17 +69,17 @@ impl From<Message> for Delivery {
 const ASK_AGAIN: Duration = Duration::from_millis(500);
 
 impl Delivery {
-    /// Returns whether the message may be POSTed: not if it is certainly not ours any more. Says so.
+    /// Returns whether the message may be POSTed: not if it is certainly not ours any more. Logs that it is not.
     pub async fn may_be_posted(&self) -> bool {
         match &self.ack {
             None => true,
-            // A server that cannot be reached hands out nothing either, as far as anyone can tell.
+            // An unreachable server presumably hands out nothing to others either.
             Some(ack) => ack.is_ours().await.unwrap_or(true) || self.abandon(),
         }
     }
 
-    /// Returns whether the message may be published: only if it is certainly still ours, so it waits until
-    /// NATS tells. Says so if it is not.
+    /// Returns whether the message may be published: only if it is certainly still ours, so this waits until
+    /// NATS can tell. Logs that it is not.
     pub async fn may_be_published(&self) -> bool {
         let Some(ack) = &self.ack else {
             return true;
@@ -91,7 +91,7 @@ impl Delivery {
             };
             warn!(
                 subject:% = self.subject, reason;
-                "{} waits to be published, because NATS does not tell whether it is still ours: {reason}",
+                "{} cannot be published yet, because NATS does not tell whether it is still ours: {reason}",
                 self.subject
             );
             sleep(ASK_AGAIN).await;
@@ -101,7 +101,7 @@ impl Delivery {
     fn abandon(&self) -> bool {
         warn!(
             subject:% = self.subject;
-            "{} is abandoned: NATS has handed it, or what follows it, to another relay meanwhile",
+            "{} is abandoned: meanwhile NATS has handed it, or a later message, to another relay",
             self.subject
         );
         false
@@ -111,17 +111,16 @@ impl Delivery {
 /// Where messages come from.
 ///
 /// An enum rather than a trait: there are two sources, the choice is made once, and this is the only place
-/// where they are told apart. A trait would make all that holds a source generic for the sake of one
-/// `match` less.
+/// that distinguishes them. A trait would make everything that holds a source generic, only to save this `match`.
 pub enum Source {
     /// A core NATS subscription: at most once.
     Core(Box<Core>),
-    /// A durable consumer of JetStream: at least once.
+    /// A durable JetStream consumer: at least once.
     Durable(Box<Durable>),
 }
 
 impl Source {
-    /// A source of everything below the prefix. Must be called within a tokio runtime.
+    /// Returns a source of everything below the prefix. Must be called within a tokio runtime.
     #[must_use]
     pub fn new(
         connection: Connection,
@@ -158,7 +157,7 @@ impl Source {
         }
     }
 
-    /// Subscribes; resolves once the server has accepted that.
+    /// Subscribes; resolves once the server has accepted the subscription.
     ///
     /// # Errors
     /// If the server refuses the login or the subscription, or the stream is missing.
@@ -169,10 +168,10 @@ impl Source {
         }
     }
 
-    /// The next message; none if the source was [stopped](Self::stop) and has no other.
+    /// Returns the next message; `None` if the source was [stopped](Self::stop) and has no more.
     ///
     /// # Errors
-    /// If there can be no further one.
+    /// If no more messages can come.
     pub async fn next(&mut self) -> anyhow::Result<Option<Delivery>> {
         match self {
             Self::Core(core) => core.next().await,
@@ -180,8 +179,8 @@ impl Source {
         }
     }
 
-    /// Does what the source needs done while a message is worked on. Resolves only when the relay
-    /// cannot go on, with the reason.
+    /// Keeps the source going while a message is being processed. Resolves only if the relay cannot continue, with
+    /// the reason.
     pub async fn attend(&mut self) -> anyhow::Error {
         match self {
             Self::Core(core) => core.attend().await,
@@ -189,8 +188,7 @@ impl Source {
         }
     }
 
-    /// The message that was handed out last has come to its end; whether the server has acknowledged
-    /// that.
+    /// Notes that the last message handed out has been processed, and whether the server acknowledged that.
     pub fn done(&mut self, is_acknowledged: bool) {
         match self {
             Self::Core(_) => {}
@@ -198,7 +196,7 @@ impl Source {
         }
     }
 
-    /// How many messages have arrived and are not handed out yet.
+    /// Returns how many messages have arrived and are not handed out yet.
     #[must_use]
     pub fn waiting(&self) -> u64 {
         match self {
@@ -208,8 +206,8 @@ impl Source {
         }
     }
 
-    /// No further message is wanted from the server. What has arrived is still handed out where no
-    /// server keeps it.
+    /// Asks the server for no more messages. Messages that have arrived are still handed out, unless a server keeps
+    /// them.
     pub async fn stop(&mut self) {
         match self {
             Self::Core(core) => core.stop().await,
@@ -217,7 +215,7 @@ impl Source {
         }
     }
 
-    /// Ends the source: hands back what can be, and says what is left behind.
+    /// Closes the source: hands back the messages that it can, and logs those that are left behind.
     pub async fn close(self) {
         match self {
             Self::Core(core) => core.close(),
@@ -226,7 +224,7 @@ impl Source {
     }
 }
 
-/// The next message of a subscription, as long as there is one.
+/// Returns the next message of a subscription; never resolves without a subscription.
 async fn next_of(subscriber: &mut Option<Subscriber>) -> Option<Message> {
     match subscriber {
         Some(subscriber) => arrived(subscriber).await,
@@ -234,9 +232,9 @@ async fn next_of(subscriber: &mut Option<Subscriber>) -> Option<Message> {
     }
 }
 
-/// The next message of a subscription. The client puts as many into it as the socket yields, so all
-/// of them are taken at once: a task that yields in between, as tokio has it by default, lets them
-/// pile up where nothing bounds them.
+/// Returns the next message of a subscription. The client puts as many into it as the socket yields, so all
+/// of them have to be taken at once: if tokio made the task yield in between, as it does by default, they would
+/// pile up in a queue without a limit.
 fn arrived(subscriber: &mut Subscriber) -> impl Future<Output = Option<Message>> {
     unconstrained(subscriber.next())
 }

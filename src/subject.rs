@@ -10,34 +10,34 @@ use std::{fmt, str::FromStr};
 pub struct Prefix(String);
 
 impl Prefix {
-    /// The wildcard subject that matches everything below the prefix: `<prefix>.>`.
+    /// Returns the wildcard subject that matches everything below the prefix: `<prefix>.>`.
     #[must_use]
     pub fn wildcard(&self) -> String {
         format!("{self}.>")
     }
 
-    /// Whether a subject can be below both prefixes: one equals the other or is its ancestor,
+    /// Returns whether a subject can be below both prefixes: one equals the other or is its ancestor,
     /// token by token. `cms.cache` and `cms.cached` do not overlap.
     #[must_use]
     pub fn overlaps(&self, other: &Self) -> bool {
         self.0 == other.0 || self.rest_of(&other.0).is_some() || other.rest_of(&self.0).is_some()
     }
 
-    /// Whether NATS keeps what is below the prefix to itself: `$JS`, `$SYS` and the like, and inboxes.
+    /// Returns whether NATS reserves the subjects below the prefix: `$JS`, `$SYS` and the like, and inboxes.
     #[must_use]
     pub fn is_reserved(&self) -> bool {
         let first = self.0.split('.').next().unwrap_or_default();
         first.starts_with('$') || first == "_INBOX"
     }
 
-    /// `subject` with this prefix replaced by `target`; nothing if it is not below this prefix.
+    /// Returns `subject` with this prefix replaced by `target`; `None` if it is not below this prefix.
     #[must_use]
     pub fn rewrite(&self, subject: &str, target: &Self) -> Option<String> {
         self.rest_of(subject)
             .map(|rest| [&target.0, ".", rest].concat())
     }
 
-    /// Returns whether all that is below the prefix matches `subject`, which may have wildcards.
+    /// Returns whether every subject below the prefix matches `subject`, which may have wildcards.
     #[must_use]
     pub fn is_covered_by(&self, subject: &str) -> bool {
         let mut tokens = self.0.split('.').chain([">"]);
@@ -52,7 +52,7 @@ impl Prefix {
         false
     }
 
-    /// Returns whether anything below the prefix matches `subject`, which may have wildcards.
+    /// Returns whether any subject below the prefix matches `subject`, which may have wildcards.
     #[must_use]
     pub fn meets(&self, subject: &str) -> bool {
         let (mut ours, mut theirs) = (self.0.split('.').chain([">"]), subject.split('.'));
@@ -72,7 +72,7 @@ impl Prefix {
         self.rest_of(subject).is_some()
     }
 
-    /// What follows `<prefix>.` in `subject`.
+    /// Returns the part of `subject` after `<prefix>.`, if it is below the prefix.
     fn rest_of<'a>(&self, subject: &'a str) -> Option<&'a str> {
         subject.strip_prefix(&self.0)?.strip_prefix('.')
     }
@@ -84,8 +84,8 @@ impl fmt::Display for Prefix {
     }
 }
 
-/// The server closes the connection on a longer line than `HPUB <subject> <size> <size>` of so many
-/// bytes, unless its operator has changed `max_control_line`, which it does not tell.
+/// With a longer subject, the line `HPUB <subject> <size> <size>` exceeds `max_control_line`, and the server closes
+/// the connection. An operator can change that limit, but the server does not announce it.
 pub(crate) const LONGEST_SUBJECT: usize = 4096 - "HPUB  67108864 67108864".len();
 
 impl FromStr for Prefix {
@@ -109,7 +109,7 @@ impl FromStr for Prefix {
     }
 }
 
-/// Why a text is no [`Prefix`].
+/// Why a text is not a valid [`Prefix`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InvalidPrefix {
     /// A dot at the start or the end, or two in a row.
@@ -118,7 +118,7 @@ pub enum InvalidPrefix {
     Wildcard,
     /// White space or a control character.
     WhiteSpace,
-    /// There is no room for a subject below it.
+    /// It leaves no room for a subject below it.
     TooLong,
 }
 
@@ -126,16 +126,16 @@ impl fmt::Display for InvalidPrefix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::EmptyToken => {
-                "has an empty token; write it without a dot at either end and without two in a row, such as cms.cache"
+                "has an empty token; remove a dot at either end, or one of two in a row, as in cms.cache"
             }
             Self::Wildcard => {
-                "contains a wildcard; give the bare prefix, such as cms.cache, which stands for all that is below it"
+                "contains a wildcard; give only the prefix, as in cms.cache, which includes everything below it"
             }
             Self::WhiteSpace => {
-                "contains white space or a control character; write it without, such as cms.cache"
+                "contains white space or a control character; remove it, as in cms.cache"
             }
             Self::TooLong => {
-                "is longer than NATS takes for a subject; write a short one, such as cms.cache"
+                "is longer than a NATS subject can be; choose a short one, such as cms.cache"
             }
         })
     }
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_what_is_no_prefix() {
+    fn invalid_prefixes_are_refused() {
         for (text, problem) in [
             ("", InvalidPrefix::EmptyToken),
             (".", InvalidPrefix::EmptyToken),
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn the_names_that_nats_keeps_to_itself_are_known() {
+    fn the_names_that_nats_reserves_are_known() {
         for (text, expected) in [
             ("$JS.API", true),
             ("$SYS", true),

@@ -1,27 +1,27 @@
-//! Text as people read it. What comes from elsewhere is made fit for one line: subjects, answers, URLs
-//! and errors can hold anything.
+//! Text for people. Text from elsewhere is made to fit on one line: subjects, responses, URLs and errors can
+//! contain anything.
 
 use std::borrow::Cow;
 
 /// The most bytes of one piece of text from elsewhere, such as a URL.
 pub const LONGEST_PIECE: usize = 500;
 
-/// The most bytes of what is said about one event, in a header or a status line.
+/// The most bytes of the text about one event, in a header or a status line.
 pub const LONGEST_NOTE: usize = 1000;
 
 /// The most bytes of a line of the log, or of a report.
 pub const LONGEST_LINE: usize = 3500;
 
-/// Stands for what was cut out.
+/// Marks a cut.
 const ELLIPSIS: &str = "…";
 
-/// `text` without what would break the line, drive a terminal or reorder what is shown, and in at
-/// most `max` bytes. What is too long is cut out of the middle: the subject is at the beginning of a
-/// line, and the reason at its end.
+/// Returns `text` in at most `max` bytes, with a space for each character that would break the line, control a
+/// terminal or reorder the text. A text that is too long is cut in the middle, because a line has its subject at the
+/// beginning and its reason at the end.
 #[must_use]
 pub fn one_line(text: &str, max: usize) -> Cow<'_, str> {
     // Nearly all text is like this: ASCII, and the µ of µs (C2 B5 in UTF-8). A loop without an early exit is
-    // the fastest to tell, as the compiler takes many bytes at a time.
+    // the fastest way to find out, because the compiler vectorizes it.
     let is_plain = |all, byte| all & matches!(byte, b' '..=b'~' | 0xc2 | 0xb5);
     if text.len() <= max && text.bytes().fold(true, is_plain) {
         return Cow::Borrowed(text);
@@ -44,13 +44,13 @@ pub fn one_line(text: &str, max: usize) -> Cow<'_, str> {
     }
 }
 
-/// Control characters, line and paragraph separators, and what changes the direction of the text.
+/// Returns whether `c` is a control character, a line or paragraph separator, or changes the direction of the text.
 fn is_unfit(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-/// The causes of an error, each named once: many an error repeats its cause.
+/// Returns the chain of causes of an error. A cause that its error already ends with is not repeated.
 #[must_use]
 pub fn reasons(error: &anyhow::Error) -> String {
     let mut text = String::new();
@@ -64,7 +64,7 @@ pub fn reasons(error: &anyhow::Error) -> String {
     text
 }
 
-/// A number of things: `1 message`, `2 messages`.
+/// Returns a number of things: `1 message`, `2 messages`.
 #[must_use]
 pub fn count(number: u64, thing: &str) -> String {
     let plural = if number == 1 { "" } else { "s" };

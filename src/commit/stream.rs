@@ -1,6 +1,5 @@
-//! A stream that keeps what is published under a prefix. A plain publish is fire and forget; such a stream
-//! has to confirm each message (its publish acknowledgement), and until then it is published again, with
-//! the same `Nats-Msg-Id`.
+//! A stream that has to confirm the messages published under a prefix. A plain publish is fire and forget; with such
+//! a stream, each message is published again, with the same `Nats-Msg-Id`, until its publish acknowledgement arrives.
 
 use std::{
     sync::{Arc, OnceLock},
@@ -24,24 +23,24 @@ use crate::{
     subject::Prefix,
 };
 
-/// Growing waits for a stream that does not confirm, as without a leader, or that is full.
+/// Growing waits for a stream that does not confirm, because it has no leader or is full.
 pub const BACKOFF: Backoff = Backoff {
     first: Duration::from_millis(250),
     longest: Duration::from_secs(5),
 };
 
-/// A stream that keeps what is published under a prefix, and has to confirm it.
+/// A stream that has to confirm the messages published under a prefix.
 pub struct ConfirmingStream {
     pub(super) connection: Connection,
     pub(super) monitor: Arc<Monitor>,
     /// The variable that names the stream.
     variable: &'static str,
-    /// The stream.
+    /// The name of the stream.
     stream: String,
 }
 
 impl ConfirmingStream {
-    /// The stream that `variable` names.
+    /// Returns the stream that `variable` names.
     #[must_use]
     pub fn new(
         connection: Connection,
@@ -57,13 +56,13 @@ impl ConfirmingStream {
         }
     }
 
-    /// The name of the stream.
+    /// Returns the name of the stream.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.stream
     }
 
-    /// Verifies that the stream exists and keeps all that is published under `prefix`.
+    /// Verifies that the stream exists and stores everything published under `prefix`.
     ///
     /// # Errors
     /// If it does not.
@@ -91,7 +90,7 @@ impl ConfirmingStream {
         };
         for (is_set, effect) in [
             (config.no_ack, "confirms nothing (no_ack)"),
-            (config.sealed, "takes nothing any more (sealed)"),
+            (config.sealed, "accepts no more messages (sealed)"),
         ] {
             if is_set {
                 return Err(Failure::Permanent(format!(
@@ -110,11 +109,11 @@ impl ConfirmingStream {
         Ok(())
     }
 
-    /// Publishes a message on `subject` until the stream has confirmed it. Returns whether it has; not if the
-    /// message turns out not to be ours any more.
+    /// Publishes a message on `subject` until the stream has confirmed it. Returns `false` if the message turns
+    /// out not to be ours any more.
     ///
     /// # Errors
-    /// If the stream, or the server, refuses it for good.
+    /// If the stream or the server refuses it permanently.
     pub async fn publish(
         &self,
         delivery: &Delivery,
@@ -157,7 +156,7 @@ impl ConfirmingStream {
         let refusals = self.connection.refusals();
         let (headers, payload) = (headers.clone(), delivery.payload.clone());
         let domain = self.connection.api().domain();
-        // Others that listen to the prefix may answer as well.
+        // Other subscribers may reply as well.
         let other = OnceLock::new();
         let confirmation = |answer: &Message| judge(answer, &self.stream, domain, &other);
         let confirmed = self
@@ -177,8 +176,9 @@ impl ConfirmingStream {
     }
 }
 
-/// Tells from an answer to a message whether `stream` has it. Every stream that gets the message answers, also
-/// one of another account or of the leaf node that the relay is connected to; `other` notes who that is.
+/// Returns what an answer to a published message says about `stream`, if anything. Every stream that gets the message
+/// answers, including those of another account or of the leaf node that the relay is connected to; `other` notes the
+/// first of these.
 fn judge(
     answer: &Message,
     stream: &str,
@@ -186,12 +186,12 @@ fn judge(
     other: &OnceLock<String>,
 ) -> Option<Result<(), Failure>> {
     if answer.status == Some(StatusCode::NO_RESPONDERS) {
-        let reason = "no stream takes it just now";
+        let reason = "no stream accepts it at the moment";
         return Some(Err(Failure::Temporary(reason.to_owned())));
     }
     let answer: Value = serde_json::from_slice(&answer.payload).ok()?;
     let (found, found_domain) = (answer["stream"].as_str()?, answer["domain"].as_str());
-    // A refusal does not tell the domain.
+    // A refusal does not name the domain.
     let is_refusal = answer.get("error").is_some();
     if found != stream || !is_refusal && domain.is_some() && found_domain != domain {
         other.get_or_init(|| match found_domain {
@@ -204,10 +204,10 @@ fn judge(
         Response::Ok(PublishAck { .. }) => Ok(()),
         Response::Err { error } => {
             let is_temporary = match error.error_code() {
-                // An account at its limit is like a full stream: it drains, or is given more room.
+                // An account at its limit is like a full stream: it drains, or somebody raises the limit.
                 ErrorCode::ACCOUNT_RESOURCES_EXCEEDED => true,
-                // Such as no leader (503), a full stream (503), too many at a time (429), the same
-                // message just on its way (409).
+                // No leader (503), a full stream (503), too many in flight (429), the same message
+                // already in flight (409).
                 _ => matches!(error.code(), 408 | 409 | 429 | 500..),
             };
             Err(if is_temporary {
@@ -223,7 +223,7 @@ fn judge(
 mod tests {
     use super::*;
 
-    /// What `RELAYED` says by this answer, in a word.
+    /// Returns in a word what this answer says about `RELAYED`.
     fn said(payload: &'static str, domain: Option<&str>) -> &'static str {
         let answer = message(payload, None);
         match judge(&answer, "RELAYED", domain, &OnceLock::new()) {
@@ -243,7 +243,7 @@ mod tests {
                 "confirmed",
             ),
             (r#"{"stream":"OTHER","seq":7}"#, "nothing"),
-            // What else listens to the prefix may answer too.
+            // Other subscribers may reply too.
             ("", "nothing"),
             ("ok", "nothing"),
             ("{}", "nothing"),

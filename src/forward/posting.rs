@@ -1,4 +1,4 @@
-//! POSTing one message to all destinations, until each has succeeded or is to be given up.
+//! POSTs one message to all destinations, until each has succeeded or the relay gives up on the message.
 
 use std::{
     net::IpAddr,
@@ -29,10 +29,10 @@ const BACKOFF: Backoff = Backoff {
     longest: Duration::from_secs(30),
 };
 
-/// At the start a name gets this long to resolve.
+/// How long a name may take to resolve at the start.
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What POSTs messages.
+/// POSTs messages, with retries.
 pub(super) struct Posting {
     webhook: Webhook,
     max_attempts: Option<u32>,
@@ -41,18 +41,18 @@ pub(super) struct Posting {
     metrics: Vec<DestinationMetrics>,
 }
 
-/// A message that a destination is to get.
+/// A message for a destination.
 #[derive(Clone, Copy)]
 struct Job<'a> {
     destination: &'a Destination,
-    /// The one of its addresses that is to get it, where each is a destination of its own.
+    /// The address that gets it, if each address is a destination of its own.
     address: Option<(IpAddr, &'a Families)>,
     metrics: &'a DestinationMetrics,
     delivery: &'a Delivery,
     id: &'a HeaderValue,
 }
 
-/// What the addresses of a name have done with a message: those of IPv4, and those of IPv6.
+/// How the IPv4 and the IPv6 addresses of a name have responded to a message.
 #[derive(Default)]
 struct Families {
     answered: [AtomicBool; 2],
@@ -60,8 +60,8 @@ struct Families {
 }
 
 impl Families {
-    /// Notes what an attempt has met. Returns whether the address is not to be waited for: its family refuses all
-    /// connections, as where the receiver listens on the other one alone, which has succeeded.
+    /// Notes the result of an attempt. Returns whether not to wait for the address, because all addresses of its family
+    /// refuse connections and one of the other family has succeeded: the receiver listens only on that one.
     fn may_be_left(&self, address: IpAddr, answer: &Result<StatusCode, Failure>) -> bool {
         let own = usize::from(address.is_ipv6());
         self.succeeded[own].fetch_or(answer.is_ok(), Relaxed);
@@ -79,9 +79,9 @@ impl Families {
 
 /// A destination has succeeded.
 pub(super) struct Posted {
-    /// How it answered.
+    /// The status of its response.
     pub(super) status: StatusCode,
-    /// After how many attempts.
+    /// The number of attempts it took.
     pub(super) attempts: u32,
 }
 
@@ -97,7 +97,7 @@ impl Posting {
     }
 
     /// Resolves the names of which every address has to succeed, so that the log says at the start how many there
-    /// are. A name without any is no reason not to start.
+    /// are. A name without any does not prevent the start.
     pub(super) async fn resolve_names(&self) {
         for destination in self.webhook.destinations() {
             if let Reach::EveryAddress(addresses) = &destination.reach {
@@ -106,7 +106,7 @@ impl Posting {
         }
     }
 
-    /// Where messages are POSTed to, in words.
+    /// Describes where messages are POSTed to.
     pub(super) fn destinations(&self) -> String {
         let destinations = self.webhook.destinations().iter();
         let names: Vec<_> = destinations
@@ -120,7 +120,7 @@ impl Posting {
         names.join(" and ")
     }
 
-    /// POSTs to all destinations at the same time, until each has succeeded or is to be given up.
+    /// POSTs to all destinations at the same time, until each has succeeded or the relay gives up on it.
     pub(super) async fn post(
         &self,
         delivery: &Delivery,
@@ -137,7 +137,7 @@ impl Posting {
         if jobs.len() == 1
             && let Some(only) = jobs.next()
         {
-            // The usual case: there is nothing to join, and so no future to allocate.
+            // The usual case: nothing to join, so no allocation.
             return self.post_to_destination(&job(only)).await;
         }
         let ends = join_all(jobs.map(async |each| self.post_to_destination(&job(each)).await));
@@ -147,13 +147,13 @@ impl Posting {
     async fn post_to_destination(&self, job: &Job<'_>) -> Result<Vec<Posted>, Unrelayed> {
         match &job.destination.reach {
             Reach::Name(endpoint) => self.post_to(job, endpoint).await,
-            // In a box: what few relays do must not enlarge the future that all others have.
+            // Boxed, so that this rare case does not enlarge the future in all others.
             Reach::EveryAddress(addresses) => Box::pin(self.post_to_every(job, addresses)).await,
         }
     }
 
-    /// POSTs to every address that a name has now, at the same time. Those that are gone from it by the next
-    /// attempt are not waited for; where all are, those that have come instead are told.
+    /// POSTs to every address that a name has now, at the same time. An address that the name has lost by the next
+    /// attempt is not waited for; if it has lost them all, its new addresses get the message.
     async fn post_to_every(
         &self,
         job: &Job<'_>,
@@ -172,13 +172,13 @@ impl Posting {
                 return Ok(posted);
             }
             attempts += 1;
-            let failure = temporary("every address that its name had is gone".to_owned());
+            let failure = temporary("its name has lost all of its addresses".to_owned());
             self.wait_or_give_up(job, attempts, failure).await?;
         }
     }
 
-    /// The addresses that a name has now. As long as it has none, nobody knows whose any address is, so that
-    /// nothing is POSTed to it: that is a failed attempt.
+    /// Looks up the addresses that a name has now. A name without any address is a failed attempt: nothing is POSTed
+    /// to its earlier addresses, because they may belong to somebody else by now.
     async fn look_up(
         &self,
         job: &Job<'_>,
@@ -198,8 +198,8 @@ impl Posting {
         }
     }
 
-    /// POSTs to one endpoint until that succeeds, or is to be given up; nothing if it is one address of
-    /// several, and gone.
+    /// POSTs to one endpoint until that succeeds, or the relay gives up. Returns nothing if the endpoint is one
+    /// address of several, and its name has lost it.
     async fn post_to(&self, job: &Job<'_>, endpoint: &Endpoint) -> Result<Vec<Posted>, Unrelayed> {
         let mut attempts = 0;
         loop {
@@ -243,7 +243,7 @@ impl Posting {
             if current.iter().all(|(known, _)| *known != address) {
                 info!(
                     subject:% = job.delivery.subject;
-                    "{} is not POSTed to {} at {address} any more: its name has lost this address",
+                    "{} is no longer POSTed to {} at {address}: its name has lost this address",
                     job.delivery.subject, job.destination.url
                 );
                 return Ok(Vec::new());
@@ -251,7 +251,7 @@ impl Posting {
         }
     }
 
-    /// An attempt has failed, maybe at one address of several: waits for the time of the next one.
+    /// After a failed attempt, waits until the next one is due.
     ///
     /// # Errors
     /// If there is to be none.
@@ -289,7 +289,7 @@ impl Posting {
             } => (reason, status.map(|status| status.as_u16()), retry_after),
         };
         if Some(attempts) == self.max_attempts {
-            let reason = format!("given up after {attempts} attempts: {}", named(&reason));
+            let reason = format!("gave up after {attempts} attempts: {}", named(&reason));
             let given_up = GivenUp {
                 reason,
                 status,
@@ -315,6 +315,7 @@ impl Posting {
     }
 }
 
+/// Returns the label under which a failure is counted.
 fn ended(failure: &Failure) -> Attempt {
     match failure {
         Failure::Temporary { .. } => Attempt::FailedForNow,
@@ -322,7 +323,7 @@ fn ended(failure: &Failure) -> Attempt {
     }
 }
 
-/// What has become of a message that was POSTed to several: all successes, or why it is not relayed.
+/// Combines the outcomes of several destinations: all successes, or why the message is not relayed.
 fn all_of(ends: Vec<Result<Vec<Posted>, Unrelayed>>) -> Result<Vec<Posted>, Unrelayed> {
     let (mut posted, mut given_up) = (Vec::new(), Vec::new());
     for end in ends {

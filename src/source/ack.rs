@@ -1,5 +1,4 @@
-//! What JetStream is told about a delivery, and what it confirms (NATS ADR-15, "Acknowledgements"): all
-//! that knows how that is written. And whether the delivery is still ours.
+//! Acks of JetStream (NATS ADR-15, "Acknowledgements") and how they are written, and whether a delivery is still ours.
 
 use std::{
     sync::{Arc, Mutex},
@@ -14,46 +13,45 @@ use tokio::time::{Instant, sleep};
 use super::Consumer;
 use crate::lock::lock;
 
-/// After this long the server is no longer asked to confirm.
+/// How long the server is asked again and again to confirm an ack.
 const CONFIRM_WITHIN: Duration = Duration::from_secs(6);
 
-/// When the server is asked once more.
+/// How long to wait before asking it again.
 const CONFIRM_AGAIN: Duration = Duration::from_millis(250);
 
-/// For how long it goes without saying that a message is still ours.
+/// How long a message can be assumed to be still ours.
 const MOMENT: Duration = Duration::from_secs(1);
 
-/// How long a delivery that the server tells of may be under way to us.
+/// How long a delivery that the server has counted may take to reach us.
 const UNDER_WAY: Duration = Duration::from_millis(250);
 
-/// How a delivery of JetStream is acknowledged.
+/// Acknowledges a JetStream delivery.
 pub struct Ack {
-    /// What the message is known by to a webhook and to the stream behind the relay:
-    /// `<stream>-<sequence>-<time>`. The sequence alone would do until the stream is created anew, and
-    /// then new messages would pass for old ones.
+    /// The id of the message for a webhook and for the stream behind the relay: `<stream>-<sequence>-<time>`.
+    /// With the sequence alone, new messages would look like old ones after the stream was created anew.
     pub id: String,
-    /// Which message of the stream it is.
+    /// The position of the message in the stream.
     pub(super) position: Position,
-    /// Which of all deliveries of the consumer it is.
+    /// The number of the delivery among all of the consumer.
     number: u64,
     subject: Subject,
     consumer: Arc<Consumer>,
     deliveries: Deliveries,
-    /// When the consumer was created that handed it out.
+    /// When the consumer that handed it out was created.
     created: Option<i128>,
-    /// How many deliveries came to us before and with it.
+    /// How many deliveries we had received by then, including this one.
     received: u64,
     /// The last moment at which it was certainly not another relay's, and the connection at that time. By the
-    /// wall clock, because no other goes on while a laptop sleeps.
+    /// wall clock, because no other clock advances while a laptop sleeps.
     ours_at: Mutex<(SystemTime, u64)>,
 }
 
-/// The position of a message in its stream. The sequence alone does not tell: a stream that was restored
-/// gives it away again.
+/// The position of a message in its stream. The sequence alone is not unique, because a restored stream
+/// assigns it again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Position {
     pub(super) sequence: u64,
-    /// When the stream got it, in nanoseconds since 1970.
+    /// When the stream stored it, in nanoseconds since 1970.
     pub(super) time: i128,
 }
 
@@ -68,7 +66,7 @@ impl Position {
     }
 }
 
-/// What is known of the deliveries to us; shared by all of them.
+/// What we know about the deliveries to us; shared by all of them.
 #[derive(Clone)]
 pub(super) struct Deliveries(Arc<Mutex<Known>>);
 
@@ -77,9 +75,9 @@ struct Known {
     received: u64,
     /// When the consumer was created, in nanoseconds since 1970.
     created: Option<i128>,
-    /// Whether that may be another one by now.
+    /// Whether it may have been replaced by another one.
     is_doubtful: bool,
-    /// The last moment at which none of those to come had been handed out.
+    /// The last moment at which no further delivery had been handed out.
     none_out_at: SystemTime,
 }
 
@@ -93,7 +91,7 @@ impl Deliveries {
         })))
     }
 
-    /// Notes that nothing has been handed out to us, because we have not asked for anything yet.
+    /// Notes that nothing has been handed out to us, because we have not yet asked for anything.
     pub(super) fn begin(&self) {
         lock(&self.0).none_out_at = SystemTime::now();
     }
@@ -103,7 +101,7 @@ impl Deliveries {
         lock(&self.0).is_doubtful = true;
     }
 
-    /// Notes which consumer hands out what comes from now on.
+    /// Notes which consumer the deliveries come from, from now on.
     pub(super) fn come_from(&self, consumer: &jetstream::consumer::Info) {
         let mut known = lock(&self.0);
         known.created = Some(consumer.created.unix_timestamp_nanos());
@@ -111,7 +109,7 @@ impl Deliveries {
     }
 }
 
-/// What has become of a message.
+/// What became of a message.
 #[derive(Clone, Copy, Debug)]
 pub enum Outcome {
     /// It was relayed.
@@ -124,7 +122,7 @@ impl Ack {
     /// Returns the ack of a message that the consumer handed out, and how many follow it.
     ///
     /// # Errors
-    /// If it was not handed out by a consumer.
+    /// If no consumer has handed it out.
     pub(super) fn of(
         message: &Message,
         consumer: &Arc<Consumer>,
@@ -134,7 +132,7 @@ impl Ack {
             .reply
             .clone()
             .context("a message came without an ack subject")?;
-        // Only the reply tells; a copy of payload and headers would be made for nothing.
+        // Only the reply matters, so payload and headers need not be copied.
         let reply_only = jetstream::Message {
             message: Message {
                 subject: message.subject.clone(),
@@ -148,7 +146,7 @@ impl Ack {
             context: consumer.connection.jetstream().clone(),
         };
         let info = reply_only.info().map_err(|error| {
-            anyhow::anyhow!("an ack subject of unknown form, {subject}: {error}")
+            anyhow::anyhow!("an ack subject has an unknown format, {subject}: {error}")
         })?;
         let position = Position {
             sequence: info.stream_sequence,
@@ -159,7 +157,7 @@ impl Ack {
         Ok((ack, info.pending))
     }
 
-    /// Returns the ack of the message that the consumer handed out last, as the stream tells of it.
+    /// Returns the ack of the last message that the consumer handed out, from the server's information about it.
     pub(super) fn of_last(
         position: Position,
         number: u64,
@@ -199,33 +197,33 @@ impl Ack {
         }
     }
 
-    /// Returns when the stream got the message.
+    /// Returns when the stream stored the message.
     pub fn stored(&self) -> SystemTime {
         self.position.stored()
     }
 
-    /// Returns whether the consumer has handed out the same message once more right after `earlier`, and not
-    /// because an operator has had it begin anew.
+    /// Returns whether the consumer handed out the same message again right after `earlier`, without having been
+    /// reset or created anew.
     pub(super) fn repeats(&self, earlier: &Self) -> bool {
         self.position == earlier.position
             && self.created == earlier.created
             && self.number == earlier.number + 1
     }
 
-    /// Tells the server what has become of the message, until it has confirmed that; returns whether it has.
+    /// Sends the ack until the server has confirmed it; returns whether it has.
     ///
-    /// Returns early when the connection was lost meanwhile, because what was sent on it may be lost
-    /// as well. A server that was killed may have forgotten that it had handed the message out, and never
-    /// confirms; it then hands out the message again. So does one that a dead connection never reached.
+    /// Returns early if the connection was lost, because the ack may have been lost with it. A server that was killed
+    /// may have forgotten that it had handed the message out, and then never confirms; it hands the message out
+    /// again. The same happens if the ack never reached the server.
     ///
-    /// It is not async-nats's `double_ack`, which takes any answer for a confirmation, that of a server without
-    /// the consumer (503) too.
+    /// This is not async-nats's `double_ack`, because that one takes any answer for a confirmation, even the 503 of a
+    /// server without the consumer.
     pub async fn confirm(&self, outcome: Outcome) -> bool {
         let connection = &self.consumer.connection;
         let text = match outcome {
             Outcome::Relayed => "+ACK",
-            // Without a reason: whether one is understood depends on the server of the stream, which need
-            // not be the one that we are connected to.
+            // Without a reason: whether one is understood depends on the stream's server, which need not be the
+            // one that we are connected to.
             Outcome::GivenUp => "+TERM",
         };
         let is_confirmation =
@@ -257,22 +255,22 @@ impl Ack {
                     Err(_) => "",
                 };
                 warn!(
-                    "{} may come again: NATS does not confirm its ack{hint}",
+                    "{} may be redelivered: NATS does not confirm its ack{hint}",
                     self.id
                 );
                 return false;
             }
-            // Nobody confirms: the consumer has no leader just now.
+            // Nobody confirms: the consumer has no leader at the moment.
             sleep(CONFIRM_AGAIN).await;
         }
     }
 
-    /// Acknowledges a message that has been acknowledged before, and was handed out again all the same.
+    /// Acknowledges a message that was handed out again although it had already been acknowledged.
     pub(super) async fn again(&self) {
         self.tell("+ACK").await;
     }
 
-    /// Tells the server that the message is worked on, so that it does not hand it out again.
+    /// Tells the server that the message is in progress, so that it does not hand it out again.
     pub(super) async fn in_progress(&self) {
         self.tell("+WPI").await;
     }
@@ -282,33 +280,32 @@ impl Ack {
         self.tell("-NAK").await;
     }
 
-    /// Tells the server something that it need not confirm. A client that has crashed does not send it, and
-    /// then the server hands the message out again.
+    /// Sends the server something that it need not confirm. If the client has crashed it is not sent, and
+    /// the server hands the message out again.
     async fn tell(&self, text: &'static str) {
         let client = self.consumer.connection.client();
         let _ = client.publish(self.subject.clone(), text.into()).await;
     }
 
-    /// Returns whether the message is still ours: not once the server has handed out it, or one that follows
-    /// it, to another relay. It does so where this relay was suspended, where the message has left the
-    /// stream, as by a limit, which makes room for the next one, and where an operator has reset the consumer
-    /// or created it anew.
+    /// Returns whether the message is still ours. It is not if the server has handed it, or a later one, to another
+    /// relay. That happens if this relay was suspended; if the message has left the stream, for example because of a
+    /// limit, which makes room for the next one; and if the consumer was reset or created anew.
     ///
-    /// The server hands out one message at a time, so a message is ours exactly as long as all that the
-    /// consumer has handed out since came to us as well. It is asked for that, but not more than once a second.
+    /// The server hands out one message at a time, so a message is ours exactly as long as everything that the
+    /// consumer has handed out since has come to us as well. This asks the server, but at most once a second.
     ///
     /// # Errors
-    /// If nobody can tell just now, with the reason.
+    /// With the reason, if the server cannot tell at the moment.
     pub(super) async fn is_ours(&self) -> Result<bool, String> {
         let is_doubtful = {
             let known = lock(&self.deliveries.0);
-            // The server hands out another one only where this one is out no more.
+            // The server hands out another one only if this one is no longer outstanding.
             known.is_doubtful || known.received != self.received
         };
         let now = (SystemTime::now(), self.consumer.connection.epoch());
         let (ours_at, epoch) = *lock(&self.ours_at);
         let is_recent = ours_at.elapsed().is_ok_and(|age| age < MOMENT);
-        // An ack may have got through on an earlier connection, and its confirmation may not.
+        // On an earlier connection an ack may have got through without its confirmation.
         if !is_doubtful && is_recent && epoch == now.1 {
             return Ok(true);
         }
@@ -319,7 +316,7 @@ impl Ack {
         let handed_out = info.delivered.consumer_sequence.checked_sub(self.number);
         let have_all = || handed_out == Some(lock(&self.deliveries.0).received - self.received);
         if !have_all() {
-            // The answer may have overtaken a delivery to us.
+            // The answer may have overtaken a delivery.
             sleep(UNDER_WAY).await;
             if !have_all() {
                 return Ok(false);

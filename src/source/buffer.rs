@@ -1,4 +1,4 @@
-//! The buffer of core mode: messages that wait, in the order in which they came; bounded in bytes.
+//! The buffer of core mode: waiting messages in the order in which they arrived, bounded in bytes.
 
 use std::collections::VecDeque;
 
@@ -7,31 +7,30 @@ use bytes::Buf;
 
 use super::Delivery;
 
-/// How much may wait: subjects, headers and payloads, and what it costs to keep them.
+/// The capacity in bytes, for subjects, headers and payloads, and the overhead of keeping them.
 pub(super) const BUFFER_BYTES: usize = 64 * 1024 * 1024;
 
-/// What keeping a message costs beside its own bytes, in a queue that doubles whenever it is full.
-/// It bounds the number of empty ones.
+/// The overhead of a message in addition to its own bytes, in a queue that doubles whenever it is full.
+/// It bounds the number of empty messages.
 const MESSAGE_OVERHEAD: usize = 2 * size_of::<Waiting>();
 
-/// Empty contents are given back once more than this was written into them; to do so after every few
+/// The memory of an empty buffer is released once more than this was written into it; to release it after every few
 /// messages would cost more than they do.
 const KEPT_BYTES: usize = 64 * 1024;
 
-/// Messages that wait.
+/// Waiting messages.
 #[derive(Default)]
 pub(crate) struct Buffer {
     waiting: VecDeque<Waiting>,
     /// Their subjects, headers and payloads, one after the other.
     contents: VecDeque<u8>,
-    /// What the messages cost.
+    /// The size of the messages with their overhead.
     bytes: usize,
-    /// How much was written into `contents` since it was empty last: at the most so much of it is in
-    /// memory.
+    /// How much was written into `contents` since it was last empty: at most this much of it is in memory.
     written_bytes: usize,
 }
 
-/// How a message lies in the contents.
+/// The layout of a message in the contents.
 struct Waiting {
     subject_bytes: usize,
     header_bytes: usize,
@@ -39,17 +38,17 @@ struct Waiting {
 }
 
 impl Buffer {
-    /// How many messages wait.
+    /// Returns how many messages wait.
     pub(super) fn len(&self) -> usize {
         self.waiting.len()
     }
 
-    /// What they cost, in bytes.
+    /// Returns the size of the messages with their overhead, in bytes.
     pub(super) fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// Keeps a message; whether it fits. A single one always does.
+    /// Keeps a message. Returns whether it fits; a single one always does.
     pub(crate) fn push(&mut self, message: Message) -> bool {
         let headers = encode(message.headers.unwrap_or_default());
         let waiting = Waiting {
@@ -62,8 +61,8 @@ impl Buffer {
             return false;
         }
         if self.contents.capacity() == 0 {
-            // One allocation, of which the system provides only what is written to, and gets back all
-            // after a burst. One for each message would cost more, and leave the heap as large as it
+            // A single allocation: the system provides only the pages that are written to, and gets all of them
+            // back after a burst. One allocation per message would cost more, and leave the heap as large as it
             // was during the burst.
             self.contents = VecDeque::with_capacity(BUFFER_BYTES);
         }
@@ -76,7 +75,7 @@ impl Buffer {
         true
     }
 
-    /// The message that has waited longest.
+    /// Returns the message that has waited longest.
     pub(crate) fn pop(&mut self) -> Option<Delivery> {
         let waiting = self.waiting.pop_front()?;
         self.bytes -= waiting.cost();
@@ -90,7 +89,7 @@ impl Buffer {
             self.written_bytes = 0;
         }
         Some(Delivery {
-            // Both were text before, so nothing is lost.
+            // Both were valid UTF-8 before, so nothing is lost.
             subject: String::from_utf8_lossy(&subject).as_ref().into(),
             headers: decode(&String::from_utf8_lossy(&headers)),
             payload,
@@ -105,7 +104,7 @@ impl Waiting {
         self.subject_bytes + self.header_bytes + self.payload_bytes
     }
 
-    /// What it counts in the buffer, in bytes.
+    /// Returns its size with its overhead, in bytes.
     fn cost(&self) -> usize {
         self.content_bytes() + MESSAGE_OVERHEAD
     }

@@ -17,39 +17,39 @@ use crate::{
     subject::Prefix,
 };
 
-/// How long the server waits for a sign of life about a message before it hands it out again. It
-/// bounds how long a dead replica holds up the others.
+/// How long the server waits for a sign of life about a message before it hands it out again. This is
+/// how long a dead replica holds up the others.
 const ACK_WAIT: Duration = Duration::from_secs(5);
 
-/// An ack wait from which on it is worth a warning.
+/// The shortest ack wait that is worth a warning.
 const LONG_ACK_WAIT: Duration = Duration::from_secs(30);
 
-/// What the description of a consumer begins with that a relay has created; its relayed prefix follows.
+/// The description of a consumer that a relay has created begins with this; its relayed prefix follows.
 const DESCRIPTION: &str = "nats-webhook-relay republishes under ";
 
 /// Why a consumer cannot be used.
 pub(crate) enum ConsumerError {
     /// It does not exist.
     Missing,
-    /// It never can.
+    /// It can never be used.
     Fatal(anyhow::Error),
-    /// There is no JetStream to ask; it never can, unless there was one before.
+    /// There is no JetStream; it can never be used, unless there was one before.
     NobodyAnswers(anyhow::Error),
-    /// Later it may.
+    /// It cannot be used at the moment.
     Temporary(String),
 }
 
 /// The consumer that a relay needs.
 pub(crate) struct Consumer {
-    /// By which it asks.
+    /// The connection for its requests.
     pub(crate) connection: Connection,
-    /// The stream that it consumes.
+    /// The name of its stream.
     pub(crate) stream: String,
     /// Its name.
     pub(crate) name: String,
-    /// It consumes everything below this one.
+    /// It consumes everything below this prefix.
     pub(crate) prefix: Prefix,
-    /// Its messages are republished under this one.
+    /// Its messages are republished under this prefix.
     pub(crate) relayed_prefix: Prefix,
     /// Where it begins if it is created.
     pub(crate) deliver_policy: DeliverPolicy,
@@ -64,25 +64,25 @@ impl Consumer {
         }
     }
 
-    /// Verifies that the consumer exists and is configured correctly; returns what the server tells of it.
+    /// Verifies that the consumer exists and is configured correctly; returns the server's information about it.
     pub(crate) async fn verify(&self) -> Result<Info, ConsumerError> {
         let info = self.info().await?;
         self.compare(&info.config).map_err(ConsumerError::Fatal)?;
         Ok(info)
     }
 
-    /// Returns what the server tells of the consumer.
+    /// Returns the server's information about the consumer.
     pub(crate) async fn info(&self) -> Result<Info, ConsumerError> {
         let Self { stream, name, .. } = self;
         let request = format!("CONSUMER.INFO.{stream}.{name}");
         self.read(self.connection.request(&request, &json!({})).await)
     }
 
-    /// Verifies that the consumer is still configured correctly; returns what the server tells of it, or why
-    /// it does not answer just now.
+    /// Verifies that the consumer is still configured correctly; returns the server's information about it, or why
+    /// there is none at the moment.
     ///
     /// # Errors
-    /// If it is gone, or was edited into one that cannot be used.
+    /// If it is gone, or was changed so that it cannot be used.
     pub(crate) async fn verify_again(&self) -> anyhow::Result<Result<Info, String>> {
         let reason = match self.verify().await {
             Ok(info) => return Ok(Ok(info)),
@@ -91,25 +91,25 @@ impl Consumer {
                 "the consumer {} was deleted; the next start creates it anew",
                 self.name
             ),
-            // Such as a leaf node that has lost its hub.
+            // A leaf node that has lost its hub, for example.
             Err(ConsumerError::NobodyAnswers(_)) => "nobody answers".to_owned(),
             Err(ConsumerError::Temporary(reason)) => reason,
         };
         Ok(Err(format!("JetStream is not ready: {reason}")))
     }
 
-    /// Verifies that the stream keeps what the relay wants; returns a warning of what can disturb the order, if
-    /// there is one, as far as this NATS user may look at the stream.
+    /// Verifies that the stream stores subjects below the prefix, as far as this NATS user may read its configuration;
+    /// returns a warning if its settings can disturb the order.
     ///
     /// # Errors
-    /// If the stream keeps nothing that the relay wants.
+    /// If the stream stores none of them.
     pub(crate) async fn verify_stream(&self) -> anyhow::Result<Option<String>> {
         let stream = &self.stream;
         let request = format!("STREAM.INFO.{stream}");
         let answer = self.connection.request(&request, &json!({})).await;
         let config = match answer.map(|answer| serde_json::from_slice(&answer)) {
             Ok(Ok(Response::Ok(stream::Info { config, .. }))) => config,
-            // That it is missing, the consumer tells.
+            // If it is missing, the request for the consumer reports it.
             Ok(Ok(Response::Err { .. })) => return Ok(None),
             Ok(Err(_)) | Err(_) => {
                 return Ok(Some(format!(
@@ -119,7 +119,7 @@ impl Consumer {
                 )));
             }
         };
-        // What comes from other streams has their subjects.
+        // Messages from other streams have the subjects of those.
         let is_original = config.mirror.is_none() && config.sources.is_none();
         if is_original
             && !config
@@ -144,7 +144,7 @@ impl Consumer {
         }))
     }
 
-    /// Returns warnings of settings of the consumer that can cost messages or time.
+    /// Returns warnings about settings of the consumer that can cost messages or time.
     pub(crate) fn warnings(&self, config: &consumer::Config) -> Vec<String> {
         let Self { stream, name, .. } = self;
         let again = "then every message of the stream is POSTed again";
@@ -166,14 +166,15 @@ impl Consumer {
         }
         if config.ack_wait >= LONG_ACK_WAIT {
             warnings.push(format!(
-                "a message of a relay that dies is taken over only after {:?} (ack_wait); shorten it: \
+                "if a relay dies, another takes over its message only after {:?} (ack_wait); shorten it: \
                  nats consumer edit {stream} {name} --force --wait {ACK_WAIT:?}",
                 config.ack_wait
             ));
         }
         if config.replay_policy == ReplayPolicy::Original {
             warnings.push(format!(
-                "the consumer {name} hands out messages no faster than they came (replay_policy original)"
+                "the consumer {name} hands out messages no faster than they were published (replay_policy \
+                 original)"
             ));
         }
         warnings
@@ -202,7 +203,7 @@ impl Consumer {
         }
     }
 
-    /// Verifies that an existing consumer keeps the order and gets the right messages, and that it is ours.
+    /// Verifies that an existing consumer preserves the order and gets the right messages, and that it is ours.
     fn compare(&self, found: &consumer::Config) -> anyhow::Result<()> {
         let Self { stream, name, .. } = self;
         if let Some((field, found, wanted)) = difference(found, &self.prefix.wildcard()) {
@@ -213,7 +214,7 @@ impl Consumer {
         }
         let description = found.description.as_deref().unwrap_or_default();
         let wanted = self.relayed_prefix.to_string();
-        // One without such a description was made by an operator.
+        // A consumer without such a description was created by somebody else.
         if let Some(prefix) = description.strip_prefix(DESCRIPTION)
             && prefix != wanted
         {
@@ -228,7 +229,7 @@ impl Consumer {
         Ok(())
     }
 
-    /// Reads an answer of the JetStream API about the consumer.
+    /// Parses an answer of the JetStream API about the consumer.
     fn read(&self, answer: Result<bytes::Bytes, ApiError>) -> Result<Info, ConsumerError> {
         let Self { stream, name, .. } = self;
         let answer = match answer {
@@ -244,7 +245,11 @@ impl Consumer {
         let error = match serde_json::from_slice(&answer) {
             Ok(Response::Ok(info)) => return Ok(info),
             Ok(Response::Err { error }) => error,
-            Err(error) => return Err(ConsumerError::Temporary(format!("not understood: {error}"))),
+            Err(error) => {
+                return Err(ConsumerError::Temporary(format!(
+                    "its answer cannot be parsed: {error}"
+                )));
+            }
         };
         Err(match error.error_code() {
             ErrorCode::CONSUMER_NOT_FOUND => ConsumerError::Missing,
@@ -263,7 +268,7 @@ impl Consumer {
 }
 
 impl ConsumerError {
-    /// Returns the reason in words.
+    /// Describes the reason.
     pub(crate) fn reason(&self) -> String {
         match self {
             Self::Missing => "the consumer is missing".to_owned(),
@@ -276,7 +281,7 @@ impl ConsumerError {
 /// A shorter `max_age` can expire a message in progress.
 const SHORT_AGE: Duration = Duration::from_secs(60 * 60);
 
-/// Returns the limits and permissions of a stream by which it can drop a message that is being relayed.
+/// Returns the settings because of which a stream can drop a message that is being relayed.
 fn dropping_limits(config: &stream::Config) -> Vec<String> {
     let drops_old = config.discard == DiscardPolicy::Old;
     let age = config.max_age;
@@ -296,26 +301,26 @@ fn dropping_limits(config: &stream::Config) -> Vec<String> {
     .collect()
 }
 
-/// Returns the essential in which an existing consumer differs from the one that a relay needs, with what it
-/// has and what it needs. What an operator may tune, such as the deliver policy or replicas, is left alone.
+/// Returns the first essential field in which an existing consumer differs from the one that a relay needs, with its
+/// value and the one needed. Fields that an operator may tune, such as the deliver policy or replicas, are ignored.
 fn difference(found: &consumer::Config, filter: &str) -> Option<(&'static str, String, String)> {
     if found.ack_wait < ACK_WAIT {
         let (found, wanted) = (found.ack_wait, ACK_WAIT);
         return Some(("ack_wait", format!("{found:?}"), format!("{wanted:?}")));
     }
-    // As the server has it; a setting that is not there is null.
+    // In the server's format; a missing setting is null.
     let found = json!(found);
     [
         ("filter_subject", json!(filter)),
         ("ack_policy", json!("explicit")),
         ("max_ack_pending", json!(1)),
         ("deliver_subject", Value::Null),
-        // The server would drop a message that it has handed out so often.
+        // The server would drop a message after that many deliveries.
         ("max_deliver", json!(-1)),
         ("headers_only", Value::Null),
         // The server would answer no pull request that does not name its group.
         ("priority_groups", Value::Null),
-        // It would make the server hand out a message that is still worked on.
+        // It would make the server hand out a message that is still in progress.
         ("backoff", Value::Null),
     ]
     .into_iter()

@@ -1,4 +1,4 @@
-//! Core NATS: at most once. What arrives while a webhook is slow waits in a bounded buffer.
+//! Core NATS: at most once. Messages that arrive while a webhook is slow wait in a bounded buffer.
 
 use std::{future::pending, sync::Arc, time::Duration};
 
@@ -27,10 +27,10 @@ pub struct Core {
     events: ConnectionEvents,
     subject: String,
     queue_group: Option<String>,
-    /// Whether streams have to confirm what is published, for which it needs an inbox.
+    /// Whether streams have to confirm published messages, which requires an inbox.
     needs_inbox: bool,
     subscriber: Option<Subscriber>,
-    /// Whether the subscription has been ended by ourselves.
+    /// Whether we have ended the subscription.
     is_stopped: bool,
     waiting: Buffer,
     drops: Drops,
@@ -74,7 +74,7 @@ impl Core {
             Some(group) => client.queue_subscribe(subject, group).await,
             None => client.subscribe(subject).await,
         };
-        // It only fails where the client crashed, which the events tell.
+        // It fails only if the client has crashed, which the events report.
         self.subscriber = subscriber.ok();
         self.events
             .confirm(&self.connection, self.needs_inbox)
@@ -90,7 +90,7 @@ impl Core {
             if self.is_stopped && self.subscriber.is_none() {
                 return Ok(None);
             }
-            // The buffer is for waiting: where nothing waits, a message is handed out as it is.
+            // If nothing waits, a message bypasses the buffer.
             if let Some(message) = self.step().await? {
                 return Ok(Some(message.into()));
             }
@@ -101,19 +101,19 @@ impl Core {
         self.waiting.len() as u64
     }
 
-    /// Unsubscribes, so that the other members of the queue group get what follows.
+    /// Unsubscribes, so that the other members of the queue group get further messages.
     pub(super) async fn stop(&mut self) {
         self.is_stopped = true;
         let is_connected = self.connection.is_up();
         if let Some(subscriber) = &mut self.subscriber {
-            // What is under way still arrives; without a connection nothing is.
+            // Messages in flight still arrive; without a connection there are none.
             if !is_connected || subscriber.drain().await.is_err() {
                 self.end_subscription();
             }
         }
     }
 
-    /// Takes what has arrived already, and nothing more.
+    /// Takes the messages that have already arrived, and no more.
     fn end_subscription(&mut self) {
         if let Some(mut subscriber) = self.subscriber.take() {
             while let Some(Some(message)) = arrived(&mut subscriber).now_or_never() {
@@ -132,7 +132,7 @@ impl Core {
         }
     }
 
-    /// Receives a message, or does what else is due first.
+    /// Receives a message, or handles another event if one comes first.
     async fn step(&mut self) -> anyhow::Result<Option<Message>> {
         tokio::select! {
             biased;
@@ -145,7 +145,7 @@ impl Core {
             },
             message = next_of(&mut self.subscriber) => match message {
                 Some(message) => return Ok(Some(message)),
-                // It was ended by us, or the client crashed, which is noticed in a moment.
+                // We have ended it, or the client has crashed, which will be noticed in a moment.
                 None => self.subscriber = None,
             },
             () = self.drops.report_due() => self.drops.report(),
@@ -175,7 +175,7 @@ impl Core {
             let waiting = self.waiting.len() as u64;
             self.monitor.add_dropped(waiting);
             error!(
-                "lost {} still waiting, because core mode does not keep them; NATS_STREAM would",
+                "lost {} not yet relayed, because core mode does not keep them; NATS_STREAM would",
                 count(waiting, "message")
             );
         }
@@ -189,7 +189,7 @@ impl Drops {
         self.next_report.get_or_insert_with(Instant::now);
     }
 
-    /// Resolves when there is something to report and the last report is long enough ago.
+    /// Resolves once there is something to report and the last report was long enough ago.
     async fn report_due(&self) {
         match self.next_report {
             Some(at) if self.unreported > 0 => sleep_until(at).await,
@@ -200,8 +200,8 @@ impl Drops {
     fn report(&mut self) {
         if self.unreported > 0 {
             error!(
-                "dropped {}, {} since the start: they come faster than the webhook takes \
-                 them, and {} MiB are waiting already; use NATS_STREAM to keep such messages",
+                "dropped {}, {} since the start: they arrive faster than the webhook accepts \
+                 them, and {} MiB are already waiting; use NATS_STREAM to keep such messages",
                 count(self.unreported, "message"),
                 self.total,
                 BUFFER_BYTES / (1024 * 1024)

@@ -1,17 +1,17 @@
 //! JetStream: at least once. A durable pull consumer with `max_ack_pending: 1`, so that the server
-//! hands out one message at a time, over all replicas, and the next one only after the ack.
+//! hands out one message at a time, across all replicas, and the next one only after the ack.
 //!
 //! The requests and answers are those of NATS ADR-13 (pull) and ADR-15 (ack subjects).
 //!
-//! The pull requests are our own, and not those of async-nats's `Consumer::stream`, because of what that
-//! one does as of 0.51:
+//! The relay makes its own pull requests instead of using async-nats's `Consumer::stream`, because that
+//! one, as of 0.51, has these problems:
 //!
 //! - It takes any message with a status in its headers for the server's answer. A publisher can put one
 //!   there, and then a stored `NATS/1.0 408` would be swallowed, never be acked, and block all that follow.
 //! - After a reconnect it renews its request only if no message waits to be taken, so that with several
 //!   relays nobody may get a message for half a minute.
-//! - Dropping it loses what it has fetched in advance. Another relay gets that only when the ack wait is
-//!   over, whereas we hand it back.
+//! - Dropping it loses the messages that it has prefetched. Another relay gets them only after the ack wait,
+//!   whereas we hand them back.
 
 mod opening;
 
@@ -35,13 +35,13 @@ use crate::{
     nats::{Connection, ConnectionEvent, ConnectionEvents},
 };
 
-/// How often the server is told that a message is worked on, and its silence is noticed.
+/// How often the server is told that a message is in progress, and is checked for silence.
 const TICK: Duration = Duration::from_secs(1);
 
-/// How often the consumer is verified: its operator may edit it at any time.
+/// How often the consumer is verified, because somebody may edit it at any time.
 const VERIFY_EVERY: Duration = Duration::from_secs(5);
 
-/// How long a stop waits for what it has handed back to be sent.
+/// How long a stop waits until the messages that it hands back have been sent.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A durable consumer.
@@ -53,18 +53,18 @@ pub struct Durable {
     deliveries: Deliveries,
     requests: Requests,
     subscriber: Option<Subscriber>,
-    /// Whether the subscription has been ended by ourselves.
+    /// Whether we have ended the subscription.
     is_stopped: bool,
     /// When the consumer was last verified.
     verified: Instant,
-    /// Whether it hands out messages at the pace at which they came.
+    /// Whether it hands out messages at the pace at which they were published.
     is_slow: bool,
     tick: Pin<Box<Sleep>>,
-    /// What is to be worked on next, in this order.
+    /// The deliveries to process next, in this order.
     arrived: VecDeque<Delivery>,
-    /// What is worked on.
+    /// The ack of the message being processed.
     current: Option<Arc<Ack>>,
-    /// The last one that was acknowledged.
+    /// The last acknowledged ack.
     acknowledged: Option<Arc<Ack>>,
 }
 
@@ -101,14 +101,15 @@ impl Durable {
             if self.is_stopped {
                 return Ok(None);
             }
-            // Here as well as at a tick, because what is done there ends with the current message.
+            // Here as well as at a tick, because a verification that a tick has begun is dropped when the current
+            // message ends.
             if self.is_verification_due() {
                 self.verify().await?;
             }
             let is_strange =
                 |delivery: &Delivery| !self.consumer.prefix.contains(&delivery.subject);
             if self.arrived.front().is_some_and(is_strange) && !self.verify().await? {
-                // It may be meant for someone else. Nobody can tell before the consumer is verified.
+                // The consumer may have been edited; wait until it has been verified.
                 self.step().await?;
                 continue;
             }
@@ -133,8 +134,8 @@ impl Durable {
         }
     }
 
-    /// Notes that the current message has come to its end. If the server has not acknowledged that, the message
-    /// may come again, and is then worked on again: nobody knows whether it was republished.
+    /// Notes that the current message has been processed. If the server has not acknowledged that, the message
+    /// may be redelivered, and is then processed again, because it may not have been republished.
     pub(super) fn done(&mut self, is_acknowledged: bool) {
         let ended = self.current.take();
         if is_acknowledged {
@@ -142,7 +143,7 @@ impl Durable {
         }
     }
 
-    /// Takes the message that is out and not acked, if no client can read it.
+    /// Takes the message that is handed out but not acked, if no client can read it.
     async fn find_unreadable(&mut self) {
         if let Some(delivery) = unreadable::find(&self.consumer, &self.deliveries).await {
             self.wait(delivery);
@@ -157,11 +158,11 @@ impl Durable {
         }
     }
 
-    /// From now on the server hands out nothing to us.
+    /// Unsubscribes, so that the server hands out nothing more to us.
     pub(super) async fn stop(&mut self) {
         self.is_stopped = true;
         if let Some(mut subscriber) = self.subscriber.take() {
-            // It only fails where the client has ended, and the subscription with it.
+            // It fails only if the client has crashed, and the subscription is gone as well.
             let _ = subscriber.unsubscribe().await;
             while let Some(Some(message)) = subscriber.next().now_or_never() {
                 let _ = self.take_answer(message);
@@ -169,7 +170,7 @@ impl Durable {
         }
     }
 
-    /// Hands back what was not finished, so that another replica can go on at once.
+    /// Hands back the unfinished messages, so that another replica can continue at once.
     pub(super) async fn close(mut self) {
         self.stop().await;
         let arrived = self
@@ -180,7 +181,7 @@ impl Durable {
         for ack in &unfinished {
             ack.nak().await;
         }
-        // Without a connection it would wait in vain.
+        // Without a connection, there is no point in waiting.
         let is_flushed = self.connection.is_up()
             && matches!(
                 timeout(FLUSH_TIMEOUT, self.connection.client().flush()).await,
@@ -202,14 +203,14 @@ impl Durable {
         let Some(request) = self.requests.next() else {
             return;
         };
-        // It only fails where the client crashed, which the events tell.
+        // It fails only if the client has crashed, which the events report.
         let client = self.connection.client();
         let _ = client
             .publish_with_reply(request.subject, request.reply, request.text)
             .await;
     }
 
-    /// Does the one thing that is due first.
+    /// Handles the next event.
     async fn step(&mut self) -> anyhow::Result<()> {
         tokio::select! {
             biased;
@@ -219,14 +220,14 @@ impl Durable {
                 }
                 ConnectionEvent::LookRefused => {}
                 ConnectionEvent::Connected => {
-                    // The server has forgotten the request along with the old connection.
+                    // The server has dropped the request together with the old connection.
                     self.requests.end();
                     self.find_unreadable().await;
                 }
             },
             message = next_of(&mut self.subscriber) => match message {
                 Some(message) => self.take_answer(message)?,
-                // The client crashed, which is noticed in a moment.
+                // The client has crashed, which will be noticed in a moment.
                 None => self.subscriber = None,
             },
             () = &mut self.tick => {
@@ -237,12 +238,12 @@ impl Durable {
         Ok(())
     }
 
-    /// Takes a message of the stream, or what the server says about a pull request.
+    /// Takes a message of the stream, or the server's answer to a pull request.
     fn take_answer(&mut self, message: Message) -> anyhow::Result<()> {
         let meaning = Meaning::of(&message, self.requests.inbox(), self.requests.under_way());
         match meaning {
             Meaning::Delivery => {
-                // It comes on its own subject, which does not tell what request it answers.
+                // It comes on its own subject, which does not tell which request it answers.
                 self.requests.delivered();
                 self.take(message)?;
             }
@@ -274,8 +275,8 @@ impl Durable {
         Ok(())
     }
 
-    /// Has a delivery wait for its turn. It takes the place of an earlier one of the same message, as after a
-    /// request that was taken for lost.
+    /// Queues a delivery. It replaces an earlier delivery of the same message, which there may be after a request
+    /// that was considered lost.
     fn wait(&mut self, delivery: Delivery) {
         let position = |delivery: &Delivery| delivery.ack.as_ref().map(|ack| ack.position);
         self.arrived
@@ -283,7 +284,7 @@ impl Durable {
         self.arrived.push_back(delivery);
     }
 
-    /// Does what is due at every tick.
+    /// Does the work of a tick.
     async fn on_tick(&mut self) -> anyhow::Result<()> {
         if !self.connection.is_up() {
             return Ok(());
@@ -294,20 +295,20 @@ impl Durable {
         }
         if self.subscriber.is_some() && self.arrived.is_empty() {
             // Also while there is a current message: a server that was killed may have forgotten that
-            // it had handed the message out, and confirms no ack before it has done so again. Not when
-            // another one waits already, as when the current one has left the stream, so that no more wait
-            // than one batch has.
+            // it had handed the message out, and confirms no ack until it has done so again. Not when
+            // another message is already waiting (the current one has left the stream), so that never more than
+            // one batch waits.
             self.request_next().await;
         }
         let is_suspicious = self.requests.is_suspicious();
-        // Somebody may have edited the consumer; and while there is a current message, nothing else
-        // tells how many wait behind it.
+        // Somebody may have edited the consumer. Besides, while there is a current message, nothing else
+        // tells how many messages wait behind it.
         let is_due = is_suspicious || self.is_verification_due();
         let is_verified = is_due && self.verify().await?;
         if is_suspicious && is_verified {
             self.requests.start_over(match self.is_slow {
                 true => "with replay_policy original it waits as long as the publisher did",
-                false => "max_waiting of the consumer may be used up",
+                false => "the consumer's max_waiting may be used up",
             });
         }
         Ok(())
@@ -317,8 +318,10 @@ impl Durable {
         self.connection.is_up() && self.verified.elapsed() >= VERIFY_EVERY
     }
 
-    /// Returns whether the consumer is still configured correctly; an error if it is not. False where nobody
-    /// can tell just now.
+    /// Returns whether the consumer is still configured correctly; `false` if the server cannot tell at the moment.
+    ///
+    /// # Errors
+    /// If it is not.
     async fn verify(&mut self) -> anyhow::Result<bool> {
         let found = self.consumer.verify_again().await?;
         self.verified = Instant::now();
@@ -331,7 +334,7 @@ impl Durable {
         Ok(is_verified)
     }
 
-    /// Takes in what the server tells of the consumer.
+    /// Applies the server's information about the consumer.
     fn learn(&mut self, info: &Info) {
         self.monitor.set_waiting(info.num_pending, 0);
         self.requests.limit_batch(info.config.max_batch);

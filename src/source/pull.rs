@@ -1,11 +1,11 @@
-//! What a message from the server means to whoever has asked for the next message of a consumer.
+//! Interprets the messages that the server sends in answer to a pull request.
 //!
-//! NATS ADR-13 describes the answers to a pull request, but not all of them; the table in the tests has
-//! every one that nats-server 2.9 to 2.15 can send, as found in its source.
+//! NATS ADR-13 describes the answers, but not all of them; the table in the tests has every one that
+//! nats-server 2.9 to 2.15 can send, as found in its source.
 
 use async_nats::{Message, StatusCode};
 
-/// What a message from the server means.
+/// The meaning of a message from the server.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Meaning {
     /// It is a message of the stream.
@@ -15,7 +15,7 @@ pub(crate) enum Meaning {
     /// The current request has expired, as it regularly does; the next one may follow at once.
     Ended,
     /// The current request was refused, or has ended early, for this reason. The same may happen to the
-    /// next one at once, so that one has to wait, and the consumer is to be verified before it.
+    /// next one at once, so that one has to wait until the consumer has been verified.
     Failed(String),
     /// The consumer can never answer such requests, for this reason.
     Unusable(String),
@@ -26,8 +26,8 @@ pub(crate) enum Meaning {
 }
 
 impl Meaning {
-    /// What this message means, where request `n` is answered on `<inbox>.<n>`, and the current one, if
-    /// any, is with the server.
+    /// Returns the meaning of a message, given that request `n` is answered on `<inbox>.<n>`, and that the current
+    /// request, if any, is with the server.
     pub(crate) fn of(message: &Message, inbox: &str, current: Option<u64>) -> Self {
         let request = message.subject.strip_prefix(inbox);
         let Some(request) = request.and_then(|rest| rest.strip_prefix('.')) else {
@@ -46,7 +46,7 @@ impl Meaning {
         let description = message.description.as_deref().unwrap_or_default();
         match (status, description) {
             (StatusCode::IDLE_HEARTBEAT, _) => Self::Heartbeat,
-            // These are about the consumer, whichever request they answer.
+            // These are about the consumer, regardless of the request that they answer.
             (_, "Consumer is push based") => Self::Unusable(description.to_owned()),
             // MaxRequestBatch, MaxRequestExpires, MaxRequestMaxBytes; but MaxWaiting may have room later.
             _ if description.starts_with("Exceeded MaxRequest") => {
@@ -54,7 +54,7 @@ impl Meaning {
             }
             _ if !is_current => Self::Stale,
             (StatusCode::TIMEOUT, "Request Timeout") => Self::Ended,
-            // Nobody describes this one.
+            // This one comes without a description.
             (StatusCode::NO_RESPONDERS, "") => Self::Failed(format!("{status} No Responders")),
             _ => Self::Failed(format!("{status} {description}").trim_end().to_owned()),
         }
@@ -127,11 +127,11 @@ mod tests {
             ("409 Exceeded MaxWaiting", as_is("409 Exceeded MaxWaiting")),
             ("409 Leadership Change", as_is("409 Leadership Change")),
             ("409 Server Shutdown", as_is("409 Server Shutdown")),
-            // By the client's own server, where the consumer has no leader, or is gone.
+            // From the client's own server, if the consumer has no leader or is gone.
             ("503", as_is("503 No Responders")),
-            // To a client whose account imports JetStream, and has no subscription any more.
+            // To a client whose account imports JetStream, and that has unsubscribed.
             ("408 Interest Expired", as_is("408 Interest Expired")),
-            // To requests that ours are not: with no_wait,
+            // To requests that we do not make: with no_wait,
             ("404 No Messages", as_is("404 No Messages")),
             ("408 Requests Pending", as_is("408 Requests Pending")),
             // with max_bytes,

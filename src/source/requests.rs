@@ -1,5 +1,5 @@
-//! The pull requests of durable mode: one at a time, each for a batch of messages, and what has become of it.
-//! Sending them and the messages that answer them is the consumer's affair.
+//! The state of the pull requests of durable mode: one at a time, each for a batch of messages. Sending them and
+//! receiving the answers is up to `durable`.
 
 use std::time::Duration;
 
@@ -8,27 +8,27 @@ use bytes::Bytes;
 use log::{debug, warn};
 use tokio::time::Instant;
 
-/// How many messages a pull request asks for. The server hands them out one at a time all the same, each
-/// after the ack of the one before; a request for each of them would cost two more messages on the wire.
+/// How many messages a pull request asks for. The server still hands them out one at a time, each after the ack of the
+/// previous one; a request for each of them would cost two more messages on the wire.
 const BATCH: u32 = 64;
 
-/// How long a pull request stays with the server. Shorter than the ack wait: a relay that is suspended with a
-/// message gets no other one in the meantime, and so holds up only that one.
+/// How long a pull request stays with the server. Shorter than the ack wait, so that a relay that is suspended with a
+/// message gets no other one in the meantime, and holds up only that one.
 const EXPIRES: Duration = Duration::from_secs(4);
 
-/// How often the server says that a pull request is still with it.
+/// How often the server confirms that it still has a pull request.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 
-/// When the server has said nothing about a pull request for this long, the request is taken for lost,
-/// along with the server that had it.
+/// If the server has said nothing about a pull request for this long, the request is considered lost, and so is the
+/// server that had it.
 const SILENCE: Duration = Duration::from_millis(3500);
 
-/// Requests that fail one upon another are reported at most this often.
+/// Requests that fail in a row are reported at most this often.
 const REPORT_EVERY: Duration = Duration::from_secs(60);
 
 /// All pull requests of a relay.
 pub(super) struct Requests {
-    /// Where the server takes them.
+    /// The subject on which the server accepts them.
     subject: Subject,
     /// How many messages each asks for.
     batch: u32,
@@ -52,14 +52,14 @@ pub(super) struct PullRequest {
     pub(super) text: Bytes,
 }
 
-/// What has become of the last request.
+/// The state of the last request.
 #[derive(Clone, Copy, PartialEq)]
 enum Request {
-    /// It is with the server, which may hand out so many more messages for it.
+    /// It is with the server, which may hand out this many more messages for it.
     UnderWay(u32),
     /// It has ended; the next one may follow at once.
     Ended,
-    /// It has failed; before the next one, at the next tick, the consumer is verified.
+    /// It has failed; the consumer is verified at the next tick, before the next request.
     Failed,
 }
 
@@ -77,7 +77,7 @@ impl Requests {
         }
     }
 
-    /// What all answers begin with.
+    /// Returns the prefix of the subjects of all answers.
     pub(super) fn inbox(&self) -> &str {
         &self.inbox
     }
@@ -138,7 +138,7 @@ impl Requests {
         self.end();
     }
 
-    /// Notes that there is no request any more, whatever has become of it.
+    /// Notes that there is no request any more, for whatever reason.
     pub(super) fn end(&mut self) {
         self.current = Request::Ended;
     }
@@ -160,11 +160,11 @@ impl Requests {
         }
     }
 
-    /// Notes that the consumer is as it must be, so that the suspicious request can be followed by another.
+    /// Notes that the consumer is configured correctly, so that another request may follow the suspicious one.
     /// `silence` says why the server may have said nothing.
     pub(super) fn start_over(&mut self, silence: &str) {
         if self.under_way().is_some() {
-            // Newer servers do not even say that.
+            // Newer servers do not even report this.
             self.report(&format!(
                 "the NATS server does not answer requests for the next one; {silence}"
             ));
@@ -173,14 +173,15 @@ impl Requests {
         self.end();
     }
 
-    /// A failure now and then is regular, one upon another is not: then no message comes.
+    /// Reports a failure if it is not the first in a row. A single failure now and then is normal; after several,
+    /// no messages arrive.
     fn report(&mut self, reason: &str) {
         self.failures += 1;
         let is_due = self
             .reported
             .is_none_or(|reported| reported.elapsed() >= REPORT_EVERY);
         if self.failures > 1 && is_due {
-            warn!("no message can come: {reason}");
+            warn!("no messages can arrive: {reason}");
             self.reported = Some(Instant::now());
         } else {
             debug!("a pull request failed: {reason}");
@@ -214,7 +215,7 @@ mod tests {
             }
             assert_eq!(requests.under_way(), None);
         }
-        // One that comes late is for an earlier request.
+        // A late delivery is for an earlier request.
         requests.delivered();
         assert_eq!(send(&mut requests), Some("inbox.4".to_owned()));
         requests.expired();

@@ -2,8 +2,8 @@
 //! nearly any as the subject. On headers that it cannot parse, the client drops the connection; on a lone
 //! carriage return in a header value it panics (<https://github.com/nats-io/nats.rs/pull/1612>), as it did on a
 //! subject that is not UTF-8 (<https://github.com/nats-io/nats.rs/pull/1573>). The server would then hand the
-//! message out again, for ever, and hold up all that follow. So, with a new connection, the message that is
-//! out and not acked is looked at before the next one is asked for, in the form in which it is stored.
+//! message out again and again, and hold up all others. So after each connect, before it asks for the next message,
+//! the relay examines the message that is handed out but not acked, in its stored form.
 
 use std::{
     sync::Arc,
@@ -21,7 +21,7 @@ use super::{
 };
 use crate::nats::ApiError;
 
-/// Asks for a message that is not there, so that a missing permission to ask shows at once.
+/// Asks for a message that does not exist, so that a missing permission to ask shows at once.
 ///
 /// # Errors
 /// If there is no answer.
@@ -29,14 +29,14 @@ pub(crate) async fn try_to_look(consumer: &Consumer) -> Result<(), ApiError> {
     ask(consumer, u64::MAX).await.map(drop)
 }
 
-/// Returns the server's answer to the question for the message of this sequence: the message, or an error.
+/// Returns the server's answer to the request for the message with this sequence: the message, or an error.
 async fn ask(consumer: &Consumer, sequence: u64) -> Result<Bytes, ApiError> {
     let request = format!("STREAM.MSG.GET.{}", consumer.stream);
     let question = json!({ "seq": sequence });
     consumer.connection.request(&request, &question).await
 }
 
-/// Returns how long the oldest message that is not acked has been in the stream, if there is one.
+/// Returns how long the oldest unacked message has been in the stream, if there is one.
 pub(crate) async fn oldest_age(consumer: &Consumer, info: &Info) -> Option<Duration> {
     let request = format!("STREAM.MSG.GET.{}", consumer.stream);
     let next = info.ack_floor.stream_sequence + 1;
@@ -51,7 +51,7 @@ pub(crate) async fn oldest_age(consumer: &Consumer, info: &Info) -> Option<Durat
     SystemTime::from(message.time).elapsed().ok()
 }
 
-/// Returns the message that is out and not acked, if it cannot be read.
+/// Returns the message that is handed out but not acked, if it cannot be read.
 pub(super) async fn find(consumer: &Arc<Consumer>, deliveries: &Deliveries) -> Option<Delivery> {
     let info = consumer.info().await.ok()?;
     if info.num_ack_pending == 0 {
@@ -59,16 +59,16 @@ pub(super) async fn find(consumer: &Arc<Consumer>, deliveries: &Deliveries) -> O
     }
     let sequence = info.delivered.stream_sequence;
     let mut answer: Value = serde_json::from_slice(&ask(consumer, sequence).await.ok()?).ok()?;
-    // An error instead, where it is not there any more.
+    // If it does not exist any more, the answer is an error.
     let message: RawMessage = serde_json::from_value(answer.get_mut("message")?.take()).ok()?;
     let has_headers = message.headers.is_some();
     let (subject, time) = (message.subject.clone(), message.time);
     let payload = STANDARD.decode(&message.payload).ok()?;
     let unrelayable = match StreamMessage::try_from(message) {
-        // What JSON makes of it.
+        // JSON replaces what is not UTF-8.
         _ if subject.contains(char::REPLACEMENT_CHARACTER) => "its subject is not UTF-8",
         Err(_) => "its headers cannot be read",
-        // In front of headers the client takes more for white space than the server does.
+        // In front of headers the client treats more characters as white space than the server does.
         Ok(_) if has_headers && subject.contains(char::is_whitespace) => {
             "its subject has white space"
         }

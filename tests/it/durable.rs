@@ -976,7 +976,9 @@ async fn pull_requests_that_are_refused_again_and_again_are_reported() {
     let waiting = tokio::spawn(async move { futures::StreamExt::next(&mut other).await.is_some() });
     let webhook = Webhook::ok().await;
     let relay = Relay::durable(&nats, &webhook, &[]).await;
-    let line = relay.logged("no message can come: the NATS server ").await;
+    let line = relay
+        .logged("no messages can arrive: the NATS server ")
+        .await;
     assert!(
         // Newer servers say nothing.
         line.contains("WARN")
@@ -984,7 +986,7 @@ async fn pull_requests_that_are_refused_again_and_again_are_reported() {
         "{line}"
     );
     assert_eq!(
-        relay.lines("no message can come").len(),
+        relay.lines("no messages can arrive").len(),
         1,
         "seldom: {:#?}",
         relay.log()

@@ -168,7 +168,7 @@ async fn names_that_do_not_resolve_and_tls_where_there_is_none_are_tried_again()
         let line = relay.logged("attempt 1: ").await;
         assert!(line.contains(reason), "{line}");
         relay
-            .logged("is not relayed: given up after 2 attempts")
+            .logged("is not relayed: gave up after 2 attempts")
             .await;
     }
 }
@@ -289,7 +289,7 @@ async fn attempts_are_used_up_and_then_the_next_message_has_its_turn() {
     let variables = [("WEBHOOK_MAX_ATTEMPTS", "3")];
     let answers = [500, 502, 503].map(Answer::status);
     let mut scene = Scene::script(answers, &variables).await;
-    let reason = "given up after 3 attempts: answered 503";
+    let reason = "gave up after 3 attempts: answered 503";
     assert_eq!(scene.given_up(reason).await.len(), 3);
 }
 

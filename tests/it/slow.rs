@@ -198,7 +198,9 @@ async fn a_message_republished_on_a_dead_connection_is_republished_again() {
     webhook.received(1).await;
     nats.freeze();
     let frozen = Instant::now();
-    relay.logged(" may come again: NATS does not confirm").await;
+    relay
+        .logged(" may be redelivered: NATS does not confirm")
+        .await;
     assert!(frozen.elapsed() > Duration::from_secs(6), "it asks again");
     nats.kill();
     nats.restart();

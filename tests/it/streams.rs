@@ -284,7 +284,7 @@ async fn a_stream_that_goes_away_is_waited_for_and_a_stop_leaves_the_message_to_
     let relay = Relay::durable(&nats, &webhook, &changes).await;
     jetstream.delete_stream("RELAYED").await.unwrap();
     publish_all(&jetstream, 0..2).await;
-    relay.logged("no stream takes it just now").await;
+    relay.logged("no stream accepts it at the moment").await;
     // Whoever listens is no stream, but then nobody says that there is none.
     let client = nats.client().await;
     let _listener = client.subscribe("relayed.>").await.unwrap();
@@ -445,7 +445,7 @@ async fn a_stream_that_cannot_keep_what_is_published_ends_it_and_check_says_so()
         (
             &full,
             relayed("SEALED"),
-            "the stream SEALED takes nothing any more",
+            "the stream SEALED accepts no more messages",
         ),
         (&plain, relayed("RELAYED"), "JetStream is not enabled"),
     ] {

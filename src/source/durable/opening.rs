@@ -1,4 +1,4 @@
-//! How durable mode begins: the consumer is found or created, and the inbox subscribed to.
+//! The start of durable mode: subscribes to the inbox, and finds or creates the consumer.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use crate::{
     text::count,
 };
 
-/// Growing waits for a JetStream that does not answer, as without a leader.
+/// Growing waits while JetStream does not answer, for example because it has no leader.
 const BACKOFF: Backoff = Backoff {
     first: Duration::from_millis(250),
     longest: Duration::from_secs(5),
@@ -22,7 +22,7 @@ const BACKOFF: Backoff = Backoff {
 impl Durable {
     pub(in crate::source) async fn open(&mut self) -> anyhow::Result<()> {
         let inbox = format!("{}.*", self.requests.inbox());
-        // It only fails where the client crashed, which the events tell.
+        // It fails only if the client has crashed, which the events report.
         self.subscriber = self.connection.client().subscribe(inbox).await.ok();
         let mut waits = BACKOFF.waits();
         loop {
@@ -38,7 +38,7 @@ impl Durable {
                 },
             };
             let wait = waits.next();
-            // Without a connection that is what the log says already.
+            // Without a connection, the log says that already.
             if self.connection.is_up() {
                 warn!("JetStream is not ready: {reason}; next attempt in {wait:.1?}");
                 self.monitor
@@ -51,18 +51,18 @@ impl Durable {
             }
         }
         self.deliveries.begin();
-        // What it means that there is no answer was said where it became known.
+        // If there is no answer, the reason has already been logged.
         let _ = unreadable::try_to_look(&self.consumer).await;
         self.find_unreadable().await;
         Ok(())
     }
 }
 
-/// Finds the consumer, or creates it; returns what the server tells of it, or why it does not just now. Warns of
-/// what can cost messages or time.
+/// Finds or creates the consumer; returns the server's information about it, or why there is none at the moment. Warns
+/// about settings that can cost messages or time.
 ///
 /// # Errors
-/// If it never can be used.
+/// If it can never be used.
 async fn find(consumer: &Consumer) -> anyhow::Result<Result<Info, String>> {
     let stream = consumer.verify_stream().await?;
     match consumer.ensure().await {
@@ -76,7 +76,7 @@ async fn find(consumer: &Consumer) -> anyhow::Result<Result<Info, String>> {
             Ok(Ok(info))
         }
         Err(ConsumerError::Fatal(reason) | ConsumerError::NobodyAnswers(reason)) => Err(reason),
-        // If it is missing, it was deleted as soon as it was created; once more, then.
+        // If it is missing, somebody deleted it as soon as it was created; try again.
         Err(error @ (ConsumerError::Missing | ConsumerError::Temporary(_))) => {
             Ok(Err(error.reason()))
         }
