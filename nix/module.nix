@@ -19,7 +19,7 @@ let
       if lib.hasPrefix "WEBHOOK_HEADER_" variable then "WEBHOOK_HEADER_<NAME>" else variable
     } or null;
 
-  # The program takes "" for unset as well.
+  # The program treats "" as unset, too.
   given = lib.filterAttrs (_: value: value != null && value != "");
   asText = value: if lib.isStringLike value then "${value}" else builtins.toJSON value;
   # systemd replaces %d and the like in a unit.
@@ -104,7 +104,7 @@ let
     name: cfg:
     let
       settings = { RUST_LOG = "info"; } // given cfg.settings;
-      # Even a password that is in the store stays out of the unit.
+      # Even a password in the store stays out of the unit.
       stored = given { NATS_PASS = cfg.natsPassword; };
       credentials = lib.mapAttrs (_: pkgs.writeText "nats-password") stored // cfg.credentials;
       fileOf = variable: variable + lib.optionalString (kindOf variable != "file") "_FILE";
@@ -113,33 +113,33 @@ let
       description = "Relay from NATS to a webhook";
       wantedBy = [ "multi-user.target" ];
       wants = [ "network-online.target" ];
-      # Stopped before a NATS server on this host, it can still republish the current message.
+      # Stop it before a NATS server on this host, so that it can still republish the current message.
       after = [
         "network-online.target"
         "nats.service"
       ]
       ++ cfg.after;
-      # Trying again never hurts.
+      # Restart without limit.
       startLimitIntervalSec = 0;
       environment =
         lib.mapAttrs (_: value: literally (asText value)) settings
         // lib.mapAttrs' (name: _: lib.nameValuePair (fileOf name) "%d/${name}") credentials;
       serviceConfig = {
-        # Ready means subscribed, or that NATS has been waited for for 10 s.
+        # Ready means subscribed, or that the relay has waited 10 s for NATS.
         Type = "notify";
         ExecStart = lib.getExe cfg.package;
         DynamicUser = cfg.user == null;
         LoadCredential = lib.mapAttrsToList (name: path: literally "${name}:${path}") credentials;
         EnvironmentFile = map literally cfg.environmentFiles;
-        # An empty directory: the program reads .env where it is started.
+        # An empty directory, because the program reads .env from its working directory.
         RuntimeDirectory = name;
         WorkingDirectory = "%t/${name}";
         Restart = "on-failure";
-        # A login that is refused is tried again after 5 s at first, and every 30 s in the end.
+        # Wait 5 s before the first restart, and longer each time up to 30 s, as for a refused login.
         RestartSec = 5;
         RestartSteps = 5;
         RestartMaxDelaySec = 30;
-        # A bad configuration does not get better.
+        # Restarting does not help with a bad configuration.
         RestartPreventExitStatus = 78;
         WatchdogSec = 30;
         # The program ends by itself within the first; systemd adds the two up.
@@ -152,7 +152,7 @@ let
       // import ./hardening.nix;
     };
 
-  # What the program cannot see.
+  # Mistakes that the program cannot see.
   assertions =
     name: cfg:
     map (variable: {

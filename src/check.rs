@@ -1,5 +1,5 @@
-//! `--check`: what of a configuration holds, and what does not. Takes and publishes no message, sends
-//! no request to a destination, creates nothing.
+//! `--check`: tests which parts of a configuration work. It takes and publishes no messages, sends no requests to
+//! destinations, and creates nothing.
 
 mod destination;
 
@@ -25,16 +25,16 @@ use crate::{
     tls,
 };
 
-/// How long it may take to learn that nobody listens to acks.
+/// How long it may take to find out that nobody listens to acks.
 const ACK_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// How long anything may take.
+/// How long each step may take.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What is found, line by line, as it is found.
+/// Writes the findings, each line as soon as it is known.
 struct Report<'a> {
     out: &'a mut dyn Write,
-    /// Whether all of it holds.
+    /// Whether everything works.
     good: bool,
 }
 
@@ -58,11 +58,10 @@ impl Report<'_> {
     }
 }
 
-/// Tries everything that a valid configuration names, and writes down what holds and what does not;
-/// whether all of it holds.
+/// Tests everything that a valid configuration names, and writes a report. Returns whether everything works.
 ///
 /// # Errors
-/// If there is nothing to try with.
+/// If the test cannot begin.
 pub async fn check(config: &Config, out: &mut dyn Write) -> anyhow::Result<bool> {
     tls::install_provider();
     let mut report = Report { out, good: true };
@@ -90,7 +89,7 @@ pub async fn check(config: &Config, out: &mut dyn Write) -> anyhow::Result<bool>
     }
     if let Some(address) = config.status_listen {
         let found = match endpoints::listen(address) {
-            Ok(_) => Ok("can be listened on".to_owned()),
+            Ok(_) => Ok("available".to_owned()),
             Err(error) if error.kind() == ErrorKind::AddrInUse => {
                 Ok("is in use (expected if the relay is already running)".to_owned())
             }
@@ -111,7 +110,7 @@ async fn within_timeout<T>(what: impl Future<Output = anyhow::Result<T>>) -> any
         .unwrap_or_else(|_| Err(anyhow!("no answer within {TIMEOUT:?}")))
 }
 
-/// Connects to each server; the first connection that there is.
+/// Connects to each server. Returns the first connection.
 async fn check_servers(
     config: &Config,
     monitor: &Arc<Monitor>,
@@ -143,7 +142,7 @@ async fn check_subscription(
     let subject = config.prefix.wildcard();
     let client = connection.client();
     let subscribed = match queue_group {
-        // In the group, for the permission may be for that alone; but below a subject that nobody uses,
+        // In the group, because the permission may be only for the group; but below a subject that nobody uses,
         // so that it takes no message away from the other members.
         Some(group) => {
             let unused = format!("{}.{:x}.>", config.prefix, fastrand::u64(..));
@@ -186,7 +185,7 @@ async fn check_consumer(
             let words = "does not exist yet; will be created on start".to_owned();
             (Vec::from_iter(warning), words)
         }
-        // Without a stream there is nothing else to look at.
+        // Without a stream there is nothing else to check.
         Ok((_, Err(error))) => return report.add(&what, Err(anyhow!(error.reason()))),
         Err(reason) => return report.add(&what, Err(reason)),
     };
@@ -205,8 +204,8 @@ async fn check_consumer(
     }
 }
 
-/// Returns a warning if nobody listens to acks. What it sends is a sign of progress with no message, which changes
-/// nothing and gets no other answer.
+/// Returns a warning if nobody listens to acks. It sends an in-progress ack for no message, which changes
+/// nothing and gets no answer.
 async fn lost_acks(consumer: &Consumer) -> Option<String> {
     let Consumer { stream, name, .. } = consumer;
     let subject = format!("$JS.ACK.{stream}.{name}.1.0.0.0.0").into();
@@ -224,7 +223,8 @@ async fn lost_acks(consumer: &Consumer) -> Option<String> {
     })
 }
 
-/// Says what waits for a consumer, since when, and how often it was tried.
+/// Describes how many messages wait for a consumer, how long the oldest one has been waiting, and how often it was
+/// handed out.
 async fn waiting(consumer: &Consumer, info: &Info) -> String {
     let waiting = info.num_pending + info.num_ack_pending as u64;
     if waiting == 0 {
@@ -235,7 +235,7 @@ async fn waiting(consumer: &Consumer, info: &Info) -> String {
         let age = Duration::from_secs(age.as_secs());
         format!(", the oldest one for {}", humantime::format_duration(age))
     });
-    // One at a time is handed out, and so all deliveries since the last ack were of the oldest one.
+    // Only one message at a time is handed out, so all deliveries since the last ack were of the oldest one.
     let deliveries = info.delivered.consumer_sequence - info.ack_floor.consumer_sequence;
     let delivered = match info.num_ack_pending {
         0 => "not handed out to a relay yet".to_owned(),
@@ -244,7 +244,7 @@ async fn waiting(consumer: &Consumer, info: &Info) -> String {
     format!("waiting: {}{since}, {delivered}", count(waiting, "message"))
 }
 
-/// Looks at the streams that are to keep what is published.
+/// Checks the streams that have to confirm published messages.
 async fn check_confirming_streams(
     commit: &Commit,
     events: &mut ConnectionEvents,
@@ -255,7 +255,7 @@ async fn check_confirming_streams(
             biased;
             reason = events.fatal() => Err(reason),
             found = stream.open(prefix) => match found {
-                Ok(()) => Ok(format!("is there, and keeps {prefix}.>")),
+                Ok(()) => Ok(format!("exists, and stores {prefix}.>")),
                 Err(Failure::Permanent(reason) | Failure::Temporary(reason)) => {
                     Err(anyhow!(reason))
                 }
@@ -265,7 +265,7 @@ async fn check_confirming_streams(
     }
 }
 
-/// Resolves when our user turns out to have no permission to look at the messages of the stream.
+/// Resolves when our user turns out to have no permission to read the messages of the stream.
 async fn look_refused(events: &mut ConnectionEvents, consumer: &Consumer) -> anyhow::Error {
     loop {
         match events.next().await {

@@ -33,22 +33,22 @@ pub(crate) use self::{
 };
 use crate::subject::Prefix;
 
-/// Everything that can be set.
+/// All settings.
 #[derive(Debug)]
 pub struct Config {
     /// The NATS servers and how to log in.
     pub nats: Nats,
     /// Listens on `<prefix>.>`.
     pub prefix: Prefix,
-    /// Republishes under this one.
+    /// Republishes under this prefix.
     pub relayed_prefix: Prefix,
-    /// Publishes under this one what is given up.
+    /// Publishes failed messages under this prefix.
     pub failed_prefix: Option<Prefix>,
-    /// What NATS answers comes under this one.
+    /// The prefix of the reply inboxes.
     pub inbox_prefix: Prefix,
-    /// The stream that must confirm what is republished.
+    /// The stream that must confirm republished messages.
     pub relayed_stream: Option<String>,
-    /// The stream that must confirm what is given up.
+    /// The stream that must confirm failed messages.
     pub failed_stream: Option<String>,
     /// The JetStream domain that all streams are in, if it is not the server's own.
     pub domain: Option<String>,
@@ -68,7 +68,7 @@ pub struct Config {
     pub log: Log,
 }
 
-/// Where messages come from, and so what is lost when.
+/// Where messages come from, which decides when they can be lost.
 #[derive(Clone, Debug)]
 pub enum Mode {
     /// A core NATS subscription: at most once.
@@ -76,7 +76,7 @@ pub enum Mode {
         /// Replicas in the same group share the messages.
         queue_group: Option<String>,
     },
-    /// A durable consumer of JetStream: at least once.
+    /// A durable JetStream consumer: at least once.
     Durable {
         /// The stream.
         stream: String,
@@ -88,14 +88,14 @@ pub enum Mode {
 /// What is logged, and how.
 #[derive(Clone, Debug)]
 pub struct Log {
-    /// What, in the form that env_logger knows.
+    /// The filter, in env_logger's syntax.
     pub filter: String,
-    /// Whether as a JSON object a line, or for people.
+    /// Whether each line is a JSON object, or text for people.
     pub is_json: bool,
 }
 
 impl Log {
-    /// Reads how problems are logged if the configuration is bad: as it says, if it says that much.
+    /// Returns how to log the problems of a bad configuration: as it says, if that part is valid.
     #[must_use]
     pub fn of_problems(environment: &Environment) -> Self {
         let log = Self::read(&mut Reader::new(environment));
@@ -121,7 +121,7 @@ impl Config {
     /// Reads and validates all settings.
     ///
     /// # Errors
-    /// Every problem found, each a sentence that names the variable, the fault and what to do about it.
+    /// Every problem found, each a sentence that names the variable, the fault and the fix.
     pub fn from_environment(environment: &Environment) -> Result<Self, Vec<String>> {
         let mut reader = Reader::new(environment);
         let config = Self::read(&mut reader);

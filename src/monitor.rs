@@ -1,5 +1,5 @@
-//! What the relay is doing, for those who watch it: counters, states and the last messages. Written where things
-//! happen, in words of its own; read by the status page, the endpoints and systemd.
+//! Monitoring: counters, states and the last messages. All parts of the relay write to it, in its own terms; the status
+//! page, the endpoints and systemd read it.
 
 pub mod endpoints;
 mod heartbeat;
@@ -22,7 +22,7 @@ use self::{
 };
 use crate::{lock::lock, text};
 
-/// The main loop turns at least this often; a multiple of its heartbeat.
+/// The main loop beats at least this often; a multiple of its heartbeat.
 const LONGEST_TURN: Duration = Duration::from_secs(10);
 
 /// The most bytes of a subject on the page.
@@ -67,7 +67,7 @@ impl Cause {
     }
 }
 
-/// While it is there, a message is being worked on.
+/// While this exists, a message is being processed.
 pub struct Working<'a>(&'a Monitor);
 
 impl Drop for Working<'_> {
@@ -80,13 +80,13 @@ impl Drop for Working<'_> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Attempt {
     Succeeded,
-    /// There may be another one.
+    /// There may be another attempt.
     FailedForNow,
     FailedForGood,
 }
 
 impl Monitor {
-    /// All zero, not connected. `about` says on the page from where to where messages are relayed, if there is one.
+    /// Returns one with all counters at zero, not connected. `about` describes the relay on the page, if there is one.
     ///
     /// # Errors
     /// If two metrics have the same name.
@@ -98,7 +98,7 @@ impl Monitor {
         })
     }
 
-    /// Connected to a server.
+    /// Notes that the relay is connected to a server.
     pub fn set_connected(&self, server: String) {
         let mut state = lock(&self.state);
         if state.was_connected {
@@ -111,7 +111,7 @@ impl Monitor {
         self.metrics.connected.set(1);
     }
 
-    /// The connection was lost.
+    /// Notes that the connection was lost.
     pub fn set_disconnected(&self) {
         let mut state = lock(&self.state);
         self.metrics.interruptions.inc();
@@ -120,7 +120,7 @@ impl Monitor {
         state.since = SystemTime::now();
     }
 
-    /// Whether messages are taken.
+    /// Notes whether messages are being taken.
     pub fn set_subscribed(&self, subscribed: bool) {
         let mut state = lock(&self.state);
         state.is_subscribed = subscribed;
@@ -129,26 +129,26 @@ impl Monitor {
         }
     }
 
-    /// The relay was asked to stop.
+    /// Notes that the relay was asked to stop.
     fn set_stopping(&self) {
         let mut state = lock(&self.state);
         (state.is_stopping, state.is_subscribed) = (true, false);
     }
 
-    /// Something keeps messages from being taken, or nothing does.
+    /// Notes what keeps messages from being taken, if anything.
     pub fn set_obstacle(&self, reason: Option<String>) {
         let obstacle = &mut lock(&self.state).obstacle;
         let since = obstacle.as_ref().map(|(since, _)| *since);
         *obstacle = reason.map(|reason| (since.unwrap_or_else(SystemTime::now), reason));
     }
 
-    /// The main loop has come around.
+    /// Notes a beat of the main loop.
     pub fn add_turn(&self) {
         lock(&self.state).last_turn = Instant::now();
     }
 
-    /// A message was taken that has been waiting to be relayed `since` then, and is worked on for as long as
-    /// what is returned is there.
+    /// Notes that a message was taken, which has been waiting to be relayed `since` then. It is being processed for as
+    /// long as the return value lives.
     #[must_use]
     pub fn add_received(&self, subject: &str, since: SystemTime) -> Working<'_> {
         self.metrics.received.inc();
@@ -174,7 +174,7 @@ impl Monitor {
         self.metrics.destination(index)
     }
 
-    /// An attempt begins.
+    /// Notes that an attempt begins.
     pub fn begin_attempt(&self, attempts: u32) {
         if let Some(current) = &mut lock(&self.state).current {
             current.attempts = current.attempts.max(attempts);
@@ -183,7 +183,7 @@ impl Monitor {
         }
     }
 
-    /// An attempt has ended.
+    /// Notes that an attempt has ended.
     pub fn end_attempt(&self, destination: &DestinationMetrics, attempt: Attempt, took: Duration) {
         match attempt {
             Attempt::Succeeded => destination.success.inc(),
@@ -199,7 +199,7 @@ impl Monitor {
         }
     }
 
-    /// Something failed that is tried again after `wait`.
+    /// Notes a failure that is tried again after `wait`.
     pub fn set_failing(&self, what: String, reason: String, wait: Duration) {
         let failing = &mut lock(&self.state).failing;
         let known = failing.iter().position(|known| known.what == what);
@@ -212,17 +212,17 @@ impl Monitor {
         });
     }
 
-    /// Every destination has the current message.
+    /// Notes that every destination has the current message.
     pub fn set_posted(&self) {
         lock(&self.state).failing.clear();
     }
 
-    /// A stream did not confirm a message.
+    /// Notes that a stream did not confirm a message.
     pub fn add_unconfirmed(&self) {
         self.metrics.unconfirmed.inc();
     }
 
-    /// The current message was relayed.
+    /// Notes that the current message was relayed.
     pub fn add_relayed(&self, status: Option<u16>, took: Duration) {
         self.metrics.relayed.inc();
         self.metrics.message_duration.observe(took.as_secs_f64());
@@ -233,7 +233,7 @@ impl Monitor {
         self.end(&state, "relayed", status);
     }
 
-    /// The current message is not relayed.
+    /// Notes that the relay gave up on the current message.
     pub fn add_given_up(&self, cause: Cause, subject: &str, reason: &str) {
         self.metrics.given_up(cause).inc();
         let mut state = lock(&self.state);
@@ -245,7 +245,7 @@ impl Monitor {
         }
     }
 
-    /// The current message stays in its stream, for this relay or another one.
+    /// Notes that the current message stays in its stream, for this relay or another one.
     pub fn add_unfinished(&self, reason: &str) {
         self.metrics.unfinished.inc();
         self.end(&lock(&self.state), "left in the stream", || {
@@ -253,7 +253,7 @@ impl Monitor {
         });
     }
 
-    /// Keeps what has become of the current message.
+    /// Records what became of the current message.
     fn end(&self, state: &State, outcome: &'static str, reason: impl Fn() -> String) {
         if let (Some(history), Some(current)) = (&self.history, &state.current) {
             lock(history).add_message(Ended {
@@ -267,27 +267,27 @@ impl Monitor {
         }
     }
 
-    /// Messages were lost that waited in the buffer, or did not fit into it.
+    /// Notes that messages in the buffer were lost, or did not fit into it.
     pub fn add_dropped(&self, messages: u64) {
         self.metrics.dropped.inc_by(messages);
     }
 
-    /// NATS did not let a message be published.
+    /// Notes that NATS refused to publish a message.
     pub fn add_publish_refused(&self) {
         self.metrics.publish_refused.inc();
     }
 
-    /// What waits.
+    /// Notes what waits.
     pub fn set_waiting(&self, messages: u64, bytes: usize) {
         let number = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
         self.metrics.waiting_messages.set(number(messages));
         self.metrics.waiting_bytes.set(number(bytes as u64));
     }
 
-    /// Why the main loop is thought to hang, if it is.
+    /// Checks whether the main loop is running.
     ///
     /// # Errors
-    /// With the reason.
+    /// With the reason, if it seems to be stuck.
     pub fn alive(&self) -> Result<(), String> {
         let since = lock(&self.state).last_turn.elapsed();
         if since >= LONGEST_TURN {
@@ -296,10 +296,10 @@ impl Monitor {
         Ok(())
     }
 
-    /// Why messages are not being taken, if they are not.
+    /// Checks whether messages are being taken.
     ///
     /// # Errors
-    /// With the reason.
+    /// With the reason, if they are not.
     pub fn ready(&self) -> Result<(), String> {
         let state = lock(&self.state);
         match &state.obstacle {

@@ -1,5 +1,5 @@
-//! Connecting to NATS: servers, login, TLS. The client reconnects and resubscribes by itself; what it
-//! reports is logged by the observer, and what its user must act on comes out of [`ConnectionEvents`].
+//! Connecting to NATS: servers, login, TLS. The client reconnects and resubscribes by itself; the observer logs
+//! its events, and passes on those that need action as [`ConnectionEvents`].
 
 mod api;
 mod connection;
@@ -32,17 +32,16 @@ use crate::{
 /// The name under which the server lists the connection.
 const CONNECTION_NAME: &str = "nats-webhook-relay";
 
-/// How many messages may wait between the connection and the subscription: as many as there are.
-/// The client drops what exceeds this without a count, so the bound is ours (see
-/// [`crate::source`]), and this one must not be reached.
+/// How many messages may wait between the connection and the subscription: no limit. The client would drop messages
+/// beyond it without counting them, so the limit is in [`crate::source`], and this one must not be reached.
 const SUBSCRIPTION_CAPACITY: usize = usize::MAX >> 4;
 
-/// How often the server is asked whether it is there. The third question without an answer ends a
-/// connection that went dead without a word, as after a change of networks.
+/// How often the server is pinged. A connection that has died silently, as after a change of networks, ends with the
+/// third ping without an answer.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 
-/// How much the client reads at a time. It reads up to 128 times before anyone else has a turn, and
-/// what it has read by then is beyond the bound of [`crate::source`].
+/// How much the client reads at a time. It reads up to 128 times before any other task runs, and these
+/// messages are not yet subject to the limit in [`crate::source`].
 const READ_BUFFER_BYTES: u16 = 16 * 1024;
 
 /// Growing waits between attempts to connect, once every server was tried, and after a client crashed.
@@ -51,12 +50,12 @@ pub const BACKOFF: Backoff = Backoff {
     longest: Duration::from_secs(5),
 };
 
-/// A connection must last this long to reset the backoff: a server that closes each connection would be
-/// overrun otherwise.
+/// A connection must last this long to reset the backoff, so that a server that closes each connection is not
+/// overrun.
 pub const LASTING: Duration = Duration::from_secs(5);
 
-/// Starts connecting in the background, and keeps on until a server is reached. Only a refusal of the very first
-/// login is final: `is_first` is false after a client crashed.
+/// Starts connecting in the background, and keeps trying until a server is reached. Only a refusal of the very first
+/// login is final: `is_first` is false after a client has crashed.
 ///
 /// # Errors
 /// If the settings can't be used at all.
@@ -74,7 +73,7 @@ pub async fn connect(
             async move { choice }
         });
     if config.nats.ignore_discovered || config.nats.has_web_socket() {
-        // A cluster advertises its web sockets without a scheme, and the client takes them for nats://.
+        // A cluster advertises its web sockets without a scheme, and the client treats them as nats://.
         options = options.ignore_discovered_servers();
     }
     let client = options.connect(config.nats.servers.as_slice()).await?;
@@ -83,7 +82,7 @@ pub async fn connect(
     Ok((connection, events))
 }
 
-/// Connects to one server, or fails.
+/// Tries once to connect to one server.
 ///
 /// # Errors
 /// If it can't be reached or refuses the login.
@@ -110,7 +109,7 @@ pub async fn connect_once(
     Ok((connection, events))
 }
 
-/// Login, TLS, and what every connection has in common.
+/// Returns the options of every connection: login, TLS and the rest.
 fn options(config: &Config, observer: Arc<Observer>) -> anyhow::Result<ConnectOptions> {
     let nats = &config.nats;
     let login = config.nats.login.clone();

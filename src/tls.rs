@@ -1,4 +1,4 @@
-//! TLS: whom to trust, and what a failure means in words.
+//! TLS: which CAs to trust, and explanations of failures.
 
 use anyhow::{Context, bail};
 use rustls::{
@@ -9,13 +9,13 @@ use rustls_native_certs::{load_certs_from_paths, load_native_certs};
 
 use crate::config::{self, Destination};
 
-/// Makes the one provider of cryptography known to everything in the process that speaks TLS.
+/// Installs the crypto provider for everything in the process that uses TLS.
 pub fn install_provider() {
-    // It is set already where there are several relays in one process, and that is as good.
+    // It fails if another relay in this process has already installed it, which is fine.
     let _ = rustls::crypto::ring::default_provider().install_default();
 }
 
-/// What a client needs on the way to https destinations, if there are any. It trusts the CAs that the
+/// Returns the TLS configuration for https destinations, if there are any. It trusts the CAs that the
 /// configuration names, or else the system's.
 ///
 /// # Errors
@@ -52,14 +52,14 @@ pub fn client_config(config: &config::Webhook) -> anyhow::Result<Option<ClientCo
         .context("cannot use WEBHOOK_CERT")
 }
 
-/// Explains the text of an error of the TLS library, and says what to do about it, where that is one that people
-/// meet. `kind` is what the names of the variables begin with: `NATS` or `WEBHOOK`.
+/// Explains the text of a common error of the TLS library, with a hint. `kind` is the first part of the variables'
+/// names: `NATS` or `WEBHOOK`.
 ///
-/// It goes by the text because the NATS client hands out nothing else.
+/// It uses the text because the NATS client provides nothing else.
 #[must_use]
 pub fn explain(error: &str, kind: &str) -> Option<String> {
     let is = |part| error.contains(part);
-    // (RFC 8446, 6.2). Up to TLS 1.2 the last one may mean that a certificate is missing.
+    // RFC 8446, 6.2. Before TLS 1.3 the last one may mean that a certificate is missing.
     if let Some((_, alert)) = error.split_once("received fatal alert: ")
         && [
             "Certificate",
@@ -75,7 +75,7 @@ pub fn explain(error: &str, kind: &str) -> Option<String> {
             "it refuses the client certificate, or demands one ({alert}); check {kind}_CERT and {kind}_KEY"
         ));
     }
-    // A bad signature is that of another CA of the same name.
+    // A bad signature comes from another CA of the same name.
     Some(if is("UnknownIssuer") || is("BadSignature") {
         format!(
             "its certificate is signed by a CA that is not trusted; name the PEM file of that CA in {kind}_CA"

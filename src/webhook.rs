@@ -1,4 +1,4 @@
-//! One POST → success, a temporary failure (maybe with a wait) or a permanent one.
+//! One attempt to POST: success, a temporary failure (maybe with a wait) or a permanent one.
 //!
 //! Headers follow Standard Webhooks
 //! (<https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md>).
@@ -64,27 +64,27 @@ pub struct Webhook {
     timeout: Duration,
     signing_keys: Vec<SigningKey>,
     sent_secrets: Secrets,
-    /// Instead of the usual statuses.
+    /// The statuses for which the relay gives up, if not the usual ones.
     give_up_on: Option<Vec<RangeInclusive<u16>>>,
     pass_headers: PassHeaders,
 }
 
 /// One destination.
 pub struct Destination {
-    /// Its URL, as it may be shown.
+    /// Its URL without secrets.
     pub url: config::Destination,
     /// How it is reached.
     pub reach: Reach,
-    /// Whether a page for people was warned of.
+    /// Whether a warning about an HTML page was logged.
     warned_of_html: AtomicBool,
-    /// What all requests to it have in common, with a place for each header that they have of their own: in a
-    /// copy of it, nothing has to grow.
+    /// The part that all requests to it have in common, with a placeholder for each header that differs, so that a
+    /// copy never has to grow.
     template: Request,
 }
 
 /// How a destination is reached.
 pub enum Reach {
-    /// By its name, wherever that leads.
+    /// By its name, at any of its addresses.
     Name(Endpoint),
     /// At every address of its name, each of which is a destination of its own.
     EveryAddress(Addresses),
@@ -97,18 +97,18 @@ pub enum Failure {
     Temporary {
         /// What happened, without secrets.
         reason: String,
-        /// The status of the answer, if there was one.
+        /// The status of the response, if there was one.
         status: Option<StatusCode>,
         /// The shortest wait before the next attempt, if the destination asks for one.
         retry_after: Option<Duration>,
-        /// Whether there was no connection, because it was refused or there is no way there.
+        /// Whether there was no connection, because it was refused or there is no route.
         is_refused: bool,
     },
     /// No further attempt can succeed.
     Permanent {
         /// What happened, without secrets.
         reason: String,
-        /// The status of the answer.
+        /// The status of the response.
         status: StatusCode,
     },
 }
@@ -136,16 +136,16 @@ impl Webhook {
         })
     }
 
-    /// Where messages are POSTed to.
+    /// Returns the destinations.
     #[must_use]
     pub fn destinations(&self) -> &[Destination] {
         &self.destinations
     }
 
-    /// One attempt to POST a message.
+    /// Makes one attempt to POST a message.
     ///
     /// # Errors
-    /// If the destination did not answer with success in time.
+    /// If the destination did not respond with success in time.
     pub fn post(
         &self,
         destination: &Destination,
@@ -182,7 +182,7 @@ impl Webhook {
             }
             match timeout_at(deadline, endpoint.client.execute(request)).await {
                 Ok(Ok(response)) => break (response, is_last),
-                // The destination closed the connection as the request went out, and saw nothing of it.
+                // The destination closed the connection as the request went out, and never saw the request.
                 Ok(Err(error)) if was_idle && met_dead_connection(&error) => {}
                 Ok(Err(error)) => {
                     return Err(Failure::Temporary {
@@ -217,7 +217,7 @@ impl Webhook {
         }
         match HeaderValue::from_bytes(delivery.subject.as_bytes()) {
             Ok(subject) => headers.insert(NATS_SUBJECT, subject),
-            // No HTTP header can hold it, as it has a control character.
+            // It has a control character, which no HTTP header can contain.
             Err(_) => headers.remove(NATS_SUBJECT),
         };
         headers.insert(WEBHOOK_ID, id.clone());
@@ -236,7 +236,7 @@ impl Webhook {
         {
             headers.insert(WEBHOOK_SIGNATURE, signatures);
         }
-        // The HTTP client leaves it out where there is no body, and some servers insist on it
+        // The HTTP client leaves it out if there is no body, and some servers insist on it
         // (RFC 9110, 8.6).
         headers.insert(CONTENT_LENGTH, delivery.payload.len().into());
         *request.body_mut() = Some(delivery.payload.clone().into());
@@ -245,7 +245,7 @@ impl Webhook {
 }
 
 impl Webhook {
-    /// Adds the message headers that the settings name, except where the relay has one of its own.
+    /// Adds the message headers that the settings name, except those that the relay sets itself.
     fn pass_headers(&self, delivery: &Delivery, headers: &mut HeaderMap) {
         for (name, values) in delivery.headers.iter() {
             let Ok(name) = HeaderName::try_from(AsRef::<str>::as_ref(name)) else {
@@ -269,7 +269,7 @@ impl Destination {
         tls: Option<&ClientConfig>,
     ) -> anyhow::Result<Self> {
         let endpoint = Endpoint::new(url, tls, None)?;
-        // This turns what the URL has for logging in into a header.
+        // This turns the login in the URL into a header.
         let template = endpoint.client.post(url.secret_url.clone()).build();
         let mut template = template
             .map_err(reqwest::Error::without_url)
@@ -308,7 +308,7 @@ impl Destination {
         })
     }
 
-    /// The cause at the bottom of a failed request, which says most, and never the URL.
+    /// Describes a failed request by its root cause, which is the most specific, and never contains the URL.
     fn describe(&self, error: reqwest::Error) -> String {
         let error = error.without_url();
         let mut cause: &dyn Error = &error;
@@ -328,7 +328,7 @@ impl Destination {
     }
 }
 
-/// A failure without an answer.
+/// Returns a temporary failure without a response.
 #[must_use]
 pub fn temporary(reason: String) -> Failure {
     Failure::Temporary {

@@ -1,4 +1,4 @@
-//! What `--check` finds out about a destination, without a request.
+//! Checks a destination without sending a request.
 
 use std::{collections::HashSet, net::SocketAddr, sync::Arc};
 
@@ -14,7 +14,7 @@ use crate::{
     tls,
 };
 
-/// Looks at a destination, or at every address of its name where each has to be told.
+/// Checks a destination, or every address of its name if each is a destination of its own.
 pub(super) async fn check(
     destination: &Destination,
     tls: Option<&ClientConfig>,
@@ -41,7 +41,7 @@ pub(super) async fn check(
     }
 }
 
-/// Gets as far as a request would, and sends none: to the proxy, where the destination is reached through one.
+/// Connects as a request would, without sending one; only to the proxy if the destination is reached through one.
 async fn reach(destination: &Destination, tls: Option<&ClientConfig>) -> anyhow::Result<String> {
     let url = &destination.secret_url;
     let Some(proxy) = &destination.secret_proxy else {
@@ -52,11 +52,11 @@ async fn reach(destination: &Destination, tls: Option<&ClientConfig>) -> anyhow:
     let reached = async { connect(proxy, &look_up(proxy).await?, tls).await }.await;
     reached.with_context(|| format!("the proxy {shown}"))?;
     Ok(format!(
-        "goes through the proxy {shown}, which can be connected to; only a request would tell more"
+        "is reached through the proxy {shown}, which can be connected to; only a request can test more"
     ))
 }
 
-/// What can be said of a destination once there was a connection.
+/// Describes a destination to which there was a connection.
 fn connected(destination: &Destination) -> String {
     match destination.is_https() {
         true => "can be connected to, its certificate is trusted".to_owned(),
@@ -72,8 +72,8 @@ async fn look_up(url: &Url) -> anyhow::Result<Vec<SocketAddr>> {
     Ok(found.filter(|address| seen.insert(*address)).collect())
 }
 
-/// Connects to the host of `url` at one of its `addresses`, and shakes hands where that is by TLS. A server
-/// that refuses the client certificate may say so only after that.
+/// Connects to the host of `url` at one of its `addresses`, including the TLS handshake. A server that refuses the
+/// client certificate may say so only later.
 async fn connect(
     url: &Url,
     addresses: &[SocketAddr],
@@ -83,7 +83,7 @@ async fn connect(
         .await
         .context("cannot connect")?;
     if let Some(tls) = tls.filter(|_| url.scheme() == "https") {
-        // IPv6 addresses are in brackets in a URL, and nowhere else.
+        // Only in a URL are IPv6 addresses in brackets.
         let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
         let name = ServerName::try_from(host.to_owned())?;
         let connecting = TlsConnector::from(Arc::new(tls.clone())).connect(name, stream);

@@ -11,32 +11,32 @@ use super::{
     variables::{is_known, misnamed},
 };
 
-/// The dotenv files, the one that wins first.
+/// The dotenv files, in order of precedence.
 const DOTENV_FILES: [&str; 2] = [".env.local", ".env"];
 
-/// Added to a variable's name for the variable that names a file holding its value.
+/// The suffix of the variable that names a file with the value of another one.
 pub const FILE_SUFFIX: &str = "_FILE";
 
 /// Every variable that is set. An empty value counts as unset.
 #[derive(Clone, Default)]
 pub struct Environment {
-    /// A value, or what is wrong with the line of a dotenv file that sets it.
+    /// The values, or the problems of the lines of a dotenv file that set them.
     variables: BTreeMap<String, Result<OsString, String>>,
     /// Names in dotenv files that mean nothing to the relay.
     foreign: Vec<String>,
-    /// Which dotenv file sets which variables, in a sentence for each.
+    /// A sentence for each dotenv file that says which variables it sets.
     pub files: Vec<String>,
     /// The dotenv files that can't be read, and why.
     pub(super) problems: Vec<String>,
-    /// What is probably not as it was meant.
+    /// Settings that are probably mistakes.
     pub warnings: Vec<String>,
 }
 
 impl Environment {
-    /// Reads the process environment, and below it the dotenv files in `directory`.
+    /// Reads the process environment, and then the dotenv files in `directory`.
     ///
-    /// These files usually belong to another program, which reads them by other rules: only the lines that
-    /// set our own variables count, and no other line is a problem or changes how ours are read.
+    /// These files usually belong to another program with another syntax: only the lines that set our own variables
+    /// count, and no other line is a problem or changes how ours are parsed.
     #[must_use]
     pub fn load(directory: &Path) -> Self {
         let mut environment: Self = std::env::vars_os()
@@ -57,7 +57,7 @@ impl Environment {
             })
             .collect();
         for file in DOTENV_FILES.map(|file| directory.join(file)) {
-            // A directory may be a virtual environment of Python.
+            // A directory may be a Python virtual environment.
             if file.is_dir() || !file.exists() {
                 continue;
             }
@@ -73,7 +73,7 @@ impl Environment {
         environment
     }
 
-    /// Adds what a dotenv file sets and is not set yet, neither by itself nor by way of its file.
+    /// Adds the variables of a dotenv file that are not yet set, neither directly nor by `X_FILE`.
     fn fill(&mut self, file: &Path, text: &str) {
         let file = file.display();
         let mut new = BTreeMap::new();
@@ -100,7 +100,7 @@ impl Environment {
         self.variables.extend(new);
     }
 
-    /// The value of a variable as it is, whatever its bytes.
+    /// Returns the raw value of a variable, which may have any bytes.
     fn raw(&self, name: &str) -> Result<Option<&OsStr>, String> {
         match self.variables.get(name) {
             Some(Ok(value)) => Ok(Some(value)),
@@ -109,7 +109,7 @@ impl Environment {
         }
     }
 
-    /// The text of a variable that names a file itself, and so has no `X_FILE`.
+    /// Returns the text of a variable that names a file itself, and so has no `X_FILE`.
     ///
     /// # Errors
     /// If the value is not UTF-8.
@@ -120,7 +120,7 @@ impl Environment {
         }
     }
 
-    /// The text of a variable, or of the file that its `X_FILE` names.
+    /// Returns the text of a variable, or of the file that its `X_FILE` names.
     ///
     /// # Errors
     /// If both are set, if the value is not UTF-8, or if the file can't be read or is empty.
@@ -137,7 +137,7 @@ impl Environment {
         }
     }
 
-    /// Takes only these variables, and those that name the files of their values.
+    /// Keeps only these variables, and those that name files with their values.
     #[must_use]
     pub fn only(&self, names: &[&str]) -> Self {
         let is_wanted =
@@ -151,7 +151,7 @@ impl Environment {
         }
     }
 
-    /// The names of all variables that are set, ours or not.
+    /// Returns the names of all variables that are set, ours or not.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         let names = self.variables.keys().chain(&self.foreign);
         names.map(String::as_str)
@@ -173,7 +173,7 @@ impl<N: Into<String>, V: Into<OsString>> FromIterator<(N, V)> for Environment {
     }
 }
 
-/// A file's content as a value, one trailing newline removed.
+/// Returns a file's content as a value, without one trailing newline.
 fn read_value(path: &Path) -> Result<String, String> {
     let text = read_text(path).map_err(|error| error.to_string())?;
     let value = text.strip_suffix('\n').unwrap_or(&text);
@@ -183,8 +183,8 @@ fn read_value(path: &Path) -> Result<String, String> {
     }
 }
 
-/// Cuts a dotenv file into what sets a variable: the name, the number of the line, and the text from there
-/// on. What stands between, such as the rest of a foreign value of several lines, is skipped.
+/// Splits a dotenv file at the lines that set a variable: the name, the line number, and the text from there
+/// on. Anything in between, such as the rest of a foreign multi-line value, is skipped.
 fn entries(text: &str) -> impl Iterator<Item = (&str, usize, &str)> {
     let text = text.trim_start_matches('\u{feff}');
     let mut start = 0;
@@ -197,7 +197,7 @@ fn entries(text: &str) -> impl Iterator<Item = (&str, usize, &str)> {
         })
 }
 
-/// The name of the variable that a line sets, if it is one that does.
+/// Returns the name of the variable that a line sets, if it sets one.
 fn name_set_by(line: &str) -> Option<&str> {
     let line = line.trim_start();
     let line = line.strip_prefix("export ").unwrap_or(line).trim_start();
@@ -207,8 +207,8 @@ fn name_set_by(line: &str) -> Option<&str> {
     (sets && !name.is_empty()).then_some(name)
 }
 
-/// Reads the entry at the beginning of `text`. Only a quote around the whole value makes it go on in the next
-/// line; nothing is quoted in the error, because the line may hold a secret.
+/// Parses the entry at the beginning of `text`. The value continues on the next line only inside quotes around all of
+/// it. The error quotes nothing, because the line may contain a secret.
 pub(crate) fn read_entry(text: &str) -> Result<String, &'static str> {
     const BAD: &str =
         "is not a valid NAME=value; put a value with spaces, quotes, # or $ in single quotes";
@@ -237,13 +237,13 @@ pub(crate) fn read_entry(text: &str) -> Result<String, &'static str> {
         }
         _ => (value.split(" #").next().unwrap_or_default(), line.len()),
     };
-    // A password would silently be another one.
+    // Otherwise a password would silently change.
     if value.replace(r"\\", "").replace(r"\$", "").contains('$') {
         return Err(
             "has a $ that would be replaced by the value of a variable; put the value in single quotes",
         );
     }
-    // Which is what other bytes than UTF-8 were read as.
+    // This replaces bytes that are not UTF-8.
     if text[..end].contains(char::REPLACEMENT_CHARACTER) {
         return Err("is not valid UTF-8");
     }
@@ -259,7 +259,7 @@ mod tests {
     use super::*;
     use std::{fs, os::unix::ffi::OsStringExt};
 
-    /// What a dotenv file makes of `NATS_PASS`.
+    /// Returns the value that a dotenv file gives to `NATS_PASS`.
     fn password(file: &str) -> Result<Option<String>, String> {
         let mut environment = Environment::default();
         environment.fill(Path::new(".env"), file);

@@ -13,7 +13,7 @@ use rustls::{
 };
 use secrecy::{ExposeSecret, SecretSlice};
 
-/// Reads the pair of keys whose seed the file at `path` holds.
+/// Reads the key pair whose seed is in the file at `path`.
 pub(super) fn read_nkey(path: &str) -> Result<KeyPair, String> {
     read(path, "seed of an nkey (SU...)", |content| {
         let seed = str::from_utf8(content).ok()?;
@@ -21,7 +21,7 @@ pub(super) fn read_nkey(path: &str) -> Result<KeyPair, String> {
     })
 }
 
-/// Reads the JWT and the pair of keys that a file of credentials holds.
+/// Reads the JWT and the key pair from a credentials file.
 pub(super) fn read_credentials(path: &str) -> Result<(String, KeyPair), String> {
     read(path, "credentials (a JWT and a seed)", |content| {
         parse_credentials(str::from_utf8(content).ok()?)
@@ -39,8 +39,7 @@ fn parse_credentials(text: &str) -> Option<(String, KeyPair)> {
     Some((jwt.to_owned(), KeyPair::from_seed(seed).ok()?))
 }
 
-/// Reads the path of a file of CAs. One that can't be used is no reason to refuse all others: the system's file may
-/// have some.
+/// Reads the path of a file of CAs. Unparsable certificates are skipped, because the system's file may have some.
 pub(super) fn check_authorities(path: &str) -> Result<PathBuf, String> {
     read(path, "certificate in PEM form that can be used", |pem| {
         let certificates = CertificateDer::pem_slice_iter(pem).flatten();
@@ -49,7 +48,7 @@ pub(super) fn check_authorities(path: &str) -> Result<PathBuf, String> {
     })
 }
 
-/// Reads a certificate, maybe with those of the CAs between it and its root, and its path.
+/// Reads a certificate, with those of intermediate CAs if there are any, and its path.
 pub(super) fn read_chain(path: &str) -> Result<(PathBuf, Vec<CertificateDer<'static>>), String> {
     read(path, "certificate in PEM form", |pem| {
         let chain: Vec<_> = CertificateDer::pem_slice_iter(pem).flatten().collect();
@@ -65,7 +64,7 @@ pub(super) fn read_key(path: &str) -> Result<(PathBuf, PrivateKeyDer<'static>), 
     })
 }
 
-/// Reads a file and what it holds, if `parse` finds that there.
+/// Reads a file, and what `parse` finds in it.
 fn read<T>(path: &str, what: &str, parse: impl FnOnce(&[u8]) -> Option<T>) -> Result<T, String> {
     let path = Path::new(path);
     let content = read_file(path)
@@ -75,10 +74,11 @@ fn read<T>(path: &str, what: &str, parse: impl FnOnce(&[u8]) -> Option<T>) -> Re
         .ok_or_else(|| format!("names {}, which holds no {what}", shown(path)))
 }
 
-/// No file with settings is larger; certificates of all the world's CAs take a quarter of it.
+/// The maximum size of a file with settings; the certificates of all public CAs take a quarter of it.
 const MAX_FILE_BYTES: u64 = 1 << 20;
 
-/// The content of a file that a setting names. A pipe could wait for ever, and a device never end.
+/// Returns the content of a file that a setting names. It must be a regular file, because reading a pipe could block
+/// forever, and a device may never end.
 pub(super) fn read_file(path: &Path) -> io::Result<Vec<u8>> {
     if !fs::metadata(path)?.is_file() {
         return Err(io::Error::other(
@@ -97,12 +97,12 @@ pub(super) fn read_file(path: &Path) -> io::Result<Vec<u8>> {
     Ok(content)
 }
 
-/// The text of a file that a setting names.
+/// Returns the text of a file that a setting names.
 pub(super) fn read_text(path: &Path) -> io::Result<String> {
     String::from_utf8(read_file(path)?).map_err(|_| io::Error::other("it is not valid UTF-8"))
 }
 
-/// A path as it may be shown. What is no absolute path may be a secret in the place of one.
+/// Returns a path as it may be shown. A value that is not an absolute path may be a secret set by mistake.
 pub(super) fn shown(path: &Path) -> String {
     if path.is_absolute() {
         format!("{path:?}")

@@ -14,8 +14,7 @@ use super::{
     },
 };
 
-/// What the URL of a server may start with: in clear text until the server wants TLS, with TLS, and as a web
-/// socket in clear text and with TLS.
+/// The schemes of server URLs: plain text unless the server requires TLS, TLS, and web sockets without and with TLS.
 const SCHEMES: [&str; 4] = ["nats://", "tls://", "ws://", "wss://"];
 
 /// The NATS servers and how to log in.
@@ -25,17 +24,17 @@ pub struct Nats {
     pub servers: Vec<ServerAddr>,
     /// How to log in.
     pub login: Login,
-    /// Whom to trust, and the client certificate.
+    /// The CAs to trust, and the client certificate.
     pub tls: Tls,
-    /// Whether a connection without TLS is out of the question.
+    /// Whether every connection must use TLS.
     pub requires_tls: bool,
     /// Whether the TLS handshake comes before the server's greeting.
     pub tls_first: bool,
-    /// Whether only these servers count, and not those that a cluster advertises.
+    /// Whether to ignore the servers that a cluster advertises.
     pub ignore_discovered: bool,
 }
 
-/// How to log in to NATS, by the variables that tell it. The values and the files that they name are read anew for
+/// How to log in to NATS: the variables that say so. The values and the files that they name are read again for
 /// each connection, because they may have been renewed.
 #[derive(Clone)]
 pub struct Login(Environment);
@@ -56,7 +55,7 @@ impl Nats {
         let is_tls = servers
             .as_ref()
             .is_ok_and(|servers| servers.iter().any(is_tls));
-        // Each of these means that a password must never be sent in the clear, to no server.
+        // Each of these means that a password must never be sent in the clear, to any server.
         let demand = if reader.is_set(CA) {
             Some("NATS_CA is set")
         } else if reader.is_set(CERT) {
@@ -91,8 +90,8 @@ impl Nats {
 /// Each way to log in, by the variable that is set for it.
 const LOGINS: [&str; 4] = [USER, TOKEN, NKEY, CREDS];
 
-/// Logins of which one excludes the other. Credentials may come with a token, or a user and a password, as auth
-/// callout wants it.
+/// Logins that exclude each other. Credentials may be combined with a token, or with a user and a password, as auth
+/// callout requires.
 const EXCLUSIVE: [(&str, &str); 4] = [(USER, TOKEN), (USER, NKEY), (TOKEN, NKEY), (NKEY, CREDS)];
 
 impl Login {
@@ -102,7 +101,7 @@ impl Login {
         self.set().next().is_none()
     }
 
-    /// What to look at where the server refuses it.
+    /// Returns the hint for a refused login.
     #[must_use]
     pub fn hint(&self) -> String {
         let set: Vec<_> = self.set().collect();
@@ -115,7 +114,7 @@ impl Login {
         }
     }
 
-    /// Logs in: the answer to a server that has sent this `nonce`.
+    /// Returns the login for a server that has sent this `nonce`.
     ///
     /// # Errors
     /// If a value or a file can't be used any more.
@@ -131,7 +130,7 @@ impl Login {
             .filter(|name| Reader::new(&self.0).is_set(name))
     }
 
-    /// Takes the variables that tell how to log in, once it is clear that they can be used.
+    /// Keeps the variables of the login, once it is clear that they can be used.
     fn read(reader: &mut Reader<'_>) -> Result<Self, Noted> {
         let both = EXCLUSIVE
             .into_iter()
@@ -163,7 +162,7 @@ impl Login {
             }
             (None, None) => None,
         };
-        // A pair that comes from a seed can sign.
+        // A key pair from a seed can sign.
         auth.signature = pair.and_then(|pair| pair.sign(nonce).ok());
         Ok(auth)
     }
@@ -175,7 +174,7 @@ impl fmt::Debug for Login {
     }
 }
 
-/// The servers of `NATS_HOST`, or of its other name.
+/// Reads the servers of `NATS_HOST`, or of its alias.
 fn read_servers(reader: &mut Reader<'_>) -> Result<Vec<ServerAddr>, Noted> {
     let host = reader.text(HOST);
     let address = reader.text(ADDRESS);

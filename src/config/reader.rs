@@ -1,7 +1,7 @@
-//! Looks variables up, parses them, and notes every problem, so that one run reports all of them.
+//! Looks up variables, parses them, and collects every problem, so that one run reports all of them.
 //!
-//! Whoever reads several settings reads all of them before the first `?`: an early return would hide
-//! the problems of those that follow.
+//! Code that reads several settings must read all of them before the first `?`, because an early return would hide
+//! the problems of the others.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use super::{
     variables::{Default, Kind, find},
 };
 
-/// There is no value, because a problem with it was noted. Only [`Reader::note`] makes one.
+/// There is no value, because a problem with it was noted. Only [`Reader::note`] returns this.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub(super) struct Noted(());
@@ -31,28 +31,28 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Notes what is wrong with a variable: `problem` goes on after its name.
+    /// Notes a problem of a variable: `problem` is the sentence after its name.
     pub(super) fn note(&mut self, name: &str, problem: &str) -> Noted {
         let problem = format!("{name} {problem}");
-        // What several settings depend on is read for each of them.
+        // A variable that several settings depend on is read for each of them.
         if !self.problems.contains(&problem) {
             self.problems.push(problem);
         }
         Noted(())
     }
 
-    /// Whether a variable is set, be its value good or bad.
+    /// Returns whether a variable is set, even to a bad value.
     pub(super) fn is_set(&self, name: &str) -> bool {
         !matches!(self.look_up(name), Ok(None))
     }
 
-    /// The text of a variable, if it is set.
+    /// Returns the text of a variable, if it is set.
     pub(super) fn text(&mut self, name: &str) -> Result<Option<String>, Noted> {
         self.look_up(name)
             .map_err(|problem| self.note(name, &problem))
     }
 
-    /// The value of a variable that may be unset.
+    /// Returns the value of a variable that may be unset.
     pub(super) fn optional<T>(
         &mut self,
         name: &str,
@@ -63,7 +63,7 @@ impl<'a> Reader<'a> {
         value.map_err(|problem| self.note(name, &problem))
     }
 
-    /// The value of a variable, or its default. Without one it must be set.
+    /// Returns the value of a variable, or its default. Without a default it must be set.
     pub(super) fn value<T>(
         &mut self,
         name: &str,
@@ -81,7 +81,7 @@ impl<'a> Reader<'a> {
         value.map_err(|problem| self.note(name, &problem))
     }
 
-    /// The values of two variables of which neither makes sense without the other.
+    /// Returns the values of two variables that must be set together.
     pub(super) fn both_or_neither<A, B>(
         &mut self,
         (a_name, parse_a): (&str, impl FnOnce(&str) -> Result<A, String>),
@@ -99,7 +99,7 @@ impl<'a> Reader<'a> {
         Err(self.note(missing, &problem))
     }
 
-    /// The whole, or all problems on the way to it.
+    /// Returns the result, or all problems that were noted.
     pub(super) fn finish<T>(self, whole: Result<T, Noted>) -> Result<T, Vec<String>> {
         match whole {
             Ok(whole) if self.problems.is_empty() => Ok(whole),
@@ -107,7 +107,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// What the environment has for a variable.
+    /// Looks up a variable in the environment.
     fn look_up(&self, name: &str) -> Result<Option<String>, String> {
         match find(name).map(|variable| variable.kind) {
             Some(Kind::File) => self.environment.text(name),
@@ -116,7 +116,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// The text as it is.
+/// Accepts any text.
 pub(super) fn any_text(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
@@ -143,7 +143,7 @@ pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// Entries separated by white space; at least one.
+/// Parses entries separated by white space; at least one.
 pub(super) fn parse_list<T>(
     text: &str,
     parse: fn(&str) -> Result<T, String>,

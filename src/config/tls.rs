@@ -1,4 +1,4 @@
-//! Whom to trust, and which client certificate to show: for NATS and for webhooks alike.
+//! The CAs to trust and the client certificate, for NATS and for webhooks alike.
 
 use std::path::PathBuf;
 
@@ -20,8 +20,8 @@ pub struct Tls {
 }
 
 impl Tls {
-    /// Reads the variables for CAs, certificate and key. `SSL_CERT_FILE` takes the place of the CAs, and is only
-    /// looked at if anything `is_verified` by it: other programs may need it.
+    /// Reads the variables for CAs, certificate and key. `SSL_CERT_FILE` is the default for the CAs, and is read only if
+    /// anything `is_verified` with it, because it may be meant for other programs.
     pub(super) fn read(
         reader: &mut Reader<'_>,
         [ca, certificate, key]: [&str; 3],

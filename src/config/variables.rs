@@ -9,37 +9,37 @@ use super::environment::{Environment, FILE_SUFFIX};
 pub struct Variable {
     /// Its name.
     pub name: &'static str,
-    /// What kind of value it takes.
+    /// The kind of its value.
     pub kind: Kind,
-    /// What holds if it is not set.
+    /// Its default.
     pub default: Default,
-    /// What it means, in one sentence fragment.
+    /// Its meaning, as a sentence fragment.
     pub meaning: &'static str,
 }
 
-/// What holds if a [`Variable`] is not set.
+/// The default of a [`Variable`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Default {
     /// It must be set.
     Required,
-    /// Nothing: the feature is off.
+    /// None: the feature is off.
     Off,
     /// This value.
     Value(&'static str),
 }
 
-/// What kind of value a [`Variable`] takes.
+/// The kind of value of a [`Variable`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// A value that may be shown.
     Plain,
     /// A value that must not be shown.
     Secret,
-    /// The path of a file, which is why there is no `X_FILE`.
+    /// The path of a file, so that there is no `X_FILE`.
     File,
 }
 
-/// Makes a constant of each name, and one table of all.
+/// Defines a constant for each name, and one table of them all.
 macro_rules! variables {
     ($($constant:ident = $name:literal, $kind:ident, $default:expr, $meaning:literal;)*) => {
         $(pub(crate) const $constant: &str = $name;)*

@@ -23,19 +23,19 @@ use super::{
 pub struct Webhook {
     /// The URLs; at least one. All must succeed.
     pub destinations: Vec<Destination>,
-    /// Added to every request.
+    /// The headers to add to every request.
     pub headers: HeaderMap,
     /// Every request is signed with each of these keys.
     pub signing_keys: Vec<SecretSlice<u8>>,
     /// Longest time for one attempt, connecting included.
     pub timeout: Duration,
-    /// Attempts per message; without end if none.
+    /// Attempts per message; `None` means no limit.
     pub max_attempts: Option<u32>,
-    /// The statuses that are the message's fault, instead of the usual ones.
+    /// The statuses for which the message is at fault, instead of the usual ones.
     pub give_up_on: Option<Vec<RangeInclusive<u16>>>,
     /// The message headers that the request carries too.
     pub pass_headers: PassHeaders,
-    /// Whom to trust for https, and the client certificate.
+    /// The CAs to trust for https, and the client certificate.
     pub tls: Tls,
 }
 
@@ -44,7 +44,7 @@ pub struct Webhook {
 pub struct Destination {
     /// The URL with all its secrets.
     pub secret_url: Url,
-    /// The URL, with the login in it, of the proxy through which it is reached, if it is.
+    /// The URL of the proxy through which it is reached, if any, including the login.
     pub secret_proxy: Option<Url>,
     /// Whether every address of its name has to succeed.
     pub every_address: bool,
@@ -55,7 +55,7 @@ impl Webhook {
         let destinations = Destination::read_all(reader);
         let timeout = reader.value(TIMEOUT, parse_timeout);
         let max_attempts = match mode {
-            // What is durable is not given up on unless its operator wants that.
+            // In durable mode, the relay gives up on a message only if its operator wants that.
             Ok(Mode::Durable { .. }) if !reader.is_set(MAX_ATTEMPTS) => Ok(None),
             _ => reader.value(MAX_ATTEMPTS, parse_max_attempts),
         };
@@ -88,7 +88,7 @@ impl Destination {
         for url in urls? {
             destinations.push(Self {
                 secret_proxy: read_proxy(reader, &url)?,
-                // What is written as an IP address is one.
+                // An IP address needs no lookup.
                 every_address: every_address? && url.domain().is_some(),
                 secret_url: url,
             });
@@ -107,19 +107,19 @@ impl Destination {
         Ok(destinations)
     }
 
-    /// The proxy as it may be shown.
+    /// Returns the proxy's URL without secrets.
     #[must_use]
     pub fn proxy(&self) -> Option<String> {
         self.secret_proxy.as_ref().map(without_secrets)
     }
 
-    /// Returns whether it is reached by TLS.
+    /// Returns whether it uses TLS.
     #[must_use]
     pub fn is_https(&self) -> bool {
         self.secret_url.scheme() == "https"
     }
 
-    /// Returns whether TLS is needed on the way to it, be it for its proxy.
+    /// Returns whether it, or its proxy, uses TLS.
     #[must_use]
     pub fn needs_tls(&self) -> bool {
         let proxy = self.secret_proxy.as_ref().map(Url::scheme);
@@ -139,28 +139,28 @@ impl fmt::Debug for Destination {
     }
 }
 
-/// The host and port of a URL, as `host:port`.
+/// Returns the host and port of a URL, as `host:port`.
 pub(crate) fn authority(url: &Url) -> String {
     let port = url.port_or_known_default().unwrap_or_default();
     format!("{}:{port}", url.host_str().unwrap_or_default())
 }
 
-/// `url` without its userinfo, query and fragment.
+/// Returns `url` without its userinfo, query and fragment.
 #[must_use]
 pub fn without_secrets(url: &Url) -> String {
     let mut shown = url.clone();
-    // Fails where there is none.
+    // It fails if there is none.
     let _ = (shown.set_username(""), shown.set_password(None));
     shown.set_query(None);
     shown.set_fragment(None);
     shown.into()
 }
 
-/// What no proxy is used for, as in Go's net/http: from its point of view that is another machine.
+/// Hosts for which no proxy is used, as in Go's net/http, because to the proxy they are another machine.
 const LOOPBACK: &str = "localhost,127.0.0.0/8,0.0.0.0,::1,::,::ffff:127.0.0.0/104";
 
-/// Reads the proxy through which a URL is reached, if it is. One that is not used is not looked at: other
-/// programs may need it.
+/// Reads the proxy through which a URL is reached, if any. A proxy that is not used is ignored, because it may be
+/// meant for other programs.
 fn read_proxy(reader: &mut Reader<'_>, url: &Url) -> Result<Option<Url>, Noted> {
     let exempt = reader.optional(&as_set(reader, NO_PROXY), any_text)?;
     let exempt = format!("{LOOPBACK},{}", exempt.unwrap_or_default());
@@ -176,7 +176,7 @@ fn read_proxy(reader: &mut Reader<'_>, url: &Url) -> Result<Option<Url>, Noted> 
     reader.optional(&as_set(reader, name), parse_proxy)
 }
 
-/// The name by which a variable is set: these are written in lower case as well.
+/// Returns the name under which a variable is set: proxy variables may be in lower case.
 fn as_set(reader: &Reader<'_>, name: &str) -> String {
     match reader.is_set(name) {
         true => name.to_owned(),
@@ -199,7 +199,7 @@ fn parse_destination(text: &str) -> Result<Url, String> {
     )
 }
 
-/// Reads a secret of Standard Webhooks: `whsec_` and base64 of 24 to 64 bytes.
+/// Parses a Standard Webhooks secret: `whsec_` and base64 of 24 to 64 bytes.
 fn parse_signing_key(text: &str) -> Result<SecretSlice<u8>, String> {
     let encoded = text.strip_prefix("whsec_");
     let key = encoded.and_then(|encoded| STANDARD.decode(encoded).ok());
@@ -357,7 +357,7 @@ mod tests {
         assert!(set(&[proxy, (NO_PROXY, "app.example")]).is_ok());
     }
 
-    /// The proxy for each of `destinations` with these variables set.
+    /// Returns the proxy for each of `destinations` with these variables set.
     fn chosen(variables: &[(&str, &str)], destinations: &[&str]) -> Vec<Option<String>> {
         let urls = destinations.join(" ");
         let config = with(&[&[(DESTINATION, &urls[..])], variables].concat()).unwrap();

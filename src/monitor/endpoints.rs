@@ -1,4 +1,4 @@
-//! The page, `/livez`, `/readyz` and `/metrics` over HTTP, apart from the main loop.
+//! The page, `/livez`, `/readyz` and `/metrics` over HTTP, separate from the main loop.
 
 use std::{
     collections::VecDeque, convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration,
@@ -26,20 +26,20 @@ use tokio::{
 
 use super::{Monitor, page::POLICY};
 
-/// So many clients are served at the same time. For a further one the oldest has to go, which is a silent
-/// one, for whoever asks is answered at once: silent clients must not keep a probe waiting.
+/// Maximum concurrent clients; one more evicts the oldest. That is a silent one, because requests are answered at
+/// once, and silent clients must not keep a probe waiting.
 const MAX_CLIENTS: usize = 64;
 
-/// A client gets this long for its one request, and its answer.
+/// How long a client gets for its one request and the response.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// So many clients may wait to be accepted.
+/// How many clients may wait to be accepted.
 const BACKLOG: u32 = 4096;
 
-/// What failed to be accepted, as with too many open files, is not better at once.
+/// How long to wait after a failed accept before retrying, for example with too many open files.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// No request needs more room for its head.
+/// The maximum size of a request's head.
 const MAX_HEAD_BYTES: usize = 8 * 1024;
 
 const HTML: HeaderValue = HeaderValue::from_static("text/html; charset=utf-8");
@@ -47,11 +47,11 @@ const TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
 const PROMETHEUS: HeaderValue =
     HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
 
-/// Listens, and answers in the background from then on.
+/// Listens, and serves requests in the background from then on.
 ///
 /// # Errors
-/// If the address can't be listened on. That may get better: the network that it belongs to may come up
-/// later, and whoever uses it may end.
+/// If the address can't be listened on. That can be temporary: its network may come up later, or another program may
+/// release it.
 pub fn start(address: SocketAddr, monitor: Arc<Monitor>) -> anyhow::Result<()> {
     let listener = listen(address)
         .with_context(|| format!("STATUS_LISTEN {address} cannot be listened on"))?;
@@ -96,7 +96,7 @@ async fn serve(listener: TcpListener, monitor: Arc<Monitor>) {
         }
         let client = serve_client(stream, Arc::clone(&monitor));
         clients.push_back(tokio::spawn(client).abort_handle());
-        // However many connect at once, everything else gets its turn, and whoever had to go is gone.
+        // However many clients connect at once, all other tasks get their turn, and evicted clients are gone.
         yield_now().await;
     }
 }
@@ -112,7 +112,7 @@ async fn serve_client(stream: TcpStream, monitor: Arc<Monitor>) {
         .max_buf_size(MAX_HEAD_BYTES)
         .keep_alive(false)
         .serve_connection(TokioIo::new(stream), service);
-    // Whatever a client does wrong is its own matter.
+    // Errors of a client are ignored.
     let _ = timeout(TIMEOUT, connection).await;
 }
 

@@ -1,5 +1,5 @@
-//! Signs of life of the main loop: for the status endpoints, and for systemd along with readiness and
-//! a status line (sd_notify(3)). Where neither wants them, all of this does nothing.
+//! Signs of life of the main loop: for the status endpoints, and for systemd together with readiness and
+//! a status line (sd_notify(3)). If neither needs them, all of this does nothing.
 
 use std::{
     convert::Infallible,
@@ -17,28 +17,28 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use crate::{lock::lock, monitor::Monitor};
 
-/// A sign of life is given at least this often.
+/// How often to give a sign of life, at least.
 const LONGEST_BEAT: Duration = Duration::from_secs(1);
 
-/// systemd is not kept waiting for longer than this: a NATS server that is down must not hold up the units
-/// that are ordered after the relay, or a boot.
+/// The longest time to keep systemd waiting, because a NATS server that is down must not hold up a boot or the units
+/// that are ordered after the relay.
 const LONGEST_START: Duration = Duration::from_secs(10);
 
 /// The heartbeat of the main loop.
 pub struct Heartbeat {
-    /// The time between two signs of life, if anyone wants them.
+    /// The time between two signs of life, if anyone needs them.
     every: Option<Duration>,
-    /// Whether systemd wants signs of life.
+    /// Whether systemd needs signs of life.
     watchdog: bool,
     started: Instant,
     /// Whether systemd knows that the relay is ready.
     is_ready: AtomicBool,
-    /// The status line that systemd knows.
+    /// The status line last sent to systemd.
     known: Mutex<String>,
 }
 
 impl Heartbeat {
-    /// As the environment says; `shown` where the status is shown elsewhere as well.
+    /// Returns the heartbeat that the environment asks for; `shown` if the status is shown elsewhere as well.
     #[must_use]
     pub fn new(shown: bool) -> Self {
         let watchdog = sd_notify::watchdog_enabled();
@@ -53,14 +53,14 @@ impl Heartbeat {
         }
     }
 
-    /// Tells systemd that the start is over: the relay is subscribed, or has waited long enough for that.
+    /// Tells systemd that the start is complete: the relay is subscribed, or has waited long enough.
     pub fn ready(&self, monitor: &Monitor) {
         if !self.is_ready.swap(true, Relaxed) {
             self.tell(Some(NotifyState::Ready), monitor);
         }
     }
 
-    /// The relay was asked to stop.
+    /// Notes that the relay was asked to stop.
     pub fn stopping(&self, monitor: &Monitor) {
         monitor.set_stopping();
         self.tell(Some(NotifyState::Stopping), monitor);
@@ -72,7 +72,7 @@ impl Heartbeat {
             return pending().await;
         };
         let mut beats = interval(every);
-        // A beat that comes late is no reason for several at once.
+        // A late beat must not cause several at once.
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             beats.tick().await;
@@ -81,7 +81,7 @@ impl Heartbeat {
                 self.ready(monitor);
             }
             if self.watchdog {
-                // On its own: whatever is wrong with the status line must not look like a hang.
+                // Separately, so that a problem with the status line does not look like a hang.
                 notify(&[NotifyState::Watchdog]);
             }
             self.tell(None, monitor);

@@ -1,5 +1,5 @@
-//! The log: how a line looks to a person, to systemd's journal or to a program that reads JSON; and how it is
-//! written without making the relay wait for a reader.
+//! The log: the format of a line for people, for systemd's journal or as JSON; and how it is written without making the
+//! relay wait for a reader.
 
 use std::{
     env,
@@ -31,13 +31,13 @@ const MAX_WAITING: usize = 1 << 20;
 /// Writing pauses for this long after each batch, so that in a burst not every line wakes the thread.
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// At the end the log gets this long to be written.
+/// How long to wait at the end for the log to be written.
 const END_TIMEOUT: Duration = Duration::from_millis(100);
 
-/// What a pipe takes as a whole, however many others write to it (pipe(7)).
+/// The largest write to a pipe that is atomic (pipe(7)).
 const PIPE_BUF: usize = 4096;
 
-/// What the relay's own lines are logged by.
+/// The log target of the relay's own lines.
 const OWN: &str = "nats_webhook_relay";
 
 /// Lines on their way to standard error.
@@ -70,7 +70,7 @@ pub fn start(filter: &str, is_json: bool) {
         builder.filter_module(OWN, LevelFilter::Info);
     }
     builder.format(move |out, record| format.write(out, record));
-    // A thread of its own, because a full pipe or a stopped terminal makes whoever writes wait.
+    // In a separate thread, because writing to a full pipe or a stopped terminal blocks.
     let writer = thread::Builder::new().name("log".to_owned());
     if let Ok(writer) = writer.spawn(move || write_lines(format)) {
         let waker = writer.thread().clone();
@@ -93,7 +93,7 @@ fn is_silent(filter: &str) -> bool {
     !shows_errors && !filter.contains(OWN) && !filter.split(',').any(says_so)
 }
 
-/// Waits until all lines are written, but not long.
+/// Waits until all lines are written, but not for long.
 pub fn finish() {
     let start = Instant::now();
     let is_done = || {
@@ -126,7 +126,7 @@ impl Write for Enqueue {
     }
 }
 
-/// Writes the lines of the queue, for ever.
+/// Writes the lines of the queue, forever.
 fn write_lines(format: Format) {
     let (mut reported, mut has_room) = (0, true);
     loop {
@@ -144,7 +144,7 @@ fn write_lines(format: Format) {
             let report =
                 format_args!("{unreported} log lines could not be written and were dropped");
             let report = Record::builder().level(Level::Warn).args(report).build();
-            // It never fails: a vector takes anything.
+            // Writing to a vector never fails.
             let _ = format.write(&mut lines, &report);
             reported += unreported;
         }
@@ -206,7 +206,7 @@ impl Format {
     fn write(self, out: &mut impl Write, record: &Record<'_>) -> io::Result<()> {
         let (level, time) = (record.level(), format_rfc3339_millis(SystemTime::now()));
         if self.goes_to_journal {
-            // It keeps the time itself, and takes the priority from this prefix (sd-daemon(3), syslog(3)).
+            // The journal records the time itself, and takes the priority from this prefix (sd-daemon(3), syslog(3)).
             let priority = match level {
                 Level::Error => 3,
                 Level::Warn => 4,
@@ -231,7 +231,7 @@ impl Format {
     }
 }
 
-/// Returns what makes a terminal show a level in its colour (ECMA-48, SGR).
+/// Returns the escape code for the colour of a level (ECMA-48, SGR).
 fn colour(level: Level) -> &'static str {
     match level {
         Level::Error => "\x1b[1;31m",
@@ -278,7 +278,7 @@ fn json_within(record: &Record<'_>, longest: usize) -> String {
     object.text("time", &now.to_string());
     object.text("level", record.level().as_str());
     object.text("message", &record.args().to_string());
-    // It never fails, as no visit does.
+    // It never fails, because no visit does.
     let _ = record.key_values().visit(&mut object);
     object.line + "}"
 }

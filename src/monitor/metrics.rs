@@ -1,4 +1,4 @@
-//! What is counted and measured, as Prometheus reads it.
+//! The metrics, in Prometheus's format.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use prometheus::{
 
 use super::{Cause, logging};
 
-/// What the names of the relay's own metrics begin with.
+/// The prefix of the relay's own metrics.
 const NAMESPACE: &str = "nats_webhook_relay";
 
 /// Upper bounds of the histograms, in seconds.
@@ -39,7 +39,7 @@ pub(super) struct Metrics {
 }
 
 impl Metrics {
-    /// All zero.
+    /// Returns metrics that are all zero.
     ///
     /// # Errors
     /// If two metrics have the same name.
@@ -142,7 +142,7 @@ impl Metrics {
             )?,
             registry,
         };
-        // A counter that is not there before its first event can't be alerted on.
+        // An alert misses the first event of a counter that does not exist before it.
         for cause in Cause::ALL {
             metrics.given_up(cause);
         }

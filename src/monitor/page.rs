@@ -24,7 +24,7 @@ const MAX_MESSAGES: usize = 50;
 
 const MINUTES: u64 = 15;
 
-/// So many attempts of each minute are remembered, picked at random.
+/// How many attempts of each minute are remembered, picked at random.
 const MAX_ATTEMPTS: usize = 500;
 
 /// The headers that keep the page to itself.
@@ -42,16 +42,16 @@ pub(super) static POLICY: LazyLock<String> = LazyLock::new(|| {
     )
 });
 
-/// What the page shows beyond what is counted.
+/// The data of the page that is not in the metrics.
 pub(super) struct History {
-    /// From where to where messages are relayed.
+    /// A line that says where messages come from and where they go.
     about: String,
     messages: VecDeque<Ended>,
     /// One of each minute in which something happened.
     minutes: VecDeque<Minute>,
 }
 
-/// A message that was worked on.
+/// A message that was processed.
 pub(super) struct Ended {
     pub(super) at: SystemTime,
     pub(super) subject: String,
@@ -70,7 +70,7 @@ struct Minute {
 }
 
 impl Minute {
-    /// Returns how long this part of the attempts took at most.
+    /// Returns the duration that this part of the attempts did not exceed.
     fn quantile(&self, part: f64) -> Duration {
         let mut took = self.took.clone();
         took.sort_unstable();

@@ -1,4 +1,4 @@
-//! What is happening, and how that is said in a sentence: on the page, and in the status line of systemd.
+//! The state of the relay, and the sentence for it on the page and in systemd's status line.
 
 use std::{
     fmt,
@@ -7,7 +7,7 @@ use std::{
 
 use super::metrics::Metrics;
 
-/// An answer that takes longer is worth a sentence.
+/// A response that takes longer than this is mentioned.
 const LONG: Duration = Duration::from_secs(1);
 
 pub(super) struct State {
@@ -18,11 +18,11 @@ pub(super) struct State {
     pub(super) was_connected: bool,
     pub(super) is_subscribed: bool,
     pub(super) is_stopping: bool,
-    /// When the main loop last came around.
+    /// The last beat of the main loop.
     pub(super) last_turn: Instant,
-    /// What keeps messages from being taken, and since when.
+    /// The obstacle that keeps messages from being taken, and since when.
     pub(super) obstacle: Option<(SystemTime, String)>,
-    /// What keeps the current message from being relayed.
+    /// The failures that keep the current message from being relayed.
     pub(super) failing: Vec<Failing>,
     /// The message that was given up on last, if nothing was relayed since.
     pub(super) given_up: Option<(SystemTime, String)>,
@@ -32,22 +32,22 @@ pub(super) struct State {
 /// Something that is tried over and over.
 pub(super) struct Failing {
     pub(super) since: SystemTime,
-    /// What fails, such as a destination.
+    /// The failing part, such as a destination.
     pub(super) what: String,
     pub(super) reason: String,
     /// When it is tried again.
     pub(super) next: Instant,
 }
 
-/// The message being worked on.
+/// The message being processed.
 pub(super) struct Current {
     /// Since when it has been waiting to be relayed.
     pub(super) since: SystemTime,
     pub(super) taken: Instant,
-    /// Empty if nobody looks.
+    /// Empty if there is no page.
     pub(super) subject: String,
     pub(super) attempts: u32,
-    /// How many destinations have not answered yet, and since when.
+    /// How many destinations have not responded yet, and since when.
     pub(super) unanswered: u32,
     pub(super) asked: Instant,
 }
@@ -143,7 +143,7 @@ pub(super) fn age(since: SystemTime) -> Duration {
     since.elapsed().unwrap_or_default()
 }
 
-/// Returns a duration as people say it.
+/// Returns a duration in words.
 pub(super) fn span(duration: Duration) -> String {
     match duration.as_secs() {
         seconds @ 0..120 => format!("{seconds} s"),

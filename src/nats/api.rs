@@ -1,5 +1,4 @@
-//! Which JetStream the streams are in: that of the server, or one that is reached through it by the name of
-//! its domain, as behind a leaf node.
+//! The JetStream API: that of the server, or of another domain that is reached through it, as behind a leaf node.
 
 use std::{fmt, sync::Arc};
 
@@ -18,7 +17,7 @@ use crate::config::Config;
 #[derive(Clone)]
 pub struct Api {
     domain: Option<Arc<str>>,
-    /// What the subjects of all requests begin with.
+    /// The prefix of the subjects of all requests.
     prefix: Arc<str>,
 }
 
@@ -35,19 +34,19 @@ impl Api {
         }
     }
 
-    /// The name of its domain, if it is known by one.
+    /// Returns the name of its domain, if it has one.
     #[must_use]
     pub fn domain(&self) -> Option<&str> {
         self.domain.as_deref()
     }
 
-    /// The subject of a request, such as `STREAM.INFO.CMS`.
+    /// Returns the subject of a request such as `STREAM.INFO.CMS`.
     #[must_use]
     pub fn subject(&self, request: fmt::Arguments<'_>) -> String {
         format!("{}{request}", self.prefix)
     }
 
-    /// The request of which this is the subject, if it is one.
+    /// Returns the request that has this subject, if there is one.
     pub(super) fn request<'a>(&self, subject: &'a str) -> Option<&'a str> {
         subject.strip_prefix(&*self.prefix)
     }
@@ -59,8 +58,8 @@ impl Api {
         }
     }
 
-    /// What it means that nobody answers a request: a leaf node loses its hub, and finds it again.
-    /// `variable` names the stream.
+    /// Returns the failure of a request that nobody answers. It is temporary with a domain, because a leaf node can lose
+    /// its hub and find it again. `variable` names the stream.
     #[must_use]
     pub fn silence(&self, variable: &str) -> Failure {
         match self.domain() {
@@ -81,7 +80,7 @@ impl Api {
 pub enum ApiError {
     /// Nobody listens to such requests (see [`Api::silence`]).
     NobodyAnswers,
-    /// There was no answer, for this reason.
+    /// There was no answer; the reason.
     NoAnswer(String),
 }
 
@@ -95,8 +94,8 @@ impl fmt::Display for ApiError {
 }
 
 impl Connection {
-    /// Asks the JetStream API, and returns its answer, a [`Response`](jetstream::response::Response) as JSON. By
-    /// our own inbox: a request of the client that gets no answer leaves an entry behind in it for ever.
+    /// Sends a request to the JetStream API, and returns the answer, a [`Response`](jetstream::response::Response) as
+    /// JSON. Uses our own inbox, because a request of the client's that gets no answer leaks an entry in the client.
     ///
     /// # Errors
     /// If there is no answer.
@@ -117,16 +116,16 @@ impl Connection {
     }
 }
 
-/// Why JetStream does not do what it was asked for.
+/// Why JetStream does not carry out a request.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Failure {
-    /// Later it may.
+    /// It may do so later.
     Temporary(String),
-    /// It never will.
+    /// It will never do so.
     Permanent(String),
 }
 
-/// What it means that JetStream refuses the use of `what`, in the stream that `variable` names (NATS ADR-7).
+/// Interprets an error of JetStream about `what`, in the stream that `variable` names (NATS ADR-7).
 #[must_use]
 pub fn refused(error: &jetstream::Error, what: &str, variable: &str) -> Failure {
     match error.error_code() {

@@ -1,4 +1,4 @@
-//! The connection to NATS, as all parts of the relay share it.
+//! The connection to NATS, which all parts of the relay share.
 
 use std::{
     collections::HashSet,
@@ -27,13 +27,13 @@ use super::{
 };
 use crate::lock::lock;
 
-/// So many subjects are remembered on which a message was not refused.
+/// How many subjects are remembered on which a message was not refused.
 const MAX_PERMITTED: usize = 1024;
 
 /// The connection to NATS.
 #[derive(Clone)]
 pub struct Connection {
-    /// Shared, because a copy of it costs an allocation.
+    /// Shared, because a copy costs an allocation.
     client: Arc<Client>,
     /// Only one, because each starts a task.
     jetstream: Context,
@@ -42,8 +42,8 @@ pub struct Connection {
     inbox: Arc<Mutex<Inbox>>,
 }
 
-/// Messages that NATS has refused to publish, as the observer notes them for those who publish. A refusal
-/// shows only as an event, and the client drops events beyond 128.
+/// Messages that NATS has refused to publish. The observer notes them, because a refusal is only an event, and the
+/// client drops events beyond 128.
 #[derive(Default)]
 pub(super) struct Refusals {
     count: AtomicU64,
@@ -82,8 +82,8 @@ impl Refusals {
     }
 }
 
-/// The task of the NATS client panicked, as on a lone carriage return in a header value. Nothing can be sent
-/// or received with it any more.
+/// The task of the NATS client has panicked, as it does on a lone carriage return in a header value. It can no longer
+/// send or receive anything.
 #[derive(Debug)]
 pub struct ClientCrashed;
 
@@ -112,25 +112,25 @@ impl Connection {
         &self.client
     }
 
-    /// The JetStream that the streams are in.
+    /// Returns the API of the JetStream that has the streams.
     #[must_use]
     pub fn api(&self) -> &Api {
         &self.api
     }
 
-    /// The client's own JetStream.
+    /// Returns the client's own JetStream context.
     #[must_use]
     pub fn jetstream(&self) -> &Context {
         &self.jetstream
     }
 
-    /// Returns the number of this connection to a server. What was sent on an earlier one may be lost.
+    /// Returns the number of this connection to a server. Data sent on an earlier one may be lost.
     #[must_use]
     pub fn epoch(&self) -> u64 {
         self.client.statistics().connects.load(Relaxed)
     }
 
-    /// Returns whether there is a connection to a server just now.
+    /// Returns whether there is a connection to a server at the moment.
     #[must_use]
     pub fn is_up(&self) -> bool {
         self.client.connection_state() == State::Connected
@@ -143,14 +143,14 @@ impl Connection {
         }
     }
 
-    /// Resolves once all that was published before has been sent.
+    /// Resolves once everything published before has been sent.
     pub async fn flush(&self) {
         if self.client.flush().await.is_err() {
             crashed::<()>().await;
         }
     }
 
-    /// Resolves once the server has processed all that was sent before, and what it refused of that is known.
+    /// Resolves once the server has processed everything sent before, and it is known what it refused.
     pub async fn round_trip(&self) {
         loop {
             self.up().await;
@@ -159,12 +159,12 @@ impl Connection {
                 break;
             }
         }
-        // A refusal comes by a task of the client's, which was woken before this one.
+        // A refusal comes from a task of the client's, which was woken before this one.
         yield_now().await;
     }
 
-    /// Publishes a message. With `is_sure`, or where NATS refused one before, it is found out whether it is refused.
-    /// That takes a round trip, but only once for each subject, because it is the subject that may be refused.
+    /// Publishes a message. With `is_sure`, or if NATS has refused one before, this finds out whether it is refused,
+    /// which takes a round trip, but only once for each subject, because permissions are by subject.
     ///
     /// # Errors
     /// If the client or the server refuses it.
@@ -194,7 +194,7 @@ impl Connection {
         self.refusals.count.load(Relaxed)
     }
 
-    /// Publishes a message, with where it is to be answered.
+    /// Publishes a message with a reply subject.
     ///
     /// # Errors
     /// If the client refuses it.
@@ -220,8 +220,8 @@ impl Connection {
         }
     }
 
-    /// Publishes a message, and waits for its answer: the first that `read` makes something of. One question
-    /// at a time; another one waits.
+    /// Publishes a message, and waits for its answer: the first that `read` accepts. One question at a time; another one
+    /// waits.
     ///
     /// # Errors
     /// If there is none.
@@ -237,8 +237,8 @@ impl Connection {
     }
 }
 
-/// Never resolves: a crashed client does nothing any more, and who listens to the connection's events starts
-/// over, or ends.
+/// Never resolves: a crashed client does nothing any more, and the listener of the connection's events starts
+/// over or exits.
 pub(super) async fn crashed<T>() -> T {
     pending().await
 }

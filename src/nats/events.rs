@@ -1,4 +1,4 @@
-//! What happens to the connection, for the log, the monitor, and those who must act on it.
+//! The events of the connection: logged, counted, and passed on to the parts that must act on them.
 
 use std::{
     sync::{
@@ -25,16 +25,16 @@ use crate::{
     subject::Prefix,
 };
 
-/// Something on which a part of the relay must act.
+/// An event on which a part of the relay must act.
 #[derive(Debug)]
 pub enum ConnectionEvent {
-    /// The relay cannot go on.
+    /// The relay cannot continue.
     Fatal(anyhow::Error),
-    /// Our user may not subscribe to an inbox, so a request gets no answer; with what to do about it.
+    /// Our user may not subscribe to an inbox, so requests get no answers; with a hint.
     InboxRefused(anyhow::Error),
     /// There is a new connection.
     Connected,
-    /// Our user may not look at the messages of the stream.
+    /// Our user may not read the messages of the stream.
     LookRefused,
 }
 
@@ -42,14 +42,14 @@ pub enum ConnectionEvent {
 pub struct ConnectionEvents(pub(super) mpsc::UnboundedReceiver<ConnectionEvent>);
 
 impl ConnectionEvents {
-    /// Waits for the next event. A client that crashed is a fatal one: [`ClientCrashed`].
+    /// Waits for the next event. A crash of the client is a fatal one: [`ClientCrashed`].
     pub async fn next(&mut self) -> ConnectionEvent {
-        // The client is what tells of events, so they end with it.
+        // The client sends the events, so they end with it.
         let event = self.0.recv().await;
         event.unwrap_or_else(|| ConnectionEvent::Fatal(anyhow::Error::msg(ClientCrashed)))
     }
 
-    /// Resolves when the relay cannot go on, with the reason.
+    /// Resolves if the relay cannot continue, with the reason.
     pub async fn fatal(&mut self) -> anyhow::Error {
         loop {
             if let ConnectionEvent::Fatal(reason) | ConnectionEvent::InboxRefused(reason) =
@@ -60,10 +60,10 @@ impl ConnectionEvents {
         }
     }
 
-    /// Resolves once the server has processed all that was sent before, subscriptions included.
+    /// Resolves once the server has processed everything sent before, including subscriptions.
     ///
     /// # Errors
-    /// If it refused what the relay can't do without.
+    /// If it refused something that the relay can't do without.
     pub async fn confirm(
         &mut self,
         connection: &Connection,
@@ -89,27 +89,27 @@ impl ConnectionEvents {
     }
 }
 
-/// Logs what the client tells, counts it, and passes on what others must act on.
+/// Logs and counts the client's events, and passes on those that others must act on.
 pub(super) struct Observer {
-    /// It subscribes to all that is below this one.
+    /// It subscribes to everything below this prefix.
     prefix: Prefix,
-    /// Below this one come the answers to its requests.
+    /// The prefix of its reply inboxes.
     inbox_prefix: Prefix,
     api: Api,
-    /// What to look at where the server refuses the login.
+    /// The hint for a refused login.
     pub(super) hint: String,
     /// Whether the TLS handshake comes before the server's greeting.
     pub(super) tls_first: bool,
-    /// The stream that it takes messages from, if it does not publish into it as well.
+    /// The stream that it consumes, if it does not publish into it as well.
     input: Option<String>,
-    /// Whether messages are lost with a connection, as in core mode.
+    /// Whether a lost connection loses messages, as in core mode.
     is_lossy: bool,
     /// Whether a server has accepted the login before. If not, a refusal is final.
     pub(super) was_accepted: AtomicBool,
-    /// Whether it was said that the own inbox is refused.
+    /// Whether the log already says that our inbox is refused.
     was_inbox_refused: AtomicBool,
     pub(super) progress: Mutex<Progress>,
-    /// The client's own, which know of a connection before its event comes.
+    /// The client's own statistics, which show a connection before its event comes.
     pub(super) statistics: OnceLock<Arc<Statistics>>,
     pub(super) monitor: Arc<Monitor>,
     refusals: Arc<Refusals>,
@@ -185,14 +185,14 @@ impl Observer {
                 let refusal = refusal(&kind, &self.hint);
                 self.fatal(anyhow!("NATS at {server} {refusal}"));
             }
-            // A failed attempt to connect: the next choice of a server logs it, with the reason.
+            // A failed attempt to connect is logged with its reason when the next server is chosen.
             Event::ClientError(_) => {}
-            // Only ever caused by ourselves.
+            // We have caused these ourselves.
             Event::Draining | Event::Closed => {}
         }
     }
 
-    /// Acts on what the server tells about us (`-ERR` of the NATS client protocol).
+    /// Handles an error of the server about us (`-ERR` of the NATS client protocol).
     fn observe_server_error(&self, text: &str) {
         if let Some(refused) = refused_subject(text, "Subscription to") {
             if self.inbox_prefix.contains(refused) {
@@ -202,7 +202,7 @@ impl Observer {
                     self.inbox_prefix.wildcard()
                 ));
             }
-            // It subscribes to nothing else, however the server writes that.
+            // It subscribes to nothing else, however the server quotes that.
             return self.fatal(anyhow!(
                 "no permission to subscribe to {}; allow it for this NATS user",
                 self.prefix.wildcard()
@@ -228,7 +228,7 @@ impl Observer {
             "maximum subscriptions exceeded" => {
                 let reason = anyhow!("NATS refused the subscription: {text}");
                 match self.is_lossy {
-                    // Its own subscription came first; it can do without the one of an inbox.
+                    // Its own subscription came first, and it can do without that of an inbox.
                     true => self.inbox_refused(reason),
                     false => self.fatal(reason),
                 }
@@ -239,7 +239,7 @@ impl Observer {
 
     fn observe_refused_publish(&self, refused: &str) {
         if self.refusals.is_own_inbox(refused) {
-            // Core mode can do without, because it hardly ever asks.
+            // Core mode can do without it, because it hardly ever makes requests.
             if !self.is_lossy && !self.was_inbox_refused.swap(true, Relaxed) {
                 warn!(
                     "no permission to publish on {}, by which the relay learns whether NATS refuses a \
@@ -258,7 +258,7 @@ impl Observer {
             .strip_prefix("STREAM.INFO.")
             .is_some_and(|stream| self.input.as_deref() == Some(stream))
         {
-            // It can do without a look at the stream that it takes messages from, and says what follows.
+            // It can do without reading the configuration of its stream, and logs the consequence.
             return debug!("no permission to publish on {refused}");
         }
         if refused.starts_with("$JS.") {
@@ -289,12 +289,12 @@ impl Observer {
     }
 
     fn tell(&self, event: ConnectionEvent) {
-        // Nobody is left to listen only while the relay ends.
+        // It fails only while the relay exits.
         let _ = self.events.send(event);
     }
 }
 
-/// What follows from a missing permission to look at the messages of a stream.
+/// Describes the consequence of a missing permission to read the messages of a stream.
 #[must_use]
 pub fn cannot_look(subject: &str) -> String {
     format!(
@@ -304,8 +304,7 @@ pub fn cannot_look(subject: &str) -> String {
     )
 }
 
-/// The subject in the server's `Permissions Violation for <what> "<subject>"`, in quotes as Go writes them, with
-/// whatever it escapes in it.
+/// Returns the subject in the server's `Permissions Violation for <what> "<subject>"`, quoted and escaped as in Go.
 fn refused_subject<'a>(text: &'a str, what: &str) -> Option<&'a str> {
     let (_, rest) = text
         .strip_prefix("Permissions Violation for ")?

@@ -1,4 +1,4 @@
-//! Questions to NATS, and what is answered: messages with a reply subject of ours.
+//! Requests to NATS and their answers: messages with a reply subject of ours.
 
 use std::{fmt, time::Duration};
 
@@ -12,18 +12,18 @@ use tokio::{
 
 use super::{Connection, connection::crashed};
 
-/// How long an answer may take.
+/// How long to wait for an answer.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Where the answers to questions come, to one at a time.
 ///
-/// async-nats's own `send_request` takes the first answer, whoever's it is, needs a channel, a random subject and
-/// an entry in a map for each question, and keeps that entry where no answer comes. Here one subscription takes
-/// all answers, and the asker says what is one.
+/// async-nats's own `send_request` accepts the first answer, no matter from whom; it needs a channel, a random subject
+/// and an entry in a map for each request, and leaks that entry if no answer comes. Here one subscription receives all
+/// answers, and the caller decides which one counts.
 pub(super) struct Inbox {
-    /// Question `n` is answered on `<prefix>.<n>`, so that a late answer is not taken for another one.
+    /// Request `n` is answered on `<prefix>.<n>`, so that a late answer is not mistaken for another one.
     prefix: String,
-    /// The number of the last question.
+    /// The number of the last request.
     last: u64,
     subscription: Option<Subscriber>,
 }
@@ -31,9 +31,9 @@ pub(super) struct Inbox {
 /// Why there is no answer.
 #[derive(Debug)]
 pub enum NoAnswer {
-    /// The client refuses to publish the question, for this reason.
+    /// The client refuses to publish the request, for this reason.
     Refused(String),
-    /// There was none within [`ANSWER_TIMEOUT`].
+    /// None came within [`ANSWER_TIMEOUT`].
     TimedOut,
 }
 
@@ -55,7 +55,7 @@ impl Inbox {
         }
     }
 
-    /// Publishes a message, and waits for its answer: the first that `read` makes something of.
+    /// Publishes a message, and waits for its answer: the first that `read` accepts.
     pub(super) async fn ask<T>(
         &mut self,
         connection: &Connection,
@@ -74,22 +74,22 @@ impl Inbox {
         answer.map_err(|_| NoAnswer::TimedOut)
     }
 
-    /// Publishes to the inbox itself, and returns whether that came back or was refused: either way the server
-    /// has processed all that was sent before. Nobody else's subscription can take it away.
+    /// Publishes to the inbox itself, and returns whether that message came back or was refused: either way the server
+    /// has processed everything sent before. Nobody else's subscription can take it away.
     pub(super) async fn echo(&mut self, connection: &Connection, refused: &Notify) -> bool {
         if refused.notified().now_or_never().is_some() {
-            // That was no answer to this one, and there may be no subscription.
+            // That did not answer this one, and there may be no subscription.
             self.subscription = None;
         }
         let reply = self.next_reply();
         let subscriber = self.subscriber(connection).await;
         let sent = connection.publish(reply.clone(), None, HeaderMap::new(), Bytes::new());
-        // The client refuses nothing so small.
+        // The client refuses only messages that are too large.
         let _ = sent.await;
         tokio::select! {
             _ = answer_on(&reply, subscriber, |_| Some(())) => true,
             () = refused.notified() => {
-                // The next one is to be refused again.
+                // The next one will be refused again.
                 self.subscription = None;
                 true
             }
@@ -97,13 +97,13 @@ impl Inbox {
         }
     }
 
-    /// Where the next question is to be answered.
+    /// Returns the reply subject of the next request.
     fn next_reply(&mut self) -> Subject {
         self.last += 1;
         format!("{}.{}", self.prefix, self.last).into()
     }
 
-    /// Subscribes, the first time that an answer is wanted.
+    /// Subscribes when the first request is made.
     async fn subscriber(&mut self, connection: &Connection) -> &mut Subscriber {
         let subscriber = match self.subscription.take() {
             Some(subscriber) => subscriber,
@@ -119,7 +119,7 @@ impl Inbox {
     }
 }
 
-/// The first message on `reply` that `read` makes something of.
+/// Returns the first message on `reply` that `read` accepts.
 async fn answer_on<T>(
     reply: &Subject,
     subscriber: &mut Subscriber,

@@ -1,4 +1,4 @@
-//! Which server the client tries next, and what it means in words that one can't be connected to.
+//! Chooses the server to try next, and explains failures to connect.
 
 use std::{
     sync::atomic::Ordering::Relaxed,
@@ -11,34 +11,33 @@ use log::warn;
 use super::{BACKOFF, LASTING, events::Observer};
 use crate::{lock::lock, tls};
 
-/// A server was reached and does not let us in.
+/// A server has refused the login.
 pub(super) const REFUSALS: [ConnectErrorKind; 2] = [
     ConnectErrorKind::AuthorizationViolation,
     ConnectErrorKind::Authentication,
 ];
 
-/// Returns whether the text of an error tells of that.
+/// Returns whether the text of an error says that.
 pub(super) fn is_refusal(error: &str) -> bool {
     REFUSALS
         .iter()
         .any(|refusal| error.starts_with(&refusal.to_string()))
 }
 
-/// The message for a refused login.
+/// Returns the message for a refused login.
 pub(super) fn refusal(reason: &str, hint: &str) -> String {
     format!("refused the login ({reason}); {hint}")
 }
 
-/// The address of a server, without a login that a cluster may have advertised with it.
+/// Returns the address of a server, without a login that a cluster may have advertised with it.
 #[must_use]
 pub fn show(server: &ServerAddr) -> String {
     format!("{}://{}:{}", server.scheme(), server.host(), server.port())
 }
 
-/// Says why there is no connection to a server, in words where the client has none. `tls_first` tells whether
-/// the TLS handshake came first.
+/// Explains why there is no connection to a server. `tls_first` tells whether the TLS handshake came first.
 pub(super) fn explain(error: &str, server: &ServerAddr, tls_first: bool) -> String {
-    // The client calls every failure of the network this.
+    // The client uses this text for every network failure.
     let error = error.strip_prefix("IO error: ").unwrap_or(error);
     let is_socket = server.is_websocket();
     let hint = "if it wants the TLS handshake first (handshake_first), set NATS_TLS_FIRST=true, else \
@@ -54,7 +53,7 @@ pub(super) fn explain(error: &str, server: &ServerAddr, tls_first: bool) -> Stri
     if error.contains("expected INFO, got nothing") {
         return format!("the server closed the connection without a greeting; {hint}");
     }
-    // What a server of NATS says first is no HTTP.
+    // The greeting of a NATS server is not HTTP.
     if error == "invalid HTTP version" {
         return "it does not speak HTTP there, and so has no web socket; check host and port, or write \
                 nats://"
@@ -63,28 +62,28 @@ pub(super) fn explain(error: &str, server: &ServerAddr, tls_first: bool) -> Stri
     tls::explain(error, "NATS").unwrap_or_else(|| error.to_owned())
 }
 
-/// How far connecting has come.
+/// The state of connecting.
 #[derive(Default)]
 pub(super) struct Progress {
     /// Attempts since the last connection that lasted.
     attempts: usize,
     /// The server of the last attempt.
     server: Option<ServerAddr>,
-    /// Since when there has been a connection to it.
+    /// When it was connected to.
     pub(super) connected: Option<Instant>,
-    /// How many connections there had been before that attempt.
+    /// The number of connections before that attempt.
     connections: u64,
 }
 
 impl Progress {
-    /// The server of the last attempt, in words.
+    /// Describes the server of the last attempt.
     pub(super) fn server(&self) -> String {
         self.server.as_ref().map(show).unwrap_or_default()
     }
 }
 
 impl Observer {
-    /// Chooses one server after the other; at once in the first round, then with growing waits.
+    /// Chooses one server after the other, without a wait in the first round, then with growing waits.
     pub(super) fn choose(&self, servers: &[Server]) -> Option<ReconnectToServer> {
         let mut progress = lock(&self.progress);
         if let Some(since) = progress.connected.take()
@@ -116,11 +115,11 @@ impl Observer {
     }
 
     fn say_failed(&self, server: &Server, delay: Duration) {
-        // The client keeps no error for a name that does not resolve.
+        // The client reports no error for a name that does not resolve.
         let error = server.last_error.as_deref();
         let error = error.unwrap_or("its name does not resolve");
         let reason = match is_refusal(error) {
-            // It ends the relay, which says so.
+            // It ends the relay, which logs it.
             true if !self.was_accepted.load(Relaxed) => return,
             true => refusal(error, &self.hint),
             false => explain(error, &server.addr, self.tls_first),
@@ -189,7 +188,7 @@ mod tests {
                 );
             }
         }
-        // A connection that did not last changes nothing; one that did is followed by a first round.
+        // A connection that did not last changes nothing; after one that did, a first round follows.
         let connected = |before| {
             lock(&observer.progress).connected = Instant::now().checked_sub(before);
         };

@@ -1,4 +1,4 @@
-//! Every address of a destination's name, each with a connection of its own (`WEBHOOK_EVERY_ADDRESS`): the
+//! Every address of a destination's name, each with its own connection (`WEBHOOK_EVERY_ADDRESS`): the
 //! replicas of a front end behind one name, such as a headless service.
 
 use std::{
@@ -16,10 +16,10 @@ use tokio::{net::lookup_host, time::timeout};
 use super::{Endpoint, Failure, temporary};
 use crate::{lock::lock, text};
 
-/// Looks a host and port up.
+/// Looks up a host and port.
 type Resolve = Box<dyn Fn() -> BoxFuture<'static, io::Result<Vec<SocketAddr>>> + Send + Sync>;
 
-/// Makes what reaches an address.
+/// Makes the endpoint of an address.
 type Open = Box<dyn Fn(IpAddr) -> anyhow::Result<Endpoint> + Send + Sync>;
 
 /// The addresses of a name, as they come and go.
@@ -28,12 +28,12 @@ pub struct Addresses {
     resolve: Resolve,
     open: Open,
     timeout: Duration,
-    /// Of the addresses that the name had when it was looked up last.
+    /// The endpoints of the addresses that the last lookup returned.
     endpoints: Mutex<HashMap<IpAddr, Arc<Endpoint>>>,
 }
 
 impl Addresses {
-    /// The addresses of `authority`, which is `host:port`. Looking it up may take as long as `timeout`.
+    /// Returns the addresses of `authority`, which is `host:port`. A lookup may take up to `timeout`.
     pub(super) fn new(authority: String, timeout: Duration, open: Open) -> Self {
         let name = authority.clone();
         let resolve = move || -> BoxFuture<'static, _> {
@@ -49,10 +49,10 @@ impl Addresses {
         }
     }
 
-    /// The addresses that the name has now; at least one. What reached others is closed.
+    /// Looks up the addresses that the name has now, at least one, and closes the connections to all others.
     ///
     /// # Errors
-    /// If none is known.
+    /// If there is none.
     pub async fn current(&self) -> Result<Vec<(IpAddr, Arc<Endpoint>)>, Failure> {
         self.try_current().await.map_err(temporary)
     }

@@ -1,4 +1,4 @@
-//! What an answer means: success, the destination's fault or the message's, and what to do about it.
+//! Interprets a response: success, the destination's fault or the message's, and how to fix it.
 
 use std::{
     sync::atomic::Ordering::Relaxed,
@@ -15,26 +15,26 @@ use tokio::time::{Instant, timeout_at};
 use super::{Destination, Failure, Webhook};
 use crate::{config, text};
 
-/// A longer `Retry-After` is not waited for.
+/// The longest `Retry-After` that is honoured.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(60);
 
-/// The body of an answer gets this long to come: what it means is known without it.
+/// How long to wait for the body of a response, whose meaning is known without it.
 const BODY_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How much of a successful answer is read so that its connection can be used again.
+/// How much of a successful response is read so that its connection can be used again.
 const DRAIN_BYTES: usize = 64 * 1024;
 
-/// How much of another answer is read. The secrets in it are redacted before it is cut to an excerpt.
+/// How much of any other response is read. Its secrets are redacted before it is cut to an excerpt.
 const READ_BYTES: usize = 8 * 1024;
 
-/// How many characters of another answer are shown.
+/// How many characters of any other response are shown.
 const EXCERPT: usize = 200;
 
-/// Statuses that are the destination's fault, or that of the settings, and not the message's.
+/// Statuses for which the destination or the settings are at fault, not the message.
 const TEMPORARY: [u16; 9] = [401, 403, 404, 405, 407, 408, 421, 425, 429];
 
 impl Webhook {
-    /// Judges an answer. Returns whether its connection can be used again beside the status of a success.
+    /// Judges a response. Returns its outcome, and whether its connection can be used again.
     pub(super) async fn judge(
         &self,
         destination: &Destination,
@@ -45,7 +45,7 @@ impl Webhook {
         let deadline = deadline.min(Instant::now() + BODY_TIMEOUT);
         if status.is_success() {
             destination.warn_of_html(&response);
-            // The message has arrived, whatever becomes of the rest of the answer.
+            // The message has arrived, no matter whether the rest of the response does.
             let (_, is_whole) = read(response, DRAIN_BYTES, deadline).await;
             return Ok((status, is_whole));
         }
@@ -81,13 +81,13 @@ impl Webhook {
         }
     }
 
-    /// Where an answer redirects to, and what to do about it.
+    /// Describes the target of a redirect, and how to fix it.
     fn redirect(&self, destination: &Destination, response: &Response) -> (String, &'static str) {
         let location = response.headers().get(LOCATION);
         let own = &destination.url.secret_url;
         let target = location
             .and_then(|location| own.join(location.to_str().ok()?).ok())
-            // Such as mailto: or data:, of which nothing is known to be fit to be shown.
+            // For example mailto: or data:, no part of which is known to be safe to show.
             .filter(Url::has_host);
         let Some(target) = target else {
             return (
@@ -104,7 +104,7 @@ impl Webhook {
 }
 
 impl Destination {
-    /// Warns once of an answer that people read: a page for logging in is no handler, and succeeds.
+    /// Warns once about a success with an HTML page: a login page succeeds without being the handler.
     fn warn_of_html(&self, response: &Response) {
         let content_type = response.headers().get(CONTENT_TYPE);
         let is_html = content_type.is_some_and(|value| value.as_bytes().starts_with(b"text/html"));
@@ -118,24 +118,24 @@ impl Destination {
     }
 }
 
-/// What to do about a redirect, which is never followed.
+/// Returns a hint for a redirect, which is never followed.
 fn redirect_hint(own: &Url, target: &Url) -> &'static str {
     let path = |url: &Url| url.path().trim_end_matches('/').to_owned();
     let words = ["login", "signin", "sign-in", "auth", "sso"];
     let is_same = own.host() == target.host() && path(own) == path(target);
     if is_same {
-        "; redirects are not followed, set WEBHOOK_DESTINATION to it"
+        "; redirects are not followed; set WEBHOOK_DESTINATION to it"
     } else if words
         .iter()
         .any(|word| path(target).to_lowercase().contains(word))
     {
-        "; it wants a login: does the route need an exemption?"
+        "; it requires a login: does the route need an exemption?"
     } else {
-        "; redirects are not followed: does the route need an exemption, or WEBHOOK_DESTINATION another URL?"
+        "; redirects are not followed: does the route need an exemption, or WEBHOOK_DESTINATION a different URL?"
     }
 }
 
-/// What to do about a status that is the fault of the destination or the settings.
+/// Returns a hint for a status for which the destination or the settings are at fault.
 fn hint(status: StatusCode) -> &'static str {
     match status.as_u16() {
         401 | 403 => "; check the secret on both sides",
@@ -146,7 +146,7 @@ fn hint(status: StatusCode) -> &'static str {
     }
 }
 
-/// Reads the body of an answer, up to a bound and a deadline. Returns whether that is all of it beside it; a
+/// Reads the body of a response, up to a size and a deadline. Returns it, and whether it is complete; a
 /// truncated body is fine.
 async fn read(mut response: Response, bound: usize, deadline: Instant) -> (Vec<u8>, bool) {
     let mut body = Vec::new();
@@ -165,7 +165,7 @@ async fn read(mut response: Response, bound: usize, deadline: Instant) -> (Vec<u
     }
 }
 
-/// The beginning of a body, fit for the end of a line.
+/// Returns the beginning of a body for the end of a log line.
 fn excerpt(body: &str) -> String {
     let beginning: String = body.chars().take(EXCERPT).collect();
     match text::one_line(&beginning, text::LONGEST_PIECE).trim() {
@@ -174,7 +174,7 @@ fn excerpt(body: &str) -> String {
     }
 }
 
-/// The wait that a `Retry-After` header asks for, in seconds or as a date (RFC 9110, 10.2.3).
+/// Returns the wait that a `Retry-After` header asks for, in seconds or as a date (RFC 9110, 10.2.3).
 fn retry_after(response: &Response) -> Option<Duration> {
     let value = response.headers().get(RETRY_AFTER)?.to_str().ok()?;
     parse_retry_after(value, SystemTime::now())
@@ -183,7 +183,7 @@ fn retry_after(response: &Response) -> Option<Duration> {
 pub(crate) fn parse_retry_after(value: &str, now: SystemTime) -> Option<Duration> {
     let value = value.trim();
     let wait = if !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit()) {
-        // A number that is too large to be read is a long wait as well.
+        // A number too large to parse is a long wait as well.
         value.parse().map_or(Duration::MAX, Duration::from_secs)
     } else {
         httpdate::parse_http_date(value)
@@ -265,9 +265,9 @@ mod tests {
             ),
             (
                 "https://app.example/Login?next=/api/hook",
-                "it wants a login",
+                "it requires a login",
             ),
-            ("https://id.example/oauth2/authorize", "it wants a login"),
+            ("https://id.example/oauth2/authorize", "it requires a login"),
             (
                 "http://app.example/en/api/hook",
                 "does the route need an exemption, or",

@@ -1,4 +1,4 @@
-//! What reaches a destination, or one address of it: one kept-alive connection.
+//! The kept-alive connection to a destination, or to one of its addresses.
 
 use std::{
     error::Error,
@@ -15,19 +15,19 @@ use tokio::time::Instant;
 
 use crate::{config, lock::lock};
 
-/// An idle connection is closed before the usual server does it (Node.js after 5 s), so that no
-/// request runs into a connection that is just being closed.
+/// An idle connection is closed before a typical server does so (Node.js after 5 s), so that no
+/// request meets a connection that is just being closed.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// So many headers an answer may have; the HTTP client's own bound is 100.
+/// The maximum number of headers in a response; the HTTP client's default is 100.
 const MAX_HEADERS: usize = 256;
 
-/// A connection is used this long: a name that leads elsewhere by then is followed.
+/// How long a connection is used, so that the relay follows a name that has moved.
 const LONGEST_USE: Duration = Duration::from_secs(30);
 
-/// What reaches a destination, or one address of it.
+/// Reaches a destination, or one of its addresses.
 pub struct Endpoint {
-    /// Keeps the one connection.
+    /// The HTTP client, which keeps the one connection.
     pub(super) client: Client,
     /// Whether that connection waits for the next request, as far as we know.
     pub(super) is_idle: AtomicBool,
@@ -36,7 +36,7 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// What reaches `url`, or only that one of its addresses.
+    /// Returns an endpoint for `url`, or for only one of its addresses.
     ///
     /// # Errors
     /// If the HTTP client cannot be set up.
@@ -47,20 +47,20 @@ impl Endpoint {
     ) -> anyhow::Result<Self> {
         let mut builder = Client::builder()
             .redirect(redirect::Policy::none())
-            // Attempts are counted, and waited between, by the relay alone.
+            // Only the relay itself retries.
             .retry(retry::never().max_retries_per_request(0))
             .http1_max_headers(MAX_HEADERS)
             .pool_max_idle_per_host(1)
             .pool_idle_timeout(IDLE_TIMEOUT)
             .tcp_nodelay(true)
-            // The library's own idea of proxies includes them for localhost.
+            // The library would use proxies for localhost as well.
             .no_proxy();
         builder = match tls {
             Some(tls) => builder.tls_backend_preconfigured(tls.clone()),
             None => builder.tls_certs_only([]),
         };
         if let (Some(name), Some(address)) = (&url.secret_url.host_str(), address) {
-            // The port is that of the URL, whatever stands here.
+            // The URL's port is used, regardless of this one.
             builder = builder.resolve(name, SocketAddr::new(address, 0));
         }
         if let Some(proxy) = &url.secret_proxy {
@@ -85,7 +85,7 @@ impl Endpoint {
     }
 }
 
-/// Whether a request failed because its connection had been closed by then.
+/// Returns whether a request failed because its connection had already been closed.
 pub(super) fn met_dead_connection(error: &reqwest::Error) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset};
 
@@ -99,7 +99,7 @@ pub(super) fn met_dead_connection(error: &reqwest::Error) -> bool {
         })
 }
 
-/// Returns whether there was no connection, because it was refused or there is no way there.
+/// Returns whether there was no connection, because it was refused or there is no route.
 pub(super) fn was_refused(error: &reqwest::Error) -> bool {
     use io::ErrorKind::{AddrNotAvailable, ConnectionRefused, HostUnreachable, NetworkUnreachable};
 
@@ -111,7 +111,7 @@ pub(super) fn was_refused(error: &reqwest::Error) -> bool {
     })
 }
 
-/// Finds the first cause of this kind.
+/// Returns the first cause of this type.
 fn cause<E: Error + 'static>(error: &reqwest::Error) -> Option<&E> {
     let mut cause: Option<&dyn Error> = Some(error);
     while let Some(error) = cause {

@@ -1,4 +1,4 @@
-//! What a message is known by, the same on every attempt.
+//! The ids of a message, the same on every attempt.
 
 use std::borrow::Cow;
 
@@ -12,14 +12,14 @@ const LONGEST_ID: usize = 256;
 
 /// The ids of a message.
 pub struct Ids<'a> {
-    /// Its `Nats-Msg-Id`, else its place in its stream, else a random one.
+    /// Its `Nats-Msg-Id`, else its position in its stream, else a random one.
     pub message: Cow<'a, str>,
-    /// The same as far as a Standard Webhooks id can be that, else its place, else a random one.
+    /// The same if it is a valid Standard Webhooks id, else its position, else a random one.
     pub webhook: HeaderValue,
 }
 
 impl<'a> Ids<'a> {
-    /// The ids of this message.
+    /// Returns the ids of this message.
     #[must_use]
     pub fn of(delivery: &'a Delivery) -> Self {
         let own = header(&delivery.headers, NATS_MESSAGE_ID.as_ref()).filter(|id| !id.is_empty());
@@ -33,7 +33,7 @@ impl<'a> Ids<'a> {
         };
         Self {
             message: own.map_or(other, Cow::from),
-            // Never an error: all of these are visible ASCII.
+            // This never fails, because all of these are visible ASCII.
             webhook: webhook.unwrap_or(HeaderValue::from_static("msg")),
         }
     }
@@ -49,7 +49,7 @@ fn can_be_signed(character: char) -> bool {
     character.is_ascii_graphic() && character != '.'
 }
 
-/// Turns a place into an id that can be signed: the name of a stream may have any characters, and is long.
+/// Turns a position into an id that can be signed: a stream's name may have any characters, and be long.
 fn into_webhook_id(place: &str) -> String {
     let sign = |character| {
         if can_be_signed(character) {
@@ -62,7 +62,7 @@ fn into_webhook_id(place: &str) -> String {
     id[id.len().saturating_sub(LONGEST_ID)..].to_owned()
 }
 
-/// The value of a message header, whatever the case of its name.
+/// Returns the value of a message header, regardless of the case of its name.
 pub(super) fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     let name = name.as_bytes();
     headers

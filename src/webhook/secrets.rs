@@ -1,5 +1,5 @@
-//! The secrets that the relay sends to destinations, which none of what they answer may bring into a
-//! log: some quote what they were sent.
+//! The secrets that the relay sends to destinations. Some destinations quote the request in their response, and then
+//! these secrets must not reach the log.
 
 use std::borrow::Cow;
 
@@ -9,13 +9,13 @@ use reqwest::Url;
 
 use crate::config;
 
-/// A shorter text is no secret, and blotting it out would make others unreadable.
+/// The shortest secret. To redact shorter text would make other text unreadable.
 const SHORTEST: usize = 4;
 
-/// What stands where a secret was.
+/// Replaces a secret.
 const BLOT: &str = "***";
 
-/// Secrets in each form in which they are sent.
+/// Secrets in every form in which they are sent.
 #[derive(Default)]
 pub struct Secrets(Vec<String>);
 
@@ -34,7 +34,7 @@ impl Secrets {
             secrets.add(value.split_once(' ').map_or("", |(_, rest)| rest));
             secrets.add(&value);
         }
-        // What holds another goes first, so that nothing of it remains.
+        // A secret that contains another one goes first, so that no part of it remains.
         secrets
             .0
             .sort_by_key(|secret| std::cmp::Reverse(secret.len()));
@@ -42,7 +42,7 @@ impl Secrets {
         secrets
     }
 
-    /// The login and the query.
+    /// Adds the login and the query of a URL.
     fn add_url(&mut self, url: &Url) {
         let password = url.password().unwrap_or_default();
         self.add(password);
@@ -59,7 +59,7 @@ impl Secrets {
         }
     }
 
-    /// Adds a secret, and what it is once decoded.
+    /// Adds a secret, and its decoded form.
     fn add(&mut self, secret: &str) {
         for form in [secret, &decode(secret)] {
             if form.len() >= SHORTEST {
@@ -68,7 +68,7 @@ impl Secrets {
         }
     }
 
-    /// A text from elsewhere without any of the secrets.
+    /// Redacts all secrets in a text.
     #[must_use]
     pub fn redact<'a>(&self, text: &'a str) -> Cow<'a, str> {
         let mut text = Cow::Borrowed(text);
@@ -80,7 +80,7 @@ impl Secrets {
         text
     }
 
-    /// The same for a text that was cut: it may end in the beginning of a secret.
+    /// Redacts all secrets in a text that was cut, and so may end in the beginning of a secret.
     pub(super) fn redact_cut<'a>(&self, text: &'a str) -> Cow<'a, str> {
         let text = self.redact(text);
         let begins_at = |secret: &String| {

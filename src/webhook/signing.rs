@@ -1,4 +1,4 @@
-//! Signatures as Standard Webhooks has them
+//! Signatures according to Standard Webhooks
 //! (<https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md>,
 //! "Signature scheme": symmetric, `v1`).
 
@@ -14,7 +14,7 @@ impl SigningKey {
         Self(hmac::Key::new(hmac::HMAC_SHA256, key.expose_secret()))
     }
 
-    /// The signature of a request: `v1,` and base64.
+    /// Returns the signature of a request: `v1,` and base64.
     pub(super) fn sign(&self, id: &[u8], timestamp: u64, payload: &[u8]) -> String {
         let mut signed = hmac::Context::with_key(&self.0);
         signed.update(id);

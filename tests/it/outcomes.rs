@@ -212,7 +212,7 @@ async fn what_is_not_the_message_s_fault_is_tried_again_with_a_hint() {
         (
             "307 Moved\r\nlocation: https://u:hunter2@id.example/login",
             "",
-            "to https://id.example/login; it wants a login",
+            "to https://id.example/login; it requires a login",
         ),
         ("304 Not Modified", "", "without a usable Location"),
     ] {

@@ -469,7 +469,7 @@ async fn a_stream_that_cannot_keep_what_is_published_ends_it_and_check_says_so()
     let (_, report) = Relay::check(&nats, &webhook, &failed("FAILED")).await;
     let report = report.join("\n");
     assert!(
-        report.contains("ok      stream FAILED: is there, and keeps failed.cache.>"),
+        report.contains("ok      stream FAILED: exists, and stores failed.cache.>"),
         "{report}"
     );
 }
