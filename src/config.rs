@@ -54,7 +54,7 @@ pub struct Config {
     pub domain: Option<String>,
     /// Where messages come from.
     pub mode: Mode,
-    /// Where a consumer that is created begins.
+    /// The message at which a consumer that the relay creates begins.
     pub deliver_policy: DeliverPolicy,
     /// Where and how to POST.
     pub webhook: Webhook,
@@ -191,7 +191,7 @@ impl Config {
 }
 
 impl Mode {
-    /// Durable mode if a stream is set, else core mode.
+    /// Reads the mode: durable if a stream is set, else core.
     fn read(reader: &mut Reader<'_>) -> Result<Self, Noted> {
         let durable = reader.both_or_neither((STREAM, parse_name), (CONSUMER, parse_name));
         let queue_group = reader.optional(QUEUE_GROUP, |text| parse_word(text, ""));
@@ -208,7 +208,7 @@ impl Mode {
     }
 }
 
-/// What is published below one prefix must not be taken again, or be taken for something else.
+/// Verifies that no prefixes overlap, so that a published message is never taken again, or mistaken for another kind.
 fn refuse_overlaps(reader: &mut Reader<'_>, prefixes: &[(&str, &Prefix)]) -> Result<(), Noted> {
     let mut result = Ok(());
     for (index, (name, prefix)) in prefixes.iter().enumerate() {
@@ -232,7 +232,7 @@ fn parse_prefix(text: &str) -> Result<Prefix, String> {
         .map_err(|problem| format!("{shown:?} {problem}"))
 }
 
-/// A prefix to publish under.
+/// Parses a prefix to publish under.
 fn parse_own_prefix(text: &str) -> Result<Prefix, String> {
     let prefix = parse_prefix(text)?;
     if prefix.is_reserved() {
@@ -279,7 +279,7 @@ mod tests {
         (RELAYED_PREFIX, "relayed.cache"),
     ];
 
-    /// A good configuration with changes; an empty value removes the variable.
+    /// Returns a valid configuration with changes; an empty value removes the variable.
     pub(super) fn with(changes: &[(&str, &str)]) -> Result<Config, Vec<String>> {
         let variables = GOOD
             .iter()
@@ -292,7 +292,7 @@ mod tests {
         with(changes).err().unwrap_or_default()
     }
 
-    /// Each value makes one problem, which names the variable and the fault.
+    /// Asserts that each value makes one problem, which names the variable and the fault.
     pub(super) fn assert_refused(cases: &[(&str, &str, &str)]) {
         for (name, value, fault) in cases {
             let problems = problems(&[(name, value)]);

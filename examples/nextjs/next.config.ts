@@ -1,9 +1,9 @@
 import type { NextConfig } from "next";
 
 const config: NextConfig = {
-  // Next.js lets browsers and CDNs keep what its router requests of a page with a lifetime
-  // (stale-while-revalidate), and a refresh is then answered from there, with the old page. Documents may be
-  // kept as before.
+  // Next.js lets browsers and CDNs cache the router's requests for a page with a lifetime
+  // (stale-while-revalidate), and a refresh then gets the old page from that cache. Documents may still be
+  // cached.
   async headers() {
     return [
       {

@@ -1,4 +1,4 @@
-// The smallest receiver in Node: checks the signature, then does its work, and only then answers.
+// A minimal receiver in Node: checks the signature, then does its work, and only then responds.
 // `npm install standardwebhooks`, then WEBHOOK_SECRET=whsec_… node node.mjs
 import { createServer } from "node:http";
 import { Webhook, WebhookVerificationError } from "standardwebhooks";
@@ -14,7 +14,7 @@ async function receive(request) {
   for await (const chunk of request) chunks.push(chunk);
   let message;
   try {
-    // With its byte order mark, if it has one: that is signed too.
+    // Keep the byte order mark, if there is one, because it is signed too.
     const payload = utf8.decode(Buffer.concat(chunks));
     webhook.verify(payload, request.headers, { jsonParse: false });
     message = JSON.parse(payload.replace(/^\uFEFF/, ""));
@@ -36,7 +36,7 @@ async function receive(request) {
 
 const server = createServer((request, response) => {
   receive(request)
-    // The relay tries again after a 500, so that no edit is lost to a fault on this side. After a 400 it
+    // After a 500 the relay tries again, so that no edit is lost to a fault on this side. After a 400 it
     // gives up on the message, which would only be rejected again while all later ones wait.
     .catch((error) => [500, error.message])
     .then(([status, text]) => response.writeHead(status).end(text));

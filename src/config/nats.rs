@@ -40,7 +40,7 @@ pub struct Nats {
 pub struct Login(Environment);
 
 impl Nats {
-    /// Whether one of the servers is reached by a web socket.
+    /// Returns whether one of the servers is reached by a web socket.
     #[must_use]
     pub fn has_web_socket(&self) -> bool {
         self.servers.iter().any(ServerAddr::is_websocket)

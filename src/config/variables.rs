@@ -76,9 +76,9 @@ variables! {
     CONSUMER = "NATS_CONSUMER", Plain, Off, "durable mode: the name of the durable consumer, created if it is missing";
     DELIVER_POLICY = "NATS_DELIVER_POLICY", Plain, Value("all"), "where a consumer that the relay creates begins: all, new, last_per_subject";
     DOMAIN = "NATS_JS_DOMAIN", Plain, Off, "the JetStream domain of all streams that are named, as behind a leaf node";
-    FAILED_PREFIX = "NATS_FAILED_SUBJECT_PREFIX", Plain, Off, "publishes abandoned messages under this prefix, with the reason";
+    FAILED_PREFIX = "NATS_FAILED_SUBJECT_PREFIX", Plain, Off, "publishes failed messages under this prefix, with the reason";
     RELAYED_STREAM = "NATS_RELAYED_STREAM", Plain, Off, "the stream that keeps what is republished, and must confirm each message";
-    FAILED_STREAM = "NATS_FAILED_STREAM", Plain, Off, "the stream that keeps abandoned messages, and must confirm each one";
+    FAILED_STREAM = "NATS_FAILED_STREAM", Plain, Off, "the stream that keeps failed messages, and must confirm each one";
     TIMEOUT = "WEBHOOK_TIMEOUT", Plain, Value("15s"), "longest time for one attempt, connecting included";
     MAX_ATTEMPTS = "WEBHOOK_MAX_ATTEMPTS", Plain, Value("5"), "attempts per message; 0 is no limit, and the default in durable mode";
     GIVE_UP_ON = "WEBHOOK_GIVE_UP_ON", Plain, Off, "statuses that give up on a message at once, such as 400 404 422, 4xx, or none";
@@ -100,7 +100,7 @@ variables! {
     LOG_FORMAT = "LOG_FORMAT", Plain, Value("text"), "text, or json for one object a line";
 }
 
-/// What all variables of the family [`HEADER`] begin with.
+/// The prefix of all variables of the family [`HEADER`].
 pub(super) const HEADER_PREFIX: &str = "WEBHOOK_HEADER_";
 
 /// Finds the variable of this name, if it is in the table.
@@ -118,7 +118,7 @@ pub(super) fn is_known(name: &str) -> bool {
         || name.strip_suffix(FILE_SUFFIX).is_some_and(file_of)
 }
 
-/// What other programs call the same thing.
+/// Names that other programs use for the same settings.
 const ALIASES: [(&str, &str); 6] = [
     ("NATS_URL", HOST),
     ("NATS_SERVER", HOST),
@@ -137,7 +137,7 @@ pub fn misnamed(environment: &Environment) -> Vec<String> {
     let meant = |name: &str| {
         let stem = name.strip_suffix(FILE_SUFFIX).unwrap_or(name);
         match ALIASES.iter().find(|(alias, _)| *alias == stem) {
-            // Where the right one is set, the other is for another program, such as the nats command.
+            // If the right one is set too, the other is for another program, such as the nats command.
             Some((_, known)) => Some(*known).filter(|known| !is_set(known)),
             None => VARIABLES.iter().map(|known| known.name).find(|known| {
                 let tolerance = if known.len() < 12 { 1 } else { 2 };

@@ -27,7 +27,7 @@ use super::{
 };
 use crate::lock::lock;
 
-/// How many subjects are remembered on which a message was not refused.
+/// How many of the subjects on which a message was not refused are remembered.
 const MAX_PERMITTED: usize = 1024;
 
 /// The connection to NATS.
@@ -52,7 +52,7 @@ pub(super) struct Refusals {
     permitted: std::sync::Mutex<HashSet<String>>,
     /// Notified when our own inbox is refused, which is as good an answer as any.
     pub(super) inbox: Notify,
-    /// What our own inbox begins with.
+    /// The prefix of our own inbox.
     own_inbox: OnceLock<String>,
 }
 
@@ -106,7 +106,7 @@ impl Connection {
         }
     }
 
-    /// The client.
+    /// Returns the client.
     #[must_use]
     pub fn client(&self) -> &Client {
         &self.client

@@ -15,7 +15,7 @@ use super::{Connection, connection::crashed};
 /// How long to wait for an answer.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Where the answers to questions come, to one at a time.
+/// Receives the answers to requests, one request at a time.
 ///
 /// async-nats's own `send_request` accepts the first answer, no matter from whom; it needs a channel, a random subject
 /// and an entry in a map for each request, and leaks that entry if no answer comes. Here one subscription receives all

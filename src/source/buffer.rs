@@ -110,7 +110,7 @@ impl Waiting {
     }
 }
 
-/// A line for each header, as on the wire (ADR-4): in a map they would take several times the room.
+/// Writes a line for each header, as on the wire (ADR-4), because a map would take several times the memory.
 fn encode(headers: HeaderMap) -> String {
     let mut text = String::new();
     for (name, values) in headers.iter() {
@@ -121,7 +121,7 @@ fn encode(headers: HeaderMap) -> String {
     text
 }
 
-/// The other way round. No name has a colon, and nothing a line break.
+/// Parses what `encode` has written. No name contains a colon, and nothing contains a line break.
 fn decode(text: &str) -> HeaderMap {
     let mut headers = HeaderMap::new();
     for (name, value) in text.lines().filter_map(|line| line.split_once(':')) {
@@ -151,7 +151,7 @@ mod tests {
         }
     }
 
-    /// What a message of [`message`] has beside its payload: subject, header, line break.
+    /// The size of a message of [`message`] without its payload: subject, header, line break.
     const OTHER_BYTES: usize = "s.t".len() + "a:1\n".len();
 
     #[test]

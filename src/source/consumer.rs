@@ -51,7 +51,7 @@ pub(crate) struct Consumer {
     pub(crate) prefix: Prefix,
     /// Its messages are republished under this prefix.
     pub(crate) relayed_prefix: Prefix,
-    /// Where it begins if it is created.
+    /// The message at which a consumer that the relay creates begins.
     pub(crate) deliver_policy: DeliverPolicy,
 }
 

@@ -68,7 +68,7 @@ mod tests {
 
     const INBOX: &str = "_INBOX.x";
 
-    /// As the client hands it over.
+    /// Returns a message as the client hands it over.
     fn message(subject: &str, reply: Option<&str>, status: &str) -> Message {
         let (code, description) = status.split_once(' ').unwrap_or((status, ""));
         Message {
@@ -86,7 +86,7 @@ mod tests {
         message(&format!("{INBOX}.{request}"), None, status)
     }
 
-    /// The meaning of an answer to the current request.
+    /// Returns the meaning of an answer to the current request.
     fn meaning(status: &str) -> Meaning {
         Meaning::of(&answer(7, status), INBOX, Some(7))
     }

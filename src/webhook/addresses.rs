@@ -108,7 +108,7 @@ mod tests {
     const A: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 1));
     const B: IpAddr = IpAddr::V6(std::net::Ipv6Addr::LOCALHOST);
 
-    /// The addresses of a name that resolves to what the list holds.
+    /// Returns the addresses of a name that resolves to the addresses in the list.
     fn addresses(name: &Arc<Mutex<Vec<IpAddr>>>) -> Addresses {
         let name = Arc::clone(name);
         Addresses {

@@ -104,7 +104,7 @@ fn decode(text: &str) -> Cow<'_, str> {
 mod tests {
     use super::*;
 
-    /// What is sent to a destination, with this in `WEBHOOK_HEADER_AUTHORIZATION`.
+    /// Returns the secrets sent to a destination, with this in `WEBHOOK_HEADER_AUTHORIZATION`.
     fn sent(url: &str, authorization: &str) -> Secrets {
         let variables = [
             ("WEBHOOK_DESTINATION", url),

@@ -1,13 +1,13 @@
 "use client";
 
-// Shown in place of a page that the server could not render. It brings the page back by itself.
+// Shown instead of a page that the server could not render. It recovers the page by itself.
 
 import { useEffect } from "react";
 import { canBeServed } from "./live";
 
 export default function Failed({ error, retry }: { error: Error; retry: () => void }) {
   useEffect(() => {
-    // The server may say that it can serve a page that fails all the same: not again at once.
+    // The server may claim that it can serve a page that then still fails, so don't retry at once.
     const timer = setTimeout(async () => {
       if (await canBeServed()) retry();
     }, 5_000);

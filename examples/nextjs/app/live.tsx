@@ -1,7 +1,7 @@
 "use client";
 
-// Keeps an open page fresh. What arrives here has passed the relay, so the server's cache is already
-// dropped and a refresh gets the new page.
+// Keeps an open page fresh. A message that arrives here has passed the relay, so the server's cache is already
+// invalidated, and a refresh gets the new page.
 
 import { type NatsConnection, type Subscription, wsconnect } from "@nats-io/nats-core";
 import { useRouter } from "next/navigation";
@@ -53,7 +53,7 @@ export function Live() {
       }
     }
 
-    // Whenever the subscription begins to hold, something may have been missed before.
+    // Something may have been missed before the subscription became active.
     async function catchUp(connection: NatsConnection, subscription: Subscription) {
       await connection.flush();
       if (subscription.isClosed()) return show("offline"); // No permission.
@@ -87,7 +87,7 @@ function useRefresh() {
 
   useEffect(() => {
     if (asking || refreshing) return;
-    // Next.js drops a refresh when the visitor follows a link meanwhile: then it is still to be done.
+    // Next.js drops a refresh if the visitor follows a link in the meantime, so it has to be repeated.
     const dropped = last.current.on && last.current.on !== location.href;
     if (last.current.wanted === wanted && !dropped) {
       last.current.on = "";
@@ -111,14 +111,14 @@ function useRefresh() {
 export async function canBeServed() {
   for (let wait = 500; ; wait = Math.min(2 * wait, 10_000)) {
     try {
-      // The whole page: to what router.refresh() requests, Next.js answers 200 even if it then fails.
+      // Requests the whole page, because to a request of router.refresh() Next.js responds with 200 even if it fails.
       const { ok, status } = await fetch(location.href, { method: "HEAD", cache: "no-store" });
       if (ok) return true;
       if (status < 500 && status !== 429) return false;
     } catch {
       // The server can't be reached.
     }
-    // Not every browser at the same moment.
+    // Random, so that not every browser asks at the same moment.
     await new Promise((done) => setTimeout(done, wait * (0.5 + Math.random() / 2)));
   }
 }

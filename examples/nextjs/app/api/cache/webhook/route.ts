@@ -1,5 +1,5 @@
-// What the relay calls: drops the cached responses that carry the message's tags. The answer is what
-// lets the relay tell the browsers, so it comes only when the cache is dropped.
+// The relay calls this: it drops the cached responses with the message's tags. The response lets the relay tell
+// the browsers, so it is sent only after the cache has been invalidated.
 
 import { revalidateTag } from "next/cache";
 import { Webhook, WebhookVerificationError } from "standardwebhooks";
