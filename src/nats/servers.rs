@@ -24,8 +24,12 @@ pub(super) fn is_refusal(error: &str) -> bool {
         .any(|refusal| error.starts_with(&refusal.to_string()))
 }
 
-/// Returns the message for a refused login.
-pub(super) fn refusal(reason: &str, hint: &str) -> String {
+/// Returns the message for a refused login. The client's error and the server's often are the same words.
+pub(super) fn refusal(error: &str, hint: &str) -> String {
+    let reason = match error.split_once(": nats: ") {
+        Some((reason, said)) if reason == said => reason,
+        _ => error,
+    };
     format!("refused the login ({reason}); {hint}")
 }
 
@@ -154,6 +158,13 @@ mod tests {
     use super::*;
     use crate::{config::Config, monitor::Monitor};
     use std::sync::Arc;
+
+    #[test]
+    fn a_refusal_says_once_why() {
+        let said = "authorization violation: nats: authorization violation";
+        let once = "refused the login (authorization violation); check NATS_USER";
+        assert_eq!(refusal(said, "check NATS_USER"), once);
+    }
 
     #[test]
     fn every_server_is_tried_at_once_in_the_first_round_and_after_waits_in_later_ones() {
