@@ -11,12 +11,12 @@ use std::{
 
 use anyhow::anyhow;
 use async_nats::{HeaderMap, Message, StatusCode, jetstream::consumer::Info};
-use tokio::time::timeout;
+use tokio::{net::TcpListener, time::timeout};
 
 use crate::{
     commit::Commit,
     config::{Config, Mode},
-    monitor::{Monitor, endpoints},
+    monitor::Monitor,
     nats::{
         Connection, ConnectionEvent, ConnectionEvents, Failure, cannot_look, connect_once, show,
     },
@@ -88,7 +88,7 @@ pub async fn check(config: &Config, out: &mut dyn Write) -> anyhow::Result<bool>
         check_confirming_streams(&commit, &mut events, &mut report).await;
     }
     if let Some(address) = config.status_listen {
-        let found = match endpoints::listen(address) {
+        let found = match TcpListener::bind(address).await {
             Ok(_) => Ok("available".to_owned()),
             Err(error) if error.kind() == ErrorKind::AddrInUse => {
                 Ok("is in use (expected if the relay is already running)".to_owned())

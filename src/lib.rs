@@ -91,7 +91,7 @@ pub async fn run(config: Config, stop: impl Stream<Item = ()> + Unpin) -> anyhow
     let about = config.status_listen.map(|_| about(&config));
     let monitor = Arc::new(Monitor::new(about)?);
     if let Some(address) = config.status_listen {
-        endpoints::start(address, Arc::clone(&monitor))?;
+        endpoints::start(address, Arc::clone(&monitor)).await?;
     }
     let heartbeat = Arc::new(Heartbeat::new(config.status_listen.is_some()));
     // The end of this stream is not a request to stop.

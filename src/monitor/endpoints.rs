@@ -1,8 +1,6 @@
 //! The page, `/livez`, `/readyz` and `/metrics` over HTTP, separate from the main loop.
 
-use std::{
-    collections::VecDeque, convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration,
-};
+use std::{collections::VecDeque, convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use http_body_util::Full;
@@ -10,7 +8,7 @@ use hyper::{
     Method, Request, Response, StatusCode,
     body::{Bytes, Incoming},
     header::{
-        CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderValue, REFERRER_POLICY,
+        CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY,
         X_CONTENT_TYPE_OPTIONS,
     },
     server::conn::http1,
@@ -19,7 +17,7 @@ use hyper::{
 use hyper_util::rt::{TokioIo, TokioTimer};
 use log::{info, warn};
 use tokio::{
-    net::{TcpListener, TcpSocket, TcpStream},
+    net::{TcpListener, TcpStream},
     task::{AbortHandle, yield_now},
     time::{sleep, timeout},
 };
@@ -33,48 +31,29 @@ const MAX_CLIENTS: usize = 64;
 /// How long a client gets for its one request and the response.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How many clients may wait to be accepted.
-const BACKLOG: u32 = 4096;
-
 /// How long to wait after a failed accept before retrying, for example with too many open files.
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// The maximum size of a request's head.
 const MAX_HEAD_BYTES: usize = 8 * 1024;
 
-const HTML: HeaderValue = HeaderValue::from_static("text/html; charset=utf-8");
-const TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
-const PROMETHEUS: HeaderValue =
-    HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+const HTML: &str = "text/html; charset=utf-8";
+const TEXT: &str = "text/plain; charset=utf-8";
+const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// Listens, and serves requests in the background from then on.
 ///
 /// # Errors
 /// If the address can't be listened on. That can be temporary: its network may come up later, or another program may
 /// release it.
-pub fn start(address: SocketAddr, monitor: Arc<Monitor>) -> anyhow::Result<()> {
-    let listener = listen(address)
+pub async fn start(address: SocketAddr, monitor: Arc<Monitor>) -> anyhow::Result<()> {
+    let listener = TcpListener::bind(address)
+        .await
         .with_context(|| format!("STATUS_LISTEN {address} cannot be listened on"))?;
     let address = listener.local_addr().unwrap_or(address);
     info!("status on http://{address}/ and /livez, /readyz and /metrics");
     tokio::spawn(serve(listener, monitor));
     Ok(())
-}
-
-/// Like [`TcpListener::bind`], with room for more clients that connect at the same moment: the kernel
-/// lets those that do not fit wait for a second.
-///
-/// # Errors
-/// If the address can't be listened on.
-pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = if address.is_ipv4() {
-        TcpSocket::new_v4()?
-    } else {
-        TcpSocket::new_v6()?
-    };
-    socket.set_reuseaddr(true)?;
-    socket.bind(address)?;
-    socket.listen(BACKLOG)
 }
 
 async fn serve(listener: TcpListener, monitor: Arc<Monitor>) {
@@ -117,57 +96,38 @@ async fn serve_client(stream: TcpStream, monitor: Arc<Monitor>) {
 }
 
 fn answer(request: &Request<Incoming>, monitor: &Monitor) -> Response<Full<Bytes>> {
-    if request.method() != Method::GET && request.method() != Method::HEAD {
-        return text(
-            StatusCode::METHOD_NOT_ALLOWED,
-            "only GET and HEAD".to_owned(),
-        );
-    }
-    match request.uri().path() {
-        "/" => page(monitor),
+    let check = |state: Result<(), String>| match state {
+        Ok(()) => (StatusCode::OK, TEXT, "ok".to_owned()),
+        Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, TEXT, reason),
+    };
+    let other = |status, text: &str| (status, TEXT, text.to_owned());
+    let (status, kind, mut body) = match request.uri().path() {
+        _ if !matches!(*request.method(), Method::GET | Method::HEAD) => {
+            other(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD")
+        }
+        "/" => (StatusCode::OK, HTML, monitor.page().unwrap_or_default()),
         "/livez" => check(monitor.alive()),
         "/readyz" => check(monitor.ready()),
         "/metrics" => match monitor.metrics() {
-            Ok(metrics) => {
-                let mut response = text(StatusCode::OK, metrics);
-                response.headers_mut().insert(CONTENT_TYPE, PROMETHEUS);
-                response
-            }
-            Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+            Ok(metrics) => (StatusCode::OK, PROMETHEUS, metrics),
+            Err(error) => other(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
         },
-        _ => text(
+        _ => other(
             StatusCode::NOT_FOUND,
-            "there are /, /livez, /readyz and /metrics".to_owned(),
+            "there are /, /livez, /readyz and /metrics",
         ),
-    }
-}
-
-fn page(monitor: &Monitor) -> Response<Full<Bytes>> {
-    let mut response = text(StatusCode::OK, monitor.page().unwrap_or_default());
-    let headers = response.headers_mut();
-    headers.insert(CONTENT_TYPE, HTML);
-    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
-    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-    if let Ok(policy) = HeaderValue::from_str(&POLICY) {
-        headers.insert(CONTENT_SECURITY_POLICY, policy);
-    }
-    response
-}
-
-fn check(state: Result<(), String>) -> Response<Full<Bytes>> {
-    match state {
-        Ok(()) => text(StatusCode::OK, "ok".to_owned()),
-        Err(reason) => text(StatusCode::SERVICE_UNAVAILABLE, reason),
-    }
-}
-
-fn text(status: StatusCode, mut body: String) -> Response<Full<Bytes>> {
+    };
     if !body.ends_with('\n') {
         body.push('\n');
     }
-    let mut response = Response::new(Full::from(body));
-    *response.status_mut() = status;
-    response.headers_mut().insert(CONTENT_TYPE, TEXT);
-    response
+    // It never fails: all of this is visible ASCII.
+    Response::builder()
+        .status(status)
+        .header(CONTENT_TYPE, kind)
+        .header(CACHE_CONTROL, "no-store")
+        .header(CONTENT_SECURITY_POLICY, &POLICY[..])
+        .header(REFERRER_POLICY, "no-referrer")
+        .header(X_CONTENT_TYPE_OPTIONS, "nosniff")
+        .body(Full::from(body))
+        .unwrap_or_default()
 }
