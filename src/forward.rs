@@ -3,11 +3,7 @@
 
 mod posting;
 
-use std::{
-    fmt,
-    sync::Arc,
-    time::{Instant, SystemTime},
-};
+use std::{fmt, sync::Arc, time::Instant};
 
 use anyhow::anyhow;
 use log::{error, info, warn};
@@ -106,9 +102,7 @@ impl Forward {
         let start = Instant::now();
         // In durable mode it has been waiting since the stream stored it.
         let since = delivery.ack.as_ref().map(|ack| ack.stored());
-        let _working = self
-            .monitor
-            .add_received(&delivery.subject, since.unwrap_or_else(SystemTime::now));
+        let _working = self.monitor.add_received(&delivery.subject, since);
         let ids = Ids::of(delivery);
         match self.try_relay(delivery, &ids).await {
             Ok(relayed) => {
@@ -147,12 +141,12 @@ impl Forward {
             return Err(GivenUp::unpublishable(unrelayable.to_owned()).into());
         }
         // One stream may keep the prefixes of several environments.
-        let id = format!("{}@{}", ids.message, publisher.prefix);
+        let id = [&*ids.message, "@", publisher.prefix.as_str()].concat();
         let max_payload = self.connection.client().max_payload();
         let publication = Publication {
             publisher,
             subject: &subject,
-            headers: relayed_headers(delivery, &id, max_payload).map_err(GivenUp::unpublishable)?,
+            headers: relayed_headers(delivery, id, max_payload).map_err(GivenUp::unpublishable)?,
         };
         if !delivery.may_be_posted().await {
             return Err(Unrelayed::Abandoned);

@@ -14,10 +14,12 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use prometheus::IntCounter;
+
 pub use self::{heartbeat::Heartbeat, metrics::DestinationMetrics};
 use self::{
     metrics::Metrics,
-    page::{Ended, History},
+    page::History,
     state::{Current, Failing, State, age},
 };
 use crate::{lock::lock, text};
@@ -32,7 +34,7 @@ const LONGEST_SUBJECT: usize = 200;
 pub struct Monitor {
     metrics: Metrics,
     state: Mutex<State>,
-    /// Kept only for the page.
+    /// Kept only with a page.
     history: Option<Mutex<History>>,
 }
 
@@ -49,30 +51,15 @@ pub enum Cause {
     Stopped,
 }
 
-impl Cause {
-    const ALL: [Self; 4] = [
-        Self::Refused,
-        Self::AttemptsUsed,
-        Self::NotPublished,
-        Self::Stopped,
-    ];
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::Refused => "refused",
-            Self::AttemptsUsed => "attempts_used",
-            Self::NotPublished => "not_published",
-            Self::Stopped => "stopped",
-        }
-    }
-}
+/// The labels of the causes, in their order.
+const CAUSES: [&str; 4] = ["refused", "attempts_used", "not_published", "stopped"];
 
 /// While this exists, a message is being processed.
 pub struct Working<'a>(&'a Monitor);
 
 impl Drop for Working<'_> {
     fn drop(&mut self) {
-        lock(&self.0.state).current = None;
+        self.0.show(|history| history.current = None);
     }
 }
 
@@ -108,14 +95,14 @@ impl Monitor {
         state.server = Some(server);
         state.since = SystemTime::now();
         state.obstacle = None;
-        self.metrics.connected.set(1);
+        self.metrics.connected.set(1.0);
     }
 
     /// Notes that the connection was lost.
     pub fn set_disconnected(&self) {
         let mut state = lock(&self.state);
         self.metrics.interruptions.inc();
-        self.metrics.connected.set(0);
+        self.metrics.connected.set(0.0);
         state.server = None;
         state.since = SystemTime::now();
     }
@@ -142,28 +129,33 @@ impl Monitor {
         *obstacle = reason.map(|reason| (since.unwrap_or_else(SystemTime::now), reason));
     }
 
+    /// Changes what the page shows. Without a page, nothing is done.
+    fn show(&self, change: impl FnOnce(&mut History)) {
+        if let Some(history) = &self.history {
+            change(&mut lock(history));
+        }
+    }
+
     /// Notes a beat of the main loop.
     pub fn add_turn(&self) {
         lock(&self.state).last_turn = Instant::now();
     }
 
-    /// Notes that a message was taken, which has been waiting to be relayed `since` then. It is being processed for as
-    /// long as the return value lives.
+    /// Notes that a message was taken, which has been waiting to be relayed `since` then, or since now. It is being
+    /// processed for as long as the return value lives.
     #[must_use]
-    pub fn add_received(&self, subject: &str, since: SystemTime) -> Working<'_> {
+    pub fn add_received(&self, subject: &str, since: Option<SystemTime>) -> Working<'_> {
         self.metrics.received.inc();
-        let subject = match self.history {
-            Some(_) => text::one_line(subject, LONGEST_SUBJECT).into_owned(),
-            None => String::new(),
-        };
-        let now = Instant::now();
-        lock(&self.state).current = Some(Current {
-            since,
-            taken: now,
-            subject,
-            attempts: 0,
-            unanswered: 0,
-            asked: now,
+        self.show(|history| {
+            let now = Instant::now();
+            history.current = Some(Current {
+                since: since.unwrap_or_else(SystemTime::now),
+                taken: now,
+                subject: text::one_line(subject, LONGEST_SUBJECT).into_owned(),
+                attempts: 0,
+                unanswered: 0,
+                asked: now,
+            });
         });
         Working(self)
     }
@@ -176,11 +168,7 @@ impl Monitor {
 
     /// Notes that an attempt begins.
     pub fn begin_attempt(&self, attempts: u32) {
-        if let Some(current) = &mut lock(&self.state).current {
-            current.attempts = current.attempts.max(attempts);
-            current.unanswered += 1;
-            current.asked = Instant::now();
-        }
+        self.show(|history| history.begin_attempt(attempts));
     }
 
     /// Notes that an attempt has ended.
@@ -191,12 +179,7 @@ impl Monitor {
             Attempt::FailedForGood => destination.permanent.inc(),
         }
         destination.duration.observe(took.as_secs_f64());
-        if let Some(current) = &mut lock(&self.state).current {
-            current.unanswered = current.unanswered.saturating_sub(1);
-        }
-        if let Some(history) = &self.history {
-            lock(history).add_attempt(took);
-        }
+        self.show(|history| history.end_attempt(took));
     }
 
     /// Notes a failure that is tried again after `wait`.
@@ -229,15 +212,18 @@ impl Monitor {
         let mut state = lock(&self.state);
         state.failing.clear();
         state.given_up = None;
-        let status = || status.map(|status| status.to_string()).unwrap_or_default();
-        self.end(&state, "relayed", status);
+        drop(state);
+        self.show(|history| {
+            let status = status.map(|status| status.to_string());
+            history.end("relayed", status.unwrap_or_default());
+        });
     }
 
     /// Notes that the relay gave up on the current message.
     pub fn add_given_up(&self, cause: Cause, subject: &str, reason: &str) {
-        self.metrics.given_up(cause).inc();
+        self.metrics.given_up[cause as usize].inc();
+        self.show(|history| history.end("given up on", line(reason)));
         let mut state = lock(&self.state);
-        self.end(&state, "given up on", || reason.to_owned());
         state.given_up = Some((SystemTime::now(), format!("{subject}: {reason}")));
         if let Cause::Refused = cause {
             // It works, and doesn't want this message.
@@ -248,23 +234,7 @@ impl Monitor {
     /// Notes that the current message stays in its stream, for this relay or another one.
     pub fn add_unfinished(&self, reason: &str) {
         self.metrics.unfinished.inc();
-        self.end(&lock(&self.state), "left in the stream", || {
-            reason.to_owned()
-        });
-    }
-
-    /// Records what became of the current message.
-    fn end(&self, state: &State, outcome: &'static str, reason: impl Fn() -> String) {
-        if let (Some(history), Some(current)) = (&self.history, &state.current) {
-            lock(history).add_message(Ended {
-                at: SystemTime::now(),
-                subject: current.subject.clone(),
-                outcome,
-                reason: text::one_line(&reason(), text::LONGEST_PIECE).into_owned(),
-                attempts: current.attempts,
-                took: current.taken.elapsed(),
-            });
-        }
+        self.show(|history| history.end("left in the stream", line(reason)));
     }
 
     /// Notes that messages in the buffer were lost, or did not fit into it.
@@ -279,9 +249,8 @@ impl Monitor {
 
     /// Notes what waits.
     pub fn set_waiting(&self, messages: u64, bytes: usize) {
-        let number = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
-        self.metrics.waiting_messages.set(number(messages));
-        self.metrics.waiting_bytes.set(number(bytes as u64));
+        self.metrics.waiting_messages.set(messages as f64);
+        self.metrics.waiting_bytes.set(bytes as f64);
     }
 
     /// Checks whether the main loop is running.
@@ -315,20 +284,25 @@ impl Monitor {
     /// # Errors
     /// If they can't be put into it.
     pub fn metrics(&self) -> prometheus::Result<String> {
-        let since = lock(&self.state)
-            .current
-            .as_ref()
-            .map(|current| current.since);
-        self.metrics.text(since.map(age).unwrap_or_default())
+        let mut oldest = Duration::ZERO;
+        self.show(|history| {
+            let current = history.current.iter();
+            oldest = current.map(|current| age(current.since)).sum();
+        });
+        self.metrics.text(oldest)
     }
 
     /// Returns the essence in one bounded line, without secrets.
     #[must_use]
     pub fn line(&self) -> String {
         let state = lock(&self.state);
-        let mut line = match &state.server {
-            Some(server) => format!("connected to {server}"),
-            None => "waiting for NATS".to_owned(),
+        let reason = state.obstacle.as_ref().map(|(_, reason)| reason.clone());
+        let (mut line, reason) = match (&state.server, state.now(&self.metrics, None)) {
+            (None, _) => ("waiting for NATS".to_owned(), reason),
+            (Some(server), (mood, _, now)) => (
+                format!("connected to {server}"),
+                (mood == "bad").then_some(now),
+            ),
         };
         let (relayed, dropped) = (self.metrics.relayed.get(), self.metrics.dropped.get());
         let _ = write!(
@@ -337,18 +311,20 @@ impl Monitor {
             self.given_up(),
             self.metrics.waiting_messages.get()
         );
-        if let ("bad", _, now) = state.now(&self.metrics) {
-            let _ = write!(line, "; {now}");
+        if let Some(reason) = reason {
+            let _ = write!(line, "; {reason}");
         }
         text::one_line(&line, text::LONGEST_NOTE).into_owned()
     }
 
     fn given_up(&self) -> u64 {
-        let given_up = Cause::ALL
-            .into_iter()
-            .map(|cause| self.metrics.given_up(cause).get());
-        given_up.sum()
+        self.metrics.given_up.iter().map(IntCounter::get).sum()
     }
+}
+
+/// Returns a reason as the page shows it.
+fn line(reason: &str) -> String {
+    text::one_line(reason, text::LONGEST_PIECE).into_owned()
 }
 
 #[cfg(test)]

@@ -90,7 +90,7 @@ pub fn relayed_subject(
 /// the client does.
 pub fn relayed_headers(
     delivery: &Delivery,
-    id: &str,
+    id: String,
     max_payload: usize,
 ) -> Result<HeaderMap, String> {
     let own = carried_over(delivery);

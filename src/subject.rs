@@ -10,6 +10,12 @@ use std::{fmt, str::FromStr};
 pub struct Prefix(String);
 
 impl Prefix {
+    /// Returns its tokens, joined by dots.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
     /// Returns the wildcard subject that matches everything below the prefix: `<prefix>.>`.
     #[must_use]
     pub fn wildcard(&self) -> String {

@@ -3,7 +3,7 @@
 
 use std::{
     env,
-    fmt::Write as _,
+    fmt::{Display, Write as _},
     io::{self, ErrorKind, IsTerminal, Write},
     mem,
     os::unix::fs::MetadataExt,
@@ -205,40 +205,28 @@ impl Format {
     /// Writes a record as one line.
     fn write(self, out: &mut impl Write, record: &Record<'_>) -> io::Result<()> {
         let (level, time) = (record.level(), format_rfc3339_millis(SystemTime::now()));
+        // The journal's priorities (sd-daemon(3), syslog(3)), and a terminal's colours (ECMA-48, SGR).
+        let (priority, colour) = match level {
+            Level::Error => (3, "1;31"),
+            Level::Warn => (4, "33"),
+            Level::Info => (6, "32"),
+            Level::Debug => (7, "34"),
+            Level::Trace => (7, "36"),
+        };
         if self.goes_to_journal {
-            // The journal records the time itself, and takes the priority from this prefix (sd-daemon(3), syslog(3)).
-            let priority = match level {
-                Level::Error => 3,
-                Level::Warn => 4,
-                Level::Info => 6,
-                Level::Debug | Level::Trace => 7,
-            };
             write!(out, "<{priority}>")?;
         }
         if self.is_json {
-            return writeln!(out, "{}", json(record));
+            return writeln!(out, "{}", json(record, &time));
+        }
+        match (self.goes_to_journal, self.is_coloured) {
+            // It keeps the time itself.
+            (true, _) => {}
+            (false, true) => write!(out, "[{time} \x1b[{colour}m{level:<5}\x1b[0m] ")?,
+            (false, false) => write!(out, "[{time} {level:<5}] ")?,
         }
         let text = record.args().to_string();
-        let line = text::one_line(&text, text::LONGEST_LINE);
-        match (self.goes_to_journal, self.is_coloured) {
-            (true, _) => writeln!(out, "{line}"),
-            (false, true) => {
-                let colour = colour(level);
-                writeln!(out, "[{time} {colour}{level:<5}\x1b[0m] {line}")
-            }
-            (false, false) => writeln!(out, "[{time} {level:<5}] {line}"),
-        }
-    }
-}
-
-/// Returns the escape code for the colour of a level (ECMA-48, SGR).
-fn colour(level: Level) -> &'static str {
-    match level {
-        Level::Error => "\x1b[1;31m",
-        Level::Warn => "\x1b[33m",
-        Level::Info => "\x1b[32m",
-        Level::Debug => "\x1b[34m",
-        Level::Trace => "\x1b[36m",
+        writeln!(out, "{}", text::one_line(&text, text::LONGEST_LINE))
     }
 }
 
@@ -259,69 +247,62 @@ fn goes_to_journal() -> bool {
 
 /// Returns a record as a JSON object: time, level, message, and the fields of the event. Quotes need room of
 /// their own, so that its parts may have to be cut shorter than those of a text.
-fn json(record: &Record<'_>) -> String {
+fn json(record: &Record<'_>, time: &impl Display) -> String {
     let mut longest = text::LONGEST_LINE;
     loop {
-        let line = json_within(record, longest);
-        if line.len() <= text::LONGEST_LINE {
-            return line;
+        let mut object = Object {
+            line: format!(r#"{{"time":"{time}","level":"{}""#, record.level()),
+            longest,
+        };
+        object.add_text("message", &record.args().to_string());
+        // It never fails, as no visit does.
+        let _ = record.key_values().visit(&mut object);
+        if object.line.len() < text::LONGEST_LINE {
+            return object.line + "}";
         }
         longest /= 2;
     }
 }
 
-/// Returns a record as a JSON object, each part of which has at most so many bytes before it is quoted.
-fn json_within(record: &Record<'_>, longest: usize) -> String {
-    let line = String::new();
-    let mut object = JsonObject { line, longest };
-    let now = format_rfc3339_millis(SystemTime::now());
-    object.text("time", &now.to_string());
-    object.text("level", record.level().as_str());
-    object.text("message", &record.args().to_string());
-    // It never fails, because no visit does.
-    let _ = record.key_values().visit(&mut object);
-    object.line + "}"
-}
-
-struct JsonObject {
+/// A JSON object to whose end fields are added, of texts with at most so many bytes before they are quoted.
+struct Object {
     line: String,
     longest: usize,
 }
 
-impl JsonObject {
-    fn text(&mut self, name: &str, text: &str) {
-        self.field(name, &*text::one_line(text, self.longest));
+impl Object {
+    fn add(&mut self, name: &str, value: impl Into<serde_json::Value>) {
+        let (name, value) = (serde_json::Value::from(name), value.into());
+        let _ = write!(self.line, ",{name}:{value}");
     }
 
-    fn field(&mut self, name: &str, value: impl Into<serde_json::Value>) {
-        let separator = if self.line.is_empty() { '{' } else { ',' };
-        let (name, value) = (serde_json::Value::from(name), value.into());
-        let _ = write!(self.line, "{separator}{name}:{value}");
+    fn add_text(&mut self, name: &str, text: &str) {
+        self.add(name, &*text::one_line(text, self.longest));
     }
 }
 
-impl<'kvs> VisitSource<'kvs> for JsonObject {
-    fn visit_pair(&mut self, key: Key<'kvs>, value: Value<'kvs>) -> Result<(), kv::Error> {
-        value.visit(Field(self, key.as_str()))
+impl<'a> VisitSource<'a> for Object {
+    fn visit_pair(&mut self, name: Key<'a>, value: Value<'a>) -> Result<(), kv::Error> {
+        value.visit(Field(self, name.as_str()))
     }
 }
 
 /// A field of an object, whose value is not known yet. One that is null is left out.
-struct Field<'a>(&'a mut JsonObject, &'a str);
+struct Field<'a>(&'a mut Object, &'a str);
 
 impl VisitValue<'_> for Field<'_> {
     fn visit_any(&mut self, value: Value<'_>) -> Result<(), kv::Error> {
-        self.0.text(self.1, &value.to_string());
+        self.0.add_text(self.1, &value.to_string());
         Ok(())
     }
 
     fn visit_u64(&mut self, value: u64) -> Result<(), kv::Error> {
-        self.0.field(self.1, value);
+        self.0.add(self.1, value);
         Ok(())
     }
 
     fn visit_f64(&mut self, value: f64) -> Result<(), kv::Error> {
-        self.0.field(self.1, value);
+        self.0.add(self.1, value);
         Ok(())
     }
 
@@ -339,13 +320,17 @@ mod tests {
     fn a_line_of_json_is_bounded_and_whole_whatever_is_in_it() {
         for text in ["\"", "\\", "ä", "\n", "x"].map(|text| text.repeat(10_000)) {
             let values = [("subject", &text[..]), ("reason", &text[..])];
-            let line = json(
-                &Record::builder()
-                    .args(format_args!("{text}"))
-                    .key_values(&values)
-                    .build(),
-            );
-            assert!(line.len() <= text::LONGEST_LINE, "{}", line.len());
+            let mut line = Vec::new();
+            let format = Format {
+                is_json: true,
+                goes_to_journal: false,
+                is_coloured: false,
+            };
+            let args = format_args!("{text}");
+            let record = Record::builder().args(args).key_values(&values).build();
+            format.write(&mut line, &record).unwrap();
+            let line = String::from_utf8(line).unwrap();
+            assert!(line.len() <= text::LONGEST_LINE + 1, "{}", line.len());
             let object: serde_json::Value = serde_json::from_str(&line).unwrap();
             assert!(object["reason"].as_str().unwrap().len() > 100, "{line}");
         }

@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use prometheus::{
-    Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts,
-    Registry, TextEncoder, core::Collector,
+    Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts, Registry,
+    TextEncoder, core::Collector,
 };
 
-use super::{Cause, logging};
+use super::{CAUSES, logging};
 
 /// The prefix of the relay's own metrics.
 const NAMESPACE: &str = "nats_webhook_relay";
@@ -22,17 +22,18 @@ pub(super) struct Metrics {
     pub(super) received: IntCounter,
     pub(super) relayed: IntCounter,
     pub(super) message_duration: Histogram,
-    given_up: IntCounterVec,
+    /// One of each cause.
+    pub(super) given_up: [IntCounter; CAUSES.len()],
     pub(super) dropped: IntCounter,
     pub(super) publish_refused: IntCounter,
     pub(super) unfinished: IntCounter,
     pub(super) unconfirmed: IntCounter,
     attempts: IntCounterVec,
     attempt_duration: HistogramVec,
-    pub(super) waiting_messages: IntGauge,
-    pub(super) waiting_bytes: IntGauge,
+    pub(super) waiting_messages: Gauge,
+    pub(super) waiting_bytes: Gauge,
     current_message_age: Gauge,
-    pub(super) connected: IntGauge,
+    pub(super) connected: Gauge,
     pub(super) reconnects: IntCounter,
     pub(super) interruptions: IntCounter,
     log_lines_dropped: IntCounter,
@@ -52,32 +53,33 @@ impl Metrics {
         let options = |name, help| Opts::new(name, help).namespace(NAMESPACE);
         let counter =
             |name, help| registered(&registry, IntCounter::with_opts(options(name, help))?);
-        let gauge = |name, help| registered(&registry, IntGauge::with_opts(options(name, help))?);
+        let gauge = |name, help| registered(&registry, Gauge::with_opts(options(name, help))?);
         let counters = |name, help, labels: &[&str]| {
             registered(&registry, IntCounterVec::new(options(name, help), labels)?)
         };
-        let buckets = |name, help| HistogramOpts {
-            common_opts: options(name, help),
-            buckets: BUCKETS.to_vec(),
+        let histograms = |name, help, labels: &[&str]| {
+            let options = HistogramOpts::from(options(name, help)).buckets(BUCKETS.to_vec());
+            registered(&registry, HistogramVec::new(options, labels)?)
         };
         let build = options("build_info", "The version that runs.")
             .const_label("version", env!("CARGO_PKG_VERSION"));
-        registered(&registry, IntGauge::with_opts(build)?)?.set(1);
-        let metrics = Self {
+        registered(&registry, Gauge::with_opts(build)?)?.set(1.0);
+        let given_up = counters(
+            "messages_given_up_total",
+            "Messages taken and not relayed, by reason.",
+            &["reason"],
+        )?;
+        Ok(Self {
             received: counter("messages_received_total", "Messages taken from NATS.")?,
             relayed: counter("messages_relayed_total", "Messages republished.")?,
-            message_duration: registered(
-                &registry,
-                Histogram::with_opts(buckets(
-                    "message_duration_seconds",
-                    "How long it took from taking a message to having republished it.",
-                ))?,
-            )?,
-            given_up: counters(
-                "messages_given_up_total",
-                "Messages taken and not relayed, by reason.",
-                &["reason"],
-            )?,
+            message_duration: histograms(
+                "message_duration_seconds",
+                "How long it took from taking a message to having republished it.",
+                &[],
+            )?
+            .with_label_values::<&str>(&[]),
+            // An alert misses the first event of a counter that does not exist before it.
+            given_up: CAUSES.map(|cause| given_up.with_label_values(&[cause])),
             dropped: counter(
                 "messages_dropped_total",
                 "Messages that did not fit into the buffer of core mode, or were in it at the end.",
@@ -101,15 +103,10 @@ impl Metrics {
                  WEBHOOK_DESTINATION.",
                 &["destination", "outcome"],
             )?,
-            attempt_duration: registered(
-                &registry,
-                HistogramVec::new(
-                    buckets(
-                        "webhook_duration_seconds",
-                        "How long an attempt to POST a message took.",
-                    ),
-                    &["destination"],
-                )?,
+            attempt_duration: histograms(
+                "webhook_duration_seconds",
+                "How long an attempt to POST a message took.",
+                &["destination"],
             )?,
             waiting_messages: gauge(
                 "waiting_messages",
@@ -119,13 +116,10 @@ impl Metrics {
                 "waiting_bytes",
                 "What the buffer of core mode holds; 0 in durable mode.",
             )?,
-            current_message_age: registered(
-                &registry,
-                Gauge::with_opts(options(
-                    "current_message_age_seconds",
-                    "How long ago the current message was taken, or in durable mode: how long ago the \
-                     stream got it; 0 while there is none.",
-                ))?,
+            current_message_age: gauge(
+                "current_message_age_seconds",
+                "How long ago the current message was taken, or in durable mode: how long ago the \
+                 stream got it; 0 while there is none.",
             )?,
             connected: gauge("connected", "Whether there is a connection to NATS.")?,
             reconnects: counter(
@@ -141,16 +135,7 @@ impl Metrics {
                 "Log lines that could not be written.",
             )?,
             registry,
-        };
-        // An alert misses the first event of a counter that does not exist before it.
-        for cause in Cause::ALL {
-            metrics.given_up(cause);
-        }
-        Ok(metrics)
-    }
-
-    pub(super) fn given_up(&self, cause: Cause) -> IntCounter {
-        self.given_up.with_label_values(&[cause.label()])
+        })
     }
 
     /// Returns the metrics of the destination at this index in `WEBHOOK_DESTINATION`.

@@ -5,7 +5,7 @@ use std::{
     collections::VecDeque,
     fmt::Write,
     sync::LazyLock,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use base64::{Engine, prelude::BASE64_STANDARD};
@@ -14,7 +14,7 @@ use ring::digest::{SHA256, digest};
 
 use super::{
     Monitor,
-    state::{State, age, span},
+    state::{Current, age, span},
 };
 use crate::{lock::lock, text::count};
 
@@ -43,22 +43,24 @@ pub(super) static POLICY: LazyLock<String> = LazyLock::new(|| {
 });
 
 /// The data of the page that is not in the metrics.
+#[derive(Default)]
 pub(super) struct History {
     /// A line that says where messages come from and where they go.
     about: String,
+    pub(super) current: Option<Current>,
     messages: VecDeque<Ended>,
     /// One of each minute in which something happened.
     minutes: VecDeque<Minute>,
 }
 
 /// A message that was processed.
-pub(super) struct Ended {
-    pub(super) at: SystemTime,
-    pub(super) subject: String,
-    pub(super) outcome: &'static str,
-    pub(super) reason: String,
-    pub(super) attempts: u32,
-    pub(super) took: Duration,
+struct Ended {
+    at: SystemTime,
+    subject: String,
+    outcome: &'static str,
+    reason: String,
+    attempts: u32,
+    took: Duration,
 }
 
 #[derive(Default)]
@@ -84,18 +86,38 @@ impl History {
     pub(super) fn new(about: String) -> Self {
         Self {
             about,
-            messages: VecDeque::new(),
-            minutes: VecDeque::new(),
+            ..Self::default()
         }
     }
 
-    pub(super) fn add_message(&mut self, message: Ended) {
-        self.minute().relayed += u32::from(message.outcome == "relayed");
+    /// Keeps what has become of the current message.
+    pub(super) fn end(&mut self, outcome: &'static str, reason: String) {
+        self.minute().relayed += u32::from(outcome == "relayed");
         self.messages.truncate(MAX_MESSAGES - 1);
-        self.messages.push_front(message);
+        if let Some(current) = &self.current {
+            self.messages.push_front(Ended {
+                at: SystemTime::now(),
+                subject: current.subject.clone(),
+                outcome,
+                reason,
+                attempts: current.attempts,
+                took: current.taken.elapsed(),
+            });
+        }
     }
 
-    pub(super) fn add_attempt(&mut self, took: Duration) {
+    pub(super) fn begin_attempt(&mut self, attempts: u32) {
+        if let Some(current) = &mut self.current {
+            current.attempts = current.attempts.max(attempts);
+            current.unanswered += 1;
+            current.asked = Instant::now();
+        }
+    }
+
+    pub(super) fn end_attempt(&mut self, took: Duration) {
+        if let Some(current) = &mut self.current {
+            current.unanswered = current.unanswered.saturating_sub(1);
+        }
         let minute = self.minute();
         minute.attempts += 1;
         if minute.took.len() < MAX_ATTEMPTS {
@@ -192,7 +214,7 @@ impl Monitor {
     pub(super) fn page(&self) -> Option<String> {
         let state = lock(&self.state);
         let history = lock(self.history.as_ref()?);
-        let (mood, title, now) = state.now(&self.metrics);
+        let (mood, title, now) = state.now(&self.metrics, history.current.as_ref());
         let mut page = String::new();
         for part in TEMPLATE.split("{{") {
             let Some((name, rest)) = part.split_once("}}") else {
@@ -203,7 +225,7 @@ impl Monitor {
                 "mood" => mood.to_owned(),
                 "title" => title.to_owned(),
                 "now" => escape(&now),
-                "current" => current(&state),
+                "current" => current(history.current.as_ref()),
                 "about" => escape(&history.about),
                 "server" => escape(state.server.as_deref().unwrap_or("none")),
                 "relayed" => self.metrics.relayed.get().to_string(),
@@ -221,8 +243,8 @@ impl Monitor {
     }
 }
 
-fn current(state: &State) -> String {
-    let Some(current) = &state.current else {
+fn current(current: Option<&Current>) -> String {
+    let Some(current) = current else {
         return "No message is being worked on.".to_owned();
     };
     let attempts = count(current.attempts.into(), "attempt");

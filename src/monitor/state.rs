@@ -26,7 +26,6 @@ pub(super) struct State {
     pub(super) failing: Vec<Failing>,
     /// The message that was given up on last, if nothing was relayed since.
     pub(super) given_up: Option<(SystemTime, String)>,
-    pub(super) current: Option<Current>,
 }
 
 /// Something that is tried over and over.
@@ -44,7 +43,6 @@ pub(super) struct Current {
     /// Since when it has been waiting to be relayed.
     pub(super) since: SystemTime,
     pub(super) taken: Instant,
-    /// Empty if there is no page.
     pub(super) subject: String,
     pub(super) attempts: u32,
     /// How many destinations have not responded yet, and since when.
@@ -64,18 +62,20 @@ impl State {
             obstacle: None,
             failing: Vec::new(),
             given_up: None,
-            current: None,
         }
     }
 
     /// Returns what is happening: how good that is, in a few words, and in a sentence.
-    pub(super) fn now(&self, metrics: &Metrics) -> (&'static str, &'static str, String) {
-        let waiting = match metrics.waiting_messages.get() {
+    pub(super) fn now(
+        &self,
+        metrics: &Metrics,
+        current: Option<&Current>,
+    ) -> (&'static str, &'static str, String) {
+        let waiting = match metrics.waiting_messages.get() as u64 {
             0 => String::new(),
             1 => "; 1 message waits".to_owned(),
             number => format!("; {number} messages wait"),
         };
-        let current = self.current.as_ref();
         let obstacle = self.obstacle.as_ref();
         let reason = obstacle.map_or_else(String::new, |(_, reason)| format!(": {reason}"));
         if self.is_stopping {
@@ -110,11 +110,10 @@ impl State {
             return ("bad", "Gave up on a message", text);
         }
         match metrics.received.get() {
-            0 => (
-                "good",
-                "Listening",
-                "Listening; there was no message yet".to_owned(),
-            ),
+            0 => {
+                let text = "Listening; there was no message yet".to_owned();
+                ("good", "Listening", text)
+            }
             _ => ("good", "Relaying", format!("Relaying{waiting}")),
         }
     }
@@ -122,15 +121,9 @@ impl State {
 
 impl fmt::Display for Failing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            since,
-            what,
-            reason,
-            next,
-        } = self;
-        let since = span(age(*since));
-        write!(f, "{what} has been failing for {since}: {reason}; ")?;
-        match next.saturating_duration_since(Instant::now()) {
+        let (what, since) = (&self.what, span(age(self.since)));
+        write!(f, "{what} has been failing for {since}: {}; ", self.reason)?;
+        match self.next.saturating_duration_since(Instant::now()) {
             Duration::ZERO => write!(f, "trying again now"),
             wait => write!(f, "next attempt in {}", span(wait)),
         }

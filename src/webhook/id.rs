@@ -27,8 +27,12 @@ impl<'a> Ids<'a> {
             Some(ack) => Cow::from(&ack.id),
             None => Cow::from(format!("msg_{:032x}", fastrand::u128(..))),
         };
-        let webhook = match own.filter(|id| is_webhook_id(id)) {
-            Some(own) => HeaderValue::try_from(own),
+        let webhook = match [own, Some(&*other)]
+            .into_iter()
+            .flatten()
+            .find(|id| is_webhook_id(id))
+        {
+            Some(id) => HeaderValue::try_from(id),
             None => HeaderValue::try_from(into_webhook_id(&other)),
         };
         Self {

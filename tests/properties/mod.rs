@@ -113,13 +113,16 @@ pub fn headers(lines: &[(String, String)], payload: &[u8], reason: &str, room: u
     assert!(ids.webhook.to_str().is_ok(), "it is visible ASCII");
     let id = &ids.message[..];
     let max_payload = payload.len() + usize::from(room);
-    if let Ok(relayed) = relayed_headers(&delivery, id, max_payload) {
+    if let Ok(relayed) = relayed_headers(&delivery, id.to_owned(), max_payload) {
         assert!(wire_length(&relayed, &delivery) <= max_payload);
     }
     let given_up = GivenUp::unpublishable(reason.to_owned());
     let failed = failed_headers(&delivery, &given_up, id, max_payload);
     assert!(wire_length(&failed, &delivery) <= max_payload);
-    for headers in [relayed_headers(&delivery, id, usize::MAX).unwrap(), failed] {
+    for headers in [
+        relayed_headers(&delivery, id.to_owned(), usize::MAX).unwrap(),
+        failed,
+    ] {
         for (name, values) in headers.iter() {
             let name: &str = name.as_ref();
             assert!(!name.to_lowercase().starts_with("nats-rollup"));
