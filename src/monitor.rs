@@ -342,4 +342,13 @@ mod tests {
         monitor.add_turn();
         assert_eq!(monitor.alive(), Ok(()));
     }
+
+    #[test]
+    fn the_status_line_says_once_what_is_waited_for() {
+        let monitor = Monitor::new(None).unwrap();
+        monitor.set_obstacle(Some("cannot connect".to_owned()));
+        let counts = "0 relayed, 0 given up, 0 dropped, 0 waiting";
+        let line = format!("waiting for NATS, {counts}; cannot connect");
+        assert_eq!(monitor.line(), line);
+    }
 }
