@@ -32,7 +32,7 @@ const MAX_WAITING: usize = 1 << 20;
 const PAUSE: Duration = Duration::from_millis(5);
 
 /// How long to wait at the end for the log to be written.
-const END_TIMEOUT: Duration = Duration::from_millis(100);
+const END_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The largest write to a pipe that is atomic (pipe(7)).
 const PIPE_BUF: usize = 4096;
