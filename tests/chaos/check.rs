@@ -333,10 +333,17 @@ impl Account<'_> {
             let over = episode.recovered.unwrap_or(episode.ended) + UNDER_WAY;
             episode.is_of_server() && (episode.began..over).contains(&at)
         });
-        // Once for each replay.
         let Stored { sequence, id, .. } = &self.evidence.input[n];
+        // What a relay has published as its network was cut arrives when the network is back.
+        let was_held_up = self.evidence.episodes.iter().any(|episode| {
+            let back = episode.ended..episode.recovered.unwrap_or(episode.ended) + UNDER_WAY;
+            let as_cut = episode.began - YOUNG..episode.began + YOUNG;
+            episode.holds_network() && back.contains(&at) && self.was_posted(id, as_cut)
+        });
+        // Once for each replay.
         let mut replayed = self.replayed();
         is_of_server
+            || was_held_up
             || self.evidence.may_drop() && self.was_posted(id, at - YOUNG..at)
             || replayed.any(|(index, replayed)| {
                 let is_then = replayed.at <= at && replayed.from <= *sequence;

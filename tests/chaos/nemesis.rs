@@ -349,6 +349,19 @@ impl Episode {
         faults.any(|fault| fault.part() == Part::Webhook)
     }
 
+    /// Returns whether a network may have held up what a relay had sent until it was back.
+    pub fn holds_network(&self) -> bool {
+        self.faults.iter().any(|fault| {
+            matches!(
+                fault,
+                Fault::RelayAsleep(..)
+                    | Fault::RelaysAsleep(_)
+                    | Fault::RelayIsolated(_)
+                    | Fault::NetworkCut(..)
+            )
+        })
+    }
+
     /// Returns whether a server may have forgotten what it was told.
     pub fn is_of_server(&self) -> bool {
         let mut faults = self.faults.iter();
