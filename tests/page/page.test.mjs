@@ -154,6 +154,7 @@ test("tells that the password was changed", async () => {
   relay.kill("SIGKILL");
   await restartNats("authorization { user: relay, password: old }");
   startRelay({ NATS_USER: "relay", NATS_PASS: "old" });
+  await up();
   await shows("h1", /^Listening/);
   await restartNats("authorization { user: relay, password: new }");
   await shows("h1", /refused the login \(authorization violation\); check NATS_USER and NATS_PASS/);
@@ -165,6 +166,7 @@ test("tells that the relay has ended", async () => {
   await restartNats(`jetstream { store_dir: "${directory}/jetstream" }`);
   await publish("$JS.API.STREAM.CREATE.CMS", '{"name":"CMS","subjects":["cms.cache.>"]}');
   startRelay({ NATS_STREAM: "CMS", NATS_CONSUMER: "relay" });
+  await up();
   await shows("h1", /^Listening/);
   assert.match(await page.textContent("[data-live=about]"), /\(durable mode, consumer relay of the stream CMS\)/);
   await publish("$JS.API.STREAM.DELETE.CMS", "");
