@@ -5,7 +5,7 @@
 import { cpSync, readFileSync, writeFileSync } from "node:fs";
 import { join, resolve } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
-import { LIVE } from "./browser.mjs";
+import { LIVE, step } from "./browser.mjs";
 
 /** @typedef {import("playwright-core").Page} BrowserPage */
 /** @typedef {{ looks: number, stale: number }} Count */
@@ -14,8 +14,11 @@ import { LIVE } from "./browser.mjs";
 /** @typedef {{ variant: string, basePath: string, options: string, kinds: Record<string, string> }} Project */
 
 const HERE = resolve(import.meta.dirname, "..");
-/** A page that doesn't show an edit after this time is stale, in milliseconds. */
-const STALE_AFTER = 4_000;
+/**
+ * A page that doesn't show an edit after this time is stale, in milliseconds. It would stay so; the time is for a busy
+ * machine that loads and renders a dozen pages at once.
+ */
+const STALE_AFTER = 10_000;
 const STALE_AFTER_IN_DEV = 30_000;
 /** So many kinds are looked at side by side. In dev every page is rendered anew, for every request. */
 const AT_A_TIME = 8;
@@ -147,7 +150,9 @@ async function countSome({ browser, origin, project, edit, rounds, dev = false }
   function note(name, way, fresh) {
     const count = /** @type {Counts} */ (counts.get(name))[way];
     count.looks += 1;
-    if (!fresh) count.stale += 1;
+    if (fresh) return;
+    count.stale += 1;
+    step(`  stale: ${name}, ${way}`);
   }
   /** An edit, and a look at every open page. @param {string} title */
   async function editAndLook(title) {
