@@ -156,7 +156,7 @@ async fn addresses_come_and_go() {
     next(&mut relayed).await;
     let line = relay.logged("its name has lost this address").await;
     assert!(
-        line.contains("INFO") && line.contains(" at 127.0.0.2 "),
+        line.contains("INFO") && line.contains(" at 127.0.0.2: "),
         "{line}"
     );
     assert_eq!(replicas[1].count(), 1);
