@@ -73,13 +73,12 @@ export function assemble(directory, { variant, options }, mended = true) {
 }
 
 /**
- * The same for Next.js 15, with the changes that README.md names.
+ * The same for Next.js 15, with the change that README.md names.
  * @param {string} directory
  */
 export function assembleForNext15(directory) {
   assemble(directory, PROJECTS[0]);
   replace(join(directory, "app/api/cache/webhook/route.ts"), "revalidateTag(tag, { expire: 0 })", "revalidateTag(tag)");
-  replace(join(directory, "app/error.tsx"), "retry", "reset");
 }
 
 /**
