@@ -216,6 +216,7 @@ async fn a_misspelt_variable_is_pointed_out() {
         .chain([("WEBHOOK_TIMEOUTS", "1s"), ("NATS_PORT", "tcp://")]);
     let relay = Relay::start(variables);
     relay.logged("cannot connect").await;
+    relay.logged("is set but not known").await;
     assert_eq!(relay.lines("is set but not known").len(), 1);
     assert_eq!(
         relay

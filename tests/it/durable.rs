@@ -252,6 +252,7 @@ async fn a_subject_that_becomes_too_long_for_the_server_holds_up_nothing() {
     scene.client.flush().await.unwrap();
     publish(&scene.nats, 0..1).await;
     expect(&mut scene.relayed, 0..1).await;
+    scene.relay.logged("is not relayed: ").await;
     assert_eq!(scene.relay.lines("is not relayed: ").len(), 1);
     scene.relay.logged("raise max_control_line").await;
 }
@@ -946,6 +947,7 @@ async fn a_missing_permission_to_look_at_messages_is_said_at_the_start_and_whene
     let relay = Relay::durable(&nats, &webhook, &variables).await;
     let missing = "no permission to publish on $JS.API.STREAM.MSG.GET.CMS, by which the relay finds a \
                    message that no client can read";
+    relay.logged(missing).await;
     assert_eq!(relay.lines(missing).len(), 1, "{:#?}", relay.log());
     nats.publish_raw(b"cms.cache.raw", b"NATS/1.0\r\nno colon\r\n\r\n", b"raw")
         .await;

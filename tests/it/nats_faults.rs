@@ -465,6 +465,7 @@ async fn after_crashes_one_upon_another_the_relay_waits_longer_each_time() {
     while accepted.len() < 5 {
         accepted.push(way.accepted.recv().await.unwrap());
     }
+    scene.relay.logged_times("the NATS client crashed", 4).await;
     assert_eq!(scene.relay.lines("the NATS client crashed").len(), 4);
     // Waits of 400 and 800 ms, half of each random.
     let waited = accepted[4] - accepted[2];

@@ -300,18 +300,26 @@ async fn what_was_acknowledged_on_a_connection_that_broke_is_not_republished_lat
         replicas.consumer().await.num_waiting > 0
     })
     .await;
-    replicas.link.set(Network::Slow(Duration::from_millis(100)));
+    replicas.link.set(Network::Slow(Duration::from_millis(300)));
     replicas.publish(0..2).await;
     replicas.expect(0..2).await;
     // The ack has come with the message, and its confirmation is on its way.
     replicas.drained().await;
-    replicas.link.set(Network::Good);
-    replicas.link.reset();
-    // Another relay gets the next one.
-    replicas.publish(2..3).await;
+    // Another relay has asked for the next one before this one can again.
     let stream = replicas.jetstream.get_stream("CMS").await.unwrap();
     let consumer: PullConsumer = stream.get_consumer("relay").await.unwrap();
-    let mut messages = consumer.fetch().max_messages(1).messages().await.unwrap();
+    let batch = consumer
+        .batch()
+        .max_messages(1)
+        .expires(crate::support::PATIENCE);
+    let mut messages = batch.messages().await.unwrap();
+    until("it has asked, too", async || {
+        replicas.consumer().await.num_waiting == 2
+    })
+    .await;
+    replicas.link.set(Network::Good);
+    replicas.link.reset();
+    replicas.publish(2..3).await;
     let other = messages.next().await.unwrap().unwrap();
     assert_eq!(other.payload, "2", "{:#?}", replicas.a.log());
     other.double_ack().await.unwrap();

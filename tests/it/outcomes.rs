@@ -265,6 +265,7 @@ async fn a_page_for_people_is_a_success_and_warned_of_once() {
     assert_eq!(scene.next().await.payload, "second");
     scene.publish("third").await;
     assert_eq!(scene.next().await.payload, "third");
+    scene.relay.logged("with an HTML page").await;
     let lines = scene.relay.lines("with an HTML page");
     assert_eq!(lines.len(), 1, "{lines:#?}");
     let destination = scene.webhook.url();

@@ -178,6 +178,7 @@ async fn https_is_trusted_by_the_system_s_store_or_a_ca_of_one_s_own() {
         let hint = "signed by a CA that is not trusted; name the PEM file of that CA in WEBHOOK_CA";
         assert!(line.contains(hint), "{line}");
     }
+    relay.logged("ERROR").await;
     assert_eq!(relay.lines("ERROR").len(), 1, "{:#?}", relay.log());
     drop(relay);
 

@@ -216,6 +216,7 @@ async fn a_full_stream_holds_messages_up_with_a_warning_until_it_has_room() {
             2,
             "nothing is POSTed twice, nothing overtakes"
         );
+        scene.relay.logged(" -> ").await;
         assert_eq!(scene.relay.lines(" -> ").len(), 1);
         if mode == Mode::Durable {
             assert!(is_out(&jetstream).await);
@@ -385,6 +386,7 @@ async fn someone_else_s_answer_is_no_confirmation() {
     publish_all(&jetstream, 0..2).await;
     relay.logged_times("maximum messages exceeded", 2).await;
     assert!(is_out(&jetstream).await);
+    relay.logged(" -> ").await;
     assert_eq!(relay.lines(" -> ").len(), 1);
     // Nor is one that comes late, to what was published before.
     let replies = [next(&mut heard).await.reply, next(&mut heard).await.reply];
