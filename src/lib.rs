@@ -40,7 +40,6 @@ mod forward;
 #[doc(hidden)]
 #[path = "../tests/properties/mod.rs"]
 pub mod fuzzing;
-mod lock;
 mod monitor;
 mod nats;
 mod relay;

@@ -10,10 +10,10 @@ mod state;
 
 use std::{
     fmt::Write,
-    sync::Mutex,
     time::{Duration, Instant, SystemTime},
 };
 
+use parking_lot::Mutex;
 use prometheus::IntCounter;
 
 pub use self::{heartbeat::Heartbeat, metrics::DestinationMetrics};
@@ -22,7 +22,7 @@ use self::{
     page::History,
     state::{Current, Failing, State, age},
 };
-use crate::{lock::lock, text};
+use crate::text;
 
 /// The main loop beats at least this often; a multiple of its heartbeat.
 const LONGEST_TURN: Duration = Duration::from_secs(10);
@@ -87,7 +87,7 @@ impl Monitor {
 
     /// Notes that the relay is connected to a server.
     pub fn set_connected(&self, server: String) {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         if state.was_connected {
             self.metrics.reconnects.inc();
         }
@@ -100,7 +100,7 @@ impl Monitor {
 
     /// Notes that the connection was lost.
     pub fn set_disconnected(&self) {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         self.metrics.interruptions.inc();
         self.metrics.connected.set(0.0);
         state.server = None;
@@ -109,7 +109,7 @@ impl Monitor {
 
     /// Notes whether messages are being taken.
     pub fn set_subscribed(&self, subscribed: bool) {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         state.is_subscribed = subscribed;
         if subscribed {
             state.obstacle = None;
@@ -118,13 +118,13 @@ impl Monitor {
 
     /// Notes that the relay was asked to stop.
     fn set_stopping(&self) {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         (state.is_stopping, state.is_subscribed) = (true, false);
     }
 
     /// Notes what keeps messages from being taken, if anything.
     pub fn set_obstacle(&self, reason: Option<String>) {
-        let obstacle = &mut lock(&self.state).obstacle;
+        let obstacle = &mut self.state.lock().obstacle;
         let since = obstacle.as_ref().map(|(since, _)| *since);
         *obstacle = reason.map(|reason| (since.unwrap_or_else(SystemTime::now), reason));
     }
@@ -132,13 +132,13 @@ impl Monitor {
     /// Changes what the page shows. Without a page, nothing is done.
     fn show(&self, change: impl FnOnce(&mut History)) {
         if let Some(history) = &self.history {
-            change(&mut lock(history));
+            change(&mut history.lock());
         }
     }
 
     /// Notes a beat of the main loop.
     pub fn add_turn(&self) {
-        lock(&self.state).last_turn = Instant::now();
+        self.state.lock().last_turn = Instant::now();
     }
 
     /// Notes that a message was taken, which has been waiting to be relayed `since` then, or since now. It is being
@@ -184,7 +184,7 @@ impl Monitor {
 
     /// Notes a failure that is tried again after `wait`.
     pub fn set_failing(&self, what: String, reason: String, wait: Duration) {
-        let failing = &mut lock(&self.state).failing;
+        let failing = &mut self.state.lock().failing;
         let known = failing.iter().position(|known| known.what == what);
         let since = known.map(|index| failing.swap_remove(index).since);
         failing.push(Failing {
@@ -197,7 +197,7 @@ impl Monitor {
 
     /// Notes that every destination has the current message.
     pub fn set_posted(&self) {
-        lock(&self.state).failing.clear();
+        self.state.lock().failing.clear();
     }
 
     /// Notes that a stream did not confirm a message.
@@ -209,7 +209,7 @@ impl Monitor {
     pub fn add_relayed(&self, status: Option<u16>, took: Duration) {
         self.metrics.relayed.inc();
         self.metrics.message_duration.observe(took.as_secs_f64());
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         state.failing.clear();
         state.given_up = None;
         drop(state);
@@ -223,7 +223,7 @@ impl Monitor {
     pub fn add_given_up(&self, cause: Cause, subject: &str, reason: &str) {
         self.metrics.given_up[cause as usize].inc();
         self.show(|history| history.end("given up on", line(reason)));
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         state.given_up = Some((SystemTime::now(), format!("{subject}: {reason}")));
         if let Cause::Refused = cause {
             // It works, and doesn't want this message.
@@ -258,7 +258,7 @@ impl Monitor {
     /// # Errors
     /// With the reason, if it seems to be stuck.
     pub fn alive(&self) -> Result<(), String> {
-        let since = lock(&self.state).last_turn.elapsed();
+        let since = self.state.lock().last_turn.elapsed();
         if since >= LONGEST_TURN {
             return Err(format!("the main loop has been stuck for {since:.0?}"));
         }
@@ -270,7 +270,7 @@ impl Monitor {
     /// # Errors
     /// With the reason, if they are not.
     pub fn ready(&self) -> Result<(), String> {
-        let state = lock(&self.state);
+        let state = self.state.lock();
         match &state.obstacle {
             _ if state.server.is_none() => Err("not connected to NATS".to_owned()),
             Some((_, obstacle)) => Err(obstacle.clone()),
@@ -295,7 +295,7 @@ impl Monitor {
     /// Returns the essence in one bounded line, without secrets.
     #[must_use]
     pub fn line(&self) -> String {
-        let state = lock(&self.state);
+        let state = self.state.lock();
         let reason = state.obstacle.as_ref().map(|(_, reason)| reason.clone());
         let (mut line, reason) = match (&state.server, state.now(&self.metrics, None)) {
             (None, _) => ("waiting for NATS".to_owned(), reason),
@@ -336,7 +336,7 @@ mod tests {
     fn a_main_loop_that_does_not_come_around_is_not_alive() {
         let monitor = Monitor::new(None).unwrap();
         assert_eq!(monitor.alive(), Ok(()));
-        lock(&monitor.state).last_turn -= LONGEST_TURN + Duration::from_secs(2);
+        monitor.state.lock().last_turn -= LONGEST_TURN + Duration::from_secs(2);
         let reason = monitor.alive().unwrap_err();
         assert_eq!(reason, "the main loop has been stuck for 12s");
         monitor.add_turn();

@@ -4,18 +4,16 @@
 use std::{
     convert::Infallible,
     future::pending,
-    sync::{
-        Mutex,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
 use log::warn;
+use parking_lot::Mutex;
 use sd_notify::NotifyState;
 use tokio::time::{MissedTickBehavior, interval};
 
-use crate::{lock::lock, monitor::Monitor};
+use crate::monitor::Monitor;
 
 /// How often to give a sign of life, at least.
 const LONGEST_BEAT: Duration = Duration::from_secs(1);
@@ -91,7 +89,7 @@ impl Heartbeat {
     /// Sends `state`, and the status line if it has changed.
     fn tell(&self, state: Option<NotifyState<'_>>, monitor: &Monitor) {
         let line = monitor.line();
-        let mut known = lock(&self.known);
+        let mut known = self.known.lock();
         let changed = (line != *known).then_some(NotifyState::Status(&line));
         let states: Vec<_> = state.into_iter().chain(changed).collect();
         if !states.is_empty() {

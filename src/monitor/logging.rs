@@ -7,10 +7,7 @@ use std::{
     io::{self, ErrorKind, IsTerminal, Write},
     mem,
     os::unix::fs::MetadataExt,
-    sync::{
-        Mutex,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
     thread,
     time::{Duration, Instant, SystemTime},
 };
@@ -22,8 +19,9 @@ use log::{
     kv::{self, Key, Value, VisitSource, VisitValue},
     warn,
 };
+use parking_lot::Mutex;
 
-use crate::{lock::lock, text};
+use crate::text;
 
 /// The most bytes of lines that wait to be written: some thousand lines, enough for a burst.
 const MAX_WAITING: usize = 1 << 20;
@@ -97,7 +95,7 @@ fn is_silent(filter: &str) -> bool {
 pub fn finish() {
     let start = Instant::now();
     let is_done = || {
-        let queue = lock(&QUEUE);
+        let queue = QUEUE.lock();
         queue.lines.is_empty() && !queue.is_writing
     };
     while !is_done() && start.elapsed() < END_TIMEOUT {
@@ -111,7 +109,7 @@ struct Enqueue(thread::Thread);
 impl Write for Enqueue {
     /// Takes one line, as env_logger passes it.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        let lines = &mut lock(&QUEUE).lines;
+        let lines = &mut QUEUE.lock().lines;
         if lines.len() + line.len() > MAX_WAITING {
             DROPPED.fetch_add(1, Relaxed);
         } else {
@@ -131,7 +129,7 @@ fn write_lines(format: Format) {
     let (mut reported, mut has_room) = (0, true);
     loop {
         let mut lines = {
-            let mut queue = lock(&QUEUE);
+            let mut queue = QUEUE.lock();
             queue.is_writing = !queue.lines.is_empty();
             mem::take(&mut queue.lines)
         };

@@ -16,7 +16,7 @@ use super::{
     Monitor,
     state::{Current, age, span},
 };
-use crate::{lock::lock, text::count};
+use crate::text::count;
 
 const TEMPLATE: &str = include_str!("page.html");
 
@@ -212,8 +212,8 @@ impl History {
 impl Monitor {
     /// Returns the page, if there is one.
     pub(super) fn page(&self) -> Option<String> {
-        let state = lock(&self.state);
-        let history = lock(self.history.as_ref()?);
+        let state = self.state.lock();
+        let history = self.history.as_ref()?.lock();
         let (mood, title, now) = state.now(&self.metrics, history.current.as_ref());
         let mut page = String::new();
         for part in TEMPLATE.split("{{") {

@@ -25,7 +25,6 @@ use super::{
     Api,
     inbox::{Inbox, NoAnswer},
 };
-use crate::lock::lock;
 
 /// How many of the subjects on which a message was not refused are remembered.
 const MAX_PERMITTED: usize = 1024;
@@ -49,7 +48,7 @@ pub(super) struct Refusals {
     count: AtomicU64,
     /// Subjects on which this connection may publish, as a round trip has shown; none after a refusal, and on a
     /// new connection.
-    permitted: std::sync::Mutex<HashSet<String>>,
+    permitted: parking_lot::Mutex<HashSet<String>>,
     /// Notified when our own inbox is refused, which is as good an answer as any.
     pub(super) inbox: Notify,
     /// The prefix of our own inbox.
@@ -59,17 +58,17 @@ pub(super) struct Refusals {
 impl Refusals {
     pub(super) fn add(&self, refused: u64) {
         self.count.fetch_add(refused, Relaxed);
-        lock(&self.permitted).clear();
+        self.permitted.lock().clear();
     }
 
     /// Returns whether the next message may be refused: on this very subject, or where `is_sure` is false, on any.
     fn are_possible(&self, subject: &Subject, is_sure: bool) -> bool {
-        let permitted = lock(&self.permitted);
+        let permitted = self.permitted.lock();
         permitted.is_empty() || is_sure && !permitted.contains(&subject[..])
     }
 
     fn permit(&self, subject: Subject) {
-        let mut permitted = lock(&self.permitted);
+        let mut permitted = self.permitted.lock();
         if permitted.len() >= MAX_PERMITTED {
             permitted.clear();
         }

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc, Mutex, OnceLock,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
     time::Instant,
@@ -11,6 +11,7 @@ use std::{
 use anyhow::anyhow;
 use async_nats::{ClientError, Event, ServerError, Statistics};
 use log::{debug, error, info, warn};
+use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
 use super::{
@@ -20,7 +21,6 @@ use super::{
 };
 use crate::{
     config::{Config, Mode},
-    lock::lock,
     monitor::Monitor,
     subject::Prefix,
 };
@@ -155,7 +155,7 @@ impl Observer {
             Event::Connected => {
                 self.was_accepted.store(true, Relaxed);
                 self.refusals.add(0);
-                let mut progress = lock(&self.progress);
+                let mut progress = self.progress.lock();
                 progress.connected = Some(Instant::now());
                 let server = progress.server();
                 info!("connected to NATS at {server}");
@@ -181,7 +181,7 @@ impl Observer {
             Event::ClientError(ClientError::Other(kind))
                 if is_refusal(&kind) && !self.was_accepted.load(Relaxed) =>
             {
-                let server = lock(&self.progress).server();
+                let server = self.progress.lock().server();
                 let refusal = refusal(&kind, &self.hint);
                 self.fatal(anyhow!("NATS at {server} {refusal}"));
             }

@@ -9,7 +9,7 @@ use async_nats::{ConnectErrorKind, ReconnectToServer, Server, ServerAddr};
 use log::warn;
 
 use super::{BACKOFF, LASTING, events::Observer};
-use crate::{lock::lock, tls};
+use crate::tls;
 
 /// A server has refused the login.
 pub(super) const REFUSALS: [ConnectErrorKind; 2] = [
@@ -89,7 +89,7 @@ impl Progress {
 impl Observer {
     /// Chooses one server after the other, without a wait in the first round, then with growing waits.
     pub(super) fn choose(&self, servers: &[Server]) -> Option<ReconnectToServer> {
-        let mut progress = lock(&self.progress);
+        let mut progress = self.progress.lock();
         if let Some(since) = progress.connected.take()
             && since.elapsed() >= LASTING
         {
@@ -201,7 +201,7 @@ mod tests {
         }
         // A connection that did not last changes nothing; after one that did, a first round follows.
         let connected = |before| {
-            lock(&observer.progress).connected = Instant::now().checked_sub(before);
+            observer.progress.lock().connected = Instant::now().checked_sub(before);
         };
         connected(Duration::ZERO);
         assert_ne!(choose().1, Duration::ZERO);

@@ -1,17 +1,17 @@
 //! Acks of JetStream (NATS ADR-15, "Acknowledgements") and how they are written, and whether a delivery is still ours.
 
 use std::{
-    sync::{Arc, Mutex},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use anyhow::Context as _;
 use async_nats::{HeaderMap, Message, StatusCode, Subject, jetstream};
 use log::warn;
+use parking_lot::Mutex;
 use tokio::time::{Instant, sleep};
 
 use super::Consumer;
-use crate::lock::lock;
 
 /// How long the server is asked again and again to confirm an ack.
 const CONFIRM_WITHIN: Duration = Duration::from_secs(6);
@@ -93,17 +93,17 @@ impl Deliveries {
 
     /// Notes that nothing has been handed out to us, because we have not yet asked for anything.
     pub(super) fn begin(&self) {
-        lock(&self.0).none_out_at = SystemTime::now();
+        self.0.lock().none_out_at = SystemTime::now();
     }
 
     /// Notes that the consumer may have been deleted, and created anew.
     pub(super) fn doubt_consumer(&self) {
-        lock(&self.0).is_doubtful = true;
+        self.0.lock().is_doubtful = true;
     }
 
     /// Notes which consumer the deliveries come from, from now on.
     pub(super) fn come_from(&self, consumer: &jetstream::consumer::Info) {
-        let mut known = lock(&self.0);
+        let mut known = self.0.lock();
         known.created = Some(consumer.created.unix_timestamp_nanos());
         known.is_doubtful = false;
     }
@@ -177,7 +177,7 @@ impl Ack {
         consumer: &Arc<Consumer>,
         deliveries: &Deliveries,
     ) -> Self {
-        let mut known = lock(&deliveries.0);
+        let mut known = deliveries.0.lock();
         known.received += 1;
         Self {
             id: format!(
@@ -239,7 +239,7 @@ impl Ack {
             let answer = answer.await;
             if matches!(answer, Ok(true)) {
                 // The next message is handed out only after this ack.
-                lock(&self.deliveries.0).none_out_at = started_at;
+                self.deliveries.0.lock().none_out_at = started_at;
                 return true;
             }
             if connection.epoch() != epoch {
@@ -298,12 +298,12 @@ impl Ack {
     /// With the reason, if the server cannot tell at the moment.
     pub(super) async fn is_ours(&self) -> Result<bool, String> {
         let is_doubtful = {
-            let known = lock(&self.deliveries.0);
+            let known = self.deliveries.0.lock();
             // The server hands out another one only if this one is no longer outstanding.
             known.is_doubtful || known.received != self.received
         };
         let now = (SystemTime::now(), self.consumer.connection.epoch());
-        let (ours_at, epoch) = *lock(&self.ours_at);
+        let (ours_at, epoch) = *self.ours_at.lock();
         let is_recent = ours_at.elapsed().is_ok_and(|age| age < MOMENT);
         // On an earlier connection an ack may have got through without its confirmation.
         if !is_doubtful && is_recent && epoch == now.1 {
@@ -314,7 +314,7 @@ impl Ack {
             return Ok(false);
         }
         let handed_out = info.delivered.consumer_sequence.checked_sub(self.number);
-        let have_all = || handed_out == Some(lock(&self.deliveries.0).received - self.received);
+        let have_all = || handed_out == Some(self.deliveries.0.lock().received - self.received);
         if !have_all() {
             // The answer may have overtaken a delivery.
             sleep(UNDER_WAY).await;
@@ -322,7 +322,7 @@ impl Ack {
                 return Ok(false);
             }
         }
-        *lock(&self.ours_at) = now;
+        *self.ours_at.lock() = now;
         Ok(true)
     }
 }

@@ -5,16 +5,17 @@ use std::{
     collections::HashMap,
     io,
     net::{IpAddr, SocketAddr},
-    sync::{Arc, Mutex},
+    sync::Arc,
     time::Duration,
 };
 
 use futures::future::BoxFuture;
 use log::info;
+use parking_lot::Mutex;
 use tokio::{net::lookup_host, time::timeout};
 
 use super::{Endpoint, Failure, temporary};
-use crate::{lock::lock, text};
+use crate::text;
 
 /// Looks up a host and port.
 type Resolve = Box<dyn Fn() -> BoxFuture<'static, io::Result<Vec<SocketAddr>>> + Send + Sync>;
@@ -62,7 +63,7 @@ impl Addresses {
         let found = found
             .map_err(|_| format!("its name was not resolved within {:?}", self.timeout))?
             .map_err(|error| format!("its name does not resolve: {error}"))?;
-        let mut endpoints = lock(&self.endpoints);
+        let mut endpoints = self.endpoints.lock();
         let mut current: Vec<(IpAddr, Arc<Endpoint>)> = Vec::new();
         let mut is_changed = false;
         for address in found.iter().map(SocketAddr::ip) {
@@ -114,7 +115,7 @@ mod tests {
         Addresses {
             authority: "name:80".to_owned(),
             resolve: Box::new(move || {
-                let found = name.lock().unwrap().clone();
+                let found = name.lock().clone();
                 let found = found
                     .into_iter()
                     .map(|address| SocketAddr::new(address, 80));
@@ -149,9 +150,9 @@ mod tests {
             [A, B]
         );
 
-        *name.lock().unwrap() = vec![B];
+        *name.lock() = vec![B];
         assert_eq!(addresses.current().await.unwrap().len(), 1);
-        *name.lock().unwrap() = vec![A, B];
+        *name.lock() = vec![A, B];
         let again = addresses.current().await.unwrap();
         assert!(Arc::ptr_eq(&first[1].1, &again[1].1), "it was kept");
         assert!(

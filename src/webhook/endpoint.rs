@@ -4,16 +4,17 @@ use std::{
     error::Error,
     io,
     net::{IpAddr, SocketAddr},
-    sync::{Mutex, atomic::AtomicBool},
+    sync::atomic::AtomicBool,
     time::Duration,
 };
 
 use anyhow::Context;
+use parking_lot::Mutex;
 use reqwest::{Client, Proxy, redirect, retry};
 use rustls::ClientConfig;
 use tokio::time::Instant;
 
-use crate::{config, lock::lock};
+use crate::config;
 
 /// An idle connection is closed before a typical server does so (Node.js after 5 s), so that no
 /// request meets a connection that is just being closed.
@@ -77,7 +78,7 @@ impl Endpoint {
     /// Returns whether a request at this time should be the last one on its connection, which is a new one unless
     /// one `was_idle`.
     pub(super) fn is_last_use(&self, was_idle: bool, now: Instant) -> bool {
-        let mut opened = lock(&self.opened);
+        let mut opened = self.opened.lock();
         if !was_idle {
             *opened = now;
         }
