@@ -4,12 +4,11 @@
 use std::{
     env,
     fmt::{Display, Write as _},
-    io::{self, ErrorKind, IsTerminal, Write},
+    io::{self, IsTerminal, Write},
     mem,
     os::unix::fs::MetadataExt,
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
     thread,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, SystemTime},
 };
 
 use env_logger::{Builder, Target};
@@ -19,7 +18,7 @@ use log::{
     kv::{self, Key, Value, VisitSource, VisitValue},
     warn,
 };
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 use crate::text;
 
@@ -32,9 +31,6 @@ const PAUSE: Duration = Duration::from_millis(5);
 /// How long to wait at the end for the log to be written.
 const END_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The largest write to a pipe that is atomic (pipe(7)).
-const PIPE_BUF: usize = 4096;
-
 /// The log target of the relay's own lines.
 const OWN: &str = "nats_webhook_relay";
 
@@ -42,20 +38,23 @@ const OWN: &str = "nats_webhook_relay";
 static QUEUE: Mutex<Queue> = Mutex::new(Queue {
     lines: Vec::new(),
     is_writing: false,
+    dropped: 0,
 });
 
-/// How many lines could not be written.
-static DROPPED: AtomicU64 = AtomicU64::new(0);
+/// Notified when a line arrives, and when all have been written.
+static CHANGED: Condvar = Condvar::new();
 
 struct Queue {
     lines: Vec<u8>,
     is_writing: bool,
+    /// How many lines could not be written.
+    dropped: u64,
 }
 
 /// Returns how many lines of the log could not be written.
 #[must_use]
 pub fn dropped() -> u64 {
-    DROPPED.load(Relaxed)
+    QUEUE.lock().dropped
 }
 
 /// Starts logging to standard error.
@@ -69,12 +68,8 @@ pub fn start(filter: &str, is_json: bool) {
     }
     builder.format(move |out, record| format.write(out, record));
     // In a separate thread, because writing to a full pipe or a stopped terminal blocks.
-    let writer = thread::Builder::new().name("log".to_owned());
-    if let Ok(writer) = writer.spawn(move || write_lines(format)) {
-        let waker = writer.thread().clone();
-        builder.target(Target::Pipe(Box::new(Enqueue(waker))));
-    }
-    builder.init();
+    thread::spawn(move || write_lines(format));
+    builder.target(Target::Pipe(Box::new(Enqueue))).init();
     if is_silent {
         warn!(
             "RUST_LOG={filter:?} shows nothing of the relay, which logs at info besides; write off to silence it"
@@ -93,29 +88,24 @@ fn is_silent(filter: &str) -> bool {
 
 /// Waits until all lines are written, but not for long.
 pub fn finish() {
-    let start = Instant::now();
-    let is_done = || {
-        let queue = QUEUE.lock();
-        queue.lines.is_empty() && !queue.is_writing
-    };
-    while !is_done() && start.elapsed() < END_TIMEOUT {
-        thread::sleep(Duration::from_millis(1));
-    }
+    let is_busy = |queue: &mut Queue| queue.is_writing || !queue.lines.is_empty();
+    CHANGED.wait_while_for(&mut QUEUE.lock(), is_busy, END_TIMEOUT);
 }
 
 /// Hands lines to the thread that writes them, or drops them.
-struct Enqueue(thread::Thread);
+struct Enqueue;
 
 impl Write for Enqueue {
     /// Takes one line, as env_logger passes it.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        let lines = &mut QUEUE.lock().lines;
-        if lines.len() + line.len() > MAX_WAITING {
-            DROPPED.fetch_add(1, Relaxed);
+        let mut queue = QUEUE.lock();
+        if queue.lines.len() + line.len() > MAX_WAITING {
+            queue.dropped += 1;
         } else {
-            lines.extend_from_slice(line);
+            queue.lines.extend_from_slice(line);
         }
-        self.0.unpark();
+        drop(queue);
+        CHANGED.notify_all();
         Ok(line.len())
     }
 
@@ -126,61 +116,35 @@ impl Write for Enqueue {
 
 /// Writes the lines of the queue, forever.
 fn write_lines(format: Format) {
-    let (mut reported, mut has_room) = (0, true);
+    let mut reported = 0;
     loop {
-        let mut lines = {
+        let (mut lines, dropped) = {
             let mut queue = QUEUE.lock();
-            queue.is_writing = !queue.lines.is_empty();
-            mem::take(&mut queue.lines)
+            queue.is_writing = false;
+            CHANGED.notify_all();
+            CHANGED.wait_while(&mut queue, |queue| queue.lines.is_empty());
+            queue.is_writing = true;
+            (mem::take(&mut queue.lines), queue.dropped)
         };
-        if lines.is_empty() {
-            thread::park();
-            continue;
-        }
-        let unreported = dropped() - reported;
-        if unreported > 0 && has_room {
-            let report =
-                format_args!("{unreported} log lines could not be written and were dropped");
+        let length = lines.len();
+        if dropped > reported {
+            let report = format_args!(
+                "{} log lines could not be written and were dropped",
+                dropped - reported
+            );
             let report = Record::builder().level(Level::Warn).args(report).build();
             // Writing to a vector never fails.
             let _ = format.write(&mut lines, &report);
-            reported += unreported;
         }
-        let mut rest = &lines[..];
-        while !rest.is_empty() {
-            let (batch, others) = rest.split_at(batch_length(rest));
-            has_room = write_whole(batch).is_ok();
-            if !has_room {
-                let lost = batch.iter().filter(|byte| **byte == b'\n').count();
-                DROPPED.fetch_add(lost as u64, Relaxed);
+        match io::stderr().write_all(&lines) {
+            Ok(()) => reported = dropped,
+            Err(_) => {
+                let lost = lines[..length].iter().filter(|byte| **byte == b'\n');
+                QUEUE.lock().dropped += lost.count() as u64;
             }
-            rest = others;
         }
         thread::sleep(PAUSE);
     }
-}
-
-/// Returns the length of the lines that fit into one write, or of one that is longer.
-fn batch_length(lines: &[u8]) -> usize {
-    let is_end = |byte: &u8| *byte == b'\n';
-    let most = &lines[..lines.len().min(PIPE_BUF)];
-    let last = most.iter().rposition(is_end);
-    last.or_else(|| lines.iter().position(is_end))
-        .map_or(lines.len(), |end| end + 1)
-}
-
-fn write_whole(mut text: &[u8]) -> io::Result<()> {
-    while !text.is_empty() {
-        match io::stderr().write(text) {
-            Ok(0) => return Err(ErrorKind::WriteZero.into()),
-            Ok(length) => text = &text[length..],
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            // Another process may have made what we share with it non-blocking.
-            Err(error) if error.kind() == ErrorKind::WouldBlock => thread::sleep(PAUSE),
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }
 
 /// How lines look.
@@ -243,39 +207,27 @@ fn goes_to_journal() -> bool {
     matches!((env::var("JOURNAL_STREAM"), stderr), (Ok(named), Ok(stderr)) if named == stderr)
 }
 
-/// Returns a record as a JSON object: time, level, message, and the fields of the event. Quotes need room of
-/// their own, so that its parts may have to be cut shorter than those of a text.
+/// Returns a record as a JSON object: time, level, message, and the fields of the event.
 fn json(record: &Record<'_>, time: &impl Display) -> String {
-    let mut longest = text::LONGEST_LINE;
-    loop {
-        let mut object = Object {
-            line: format!(r#"{{"time":"{time}","level":"{}""#, record.level()),
-            longest,
-        };
-        object.add_text("message", &record.args().to_string());
-        // It never fails, as no visit does.
-        let _ = record.key_values().visit(&mut object);
-        if object.line.len() < text::LONGEST_LINE {
-            return object.line + "}";
-        }
-        longest /= 2;
-    }
+    let start = format!(r#"{{"time":"{time}","level":"{}""#, record.level());
+    let mut object = Object(start);
+    object.add_text("message", &record.args().to_string());
+    // It never fails, as no visit does.
+    let _ = record.key_values().visit(&mut object);
+    object.0 + "}"
 }
 
-/// A JSON object to whose end fields are added, of texts with at most so many bytes before they are quoted.
-struct Object {
-    line: String,
-    longest: usize,
-}
+/// A JSON object to whose end fields are added.
+struct Object(String);
 
 impl Object {
     fn add(&mut self, name: &str, value: impl Into<serde_json::Value>) {
         let (name, value) = (serde_json::Value::from(name), value.into());
-        let _ = write!(self.line, ",{name}:{value}");
+        let _ = write!(self.0, ",{name}:{value}");
     }
 
     fn add_text(&mut self, name: &str, text: &str) {
-        self.add(name, &*text::one_line(text, self.longest));
+        self.add(name, &*text::one_line(text, text::LONGEST_NOTE));
     }
 }
 
@@ -328,24 +280,9 @@ mod tests {
             let record = Record::builder().args(args).key_values(&values).build();
             format.write(&mut line, &record).unwrap();
             let line = String::from_utf8(line).unwrap();
-            assert!(line.len() <= text::LONGEST_LINE + 1, "{}", line.len());
+            assert!(line.len() < 8 * text::LONGEST_NOTE, "{}", line.len());
             let object: serde_json::Value = serde_json::from_str(&line).unwrap();
             assert!(object["reason"].as_str().unwrap().len() > 100, "{line}");
-        }
-    }
-
-    #[test]
-    fn a_batch_is_of_whole_lines() {
-        let long = [vec![b'x'; PIPE_BUF], vec![b'\n']].concat();
-        let short = "line\n".repeat(PIPE_BUF / 5);
-        for (lines, length) in [
-            (&b"a\nb\n"[..], 4),
-            (b"a\nb", 2),
-            (b"a", 1),
-            (&[&long[..], b"b\n"].concat(), PIPE_BUF + 1),
-            ((short.clone() + "line\n").as_bytes(), short.len()),
-        ] {
-            assert_eq!(batch_length(lines), length);
         }
     }
 }
