@@ -65,7 +65,7 @@ impl Report<'_> {
 pub async fn check(config: &Config, out: &mut dyn Write) -> anyhow::Result<bool> {
     tls::install_provider();
     let mut report = Report { out, good: true };
-    let monitor = Arc::new(Monitor::new(None)?);
+    let monitor = Arc::new(Monitor::new(String::new())?);
     if let Some((connection, mut events)) = check_servers(config, &monitor, &mut report).await? {
         let commit = Commit::new(connection.clone(), config, &monitor);
         match &config.mode {

@@ -182,8 +182,7 @@ impl Forward {
             reason = given_up.reason;
             "{line}"
         );
-        self.monitor
-            .add_given_up(given_up.cause, &delivery.subject, &given_up.reason);
+        self.monitor.add_given_up(given_up.cause, &given_up.reason);
         let outcome = Outcome::GivenUp;
         if let Some(publisher) = &self.commit.failed {
             let published = match relayed_subject(delivery, &self.config.prefix, &publisher.prefix)
@@ -227,7 +226,7 @@ impl Forward {
             None => {
                 let line = format!("{subject} is not relayed: {reason}");
                 error!(subject:% = subject, reason; "{line}");
-                self.monitor.add_given_up(Cause::Stopped, subject, reason);
+                self.monitor.add_given_up(Cause::Stopped, reason);
             }
             Some(ack) => {
                 warn!(

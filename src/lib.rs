@@ -66,7 +66,7 @@ pub use self::{
 use self::{
     config::Mode,
     forward::Forward,
-    monitor::{Heartbeat, Monitor, endpoints, logging},
+    monitor::{Monitor, endpoints, logging},
     nats::ClientCrashed,
     relay::Relay,
     source::Source,
@@ -87,20 +87,18 @@ pub fn start_logging(log: &Log) {
 /// If it cannot continue: login refused, permission, stream or consumer missing, status port taken.
 pub async fn run(config: Config, stop: impl Stream<Item = ()> + Unpin) -> anyhow::Result<()> {
     let config = Arc::new(config);
-    let about = config.status_listen.map(|_| about(&config));
-    let monitor = Arc::new(Monitor::new(about)?);
+    let monitor = Arc::new(Monitor::new(about(&config))?);
     if let Some(address) = config.status_listen {
         endpoints::start(address, Arc::clone(&monitor)).await?;
     }
-    let heartbeat = Arc::new(Heartbeat::new(config.status_listen.is_some()));
     // The end of this stream is not a request to stop.
     let mut stop = stop.chain(pending());
     let ended = tokio::select! {
         biased;
-        ended = start_over(&config, &monitor, &heartbeat, &mut stop) => ended,
-        never = heartbeat.beat(&monitor) => match never {},
+        ended = start_over(&config, &monitor, &mut stop) => ended,
+        never = monitor.beat() => match never {},
     };
-    heartbeat.stopping(&monitor);
+    monitor.stopping();
     ended
 }
 
@@ -127,7 +125,6 @@ fn about(config: &Config) -> String {
 async fn start_over(
     config: &Arc<Config>,
     monitor: &Arc<Monitor>,
-    heartbeat: &Arc<Heartbeat>,
     stop: &mut (impl Stream<Item = ()> + Unpin),
 ) -> anyhow::Result<()> {
     let mut waits = nats::BACKOFF.waits();
@@ -144,13 +141,7 @@ async fn start_over(
             Arc::clone(&config),
             Arc::clone(&monitor),
         );
-        let relay = Relay::new(
-            source,
-            forward,
-            config,
-            Arc::clone(&monitor),
-            Arc::clone(heartbeat),
-        );
+        let relay = Relay::new(source, forward, config, Arc::clone(&monitor));
         let reason = match relay.run(stop).await {
             Err(reason) if reason.is::<ClientCrashed>() => reason,
             ended => return ended,

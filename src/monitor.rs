@@ -1,27 +1,22 @@
-//! Monitoring: counters, states and the last messages. All parts of the relay write to it, in its own terms; the status
-//! page, the endpoints and systemd read it.
+//! Monitoring: metrics, the state, and the last messages. All parts of the relay write to it, in its own terms; the
+//! status page, the endpoints and systemd read it.
 
 pub mod endpoints;
-mod heartbeat;
 pub mod logging;
 mod metrics;
 mod page;
-mod state;
+mod systemd;
 
 use std::{
-    fmt::Write,
+    collections::VecDeque,
+    sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
 use parking_lot::Mutex;
-use prometheus::IntCounter;
 
-pub use self::{heartbeat::Heartbeat, metrics::DestinationMetrics};
-use self::{
-    metrics::Metrics,
-    page::History,
-    state::{Current, Failing, State, age},
-};
+use self::metrics::Metrics;
+pub use self::metrics::{Attempt, Cause, DestinationMetrics};
 use crate::text;
 
 /// The main loop beats at least this often; a multiple of its heartbeat.
@@ -30,115 +25,130 @@ const LONGEST_TURN: Duration = Duration::from_secs(10);
 /// The most bytes of a subject on the page.
 const LONGEST_SUBJECT: usize = 200;
 
-/// Counters and states.
+/// How many messages the page shows.
+const MAX_MESSAGES: usize = 50;
+
+const RELAYED: &str = "relayed";
+const GIVEN_UP: &str = "given up on";
+const LEFT: &str = "left in the stream";
+
+/// Metrics and the state.
 pub struct Monitor {
+    /// A line for the page that says where messages come from and where they go.
+    about: String,
     metrics: Metrics,
     state: Mutex<State>,
-    /// Kept only with a page.
-    history: Option<Mutex<History>>,
 }
 
-/// Why a message was not relayed.
-#[derive(Clone, Copy, Debug)]
-pub enum Cause {
-    /// A destination rejected it.
-    Refused,
-    /// All attempts were used.
-    AttemptsUsed,
-    /// It could not be published.
-    NotPublished,
-    /// The relay stopped first.
-    Stopped,
+struct State {
+    /// The server, or why there is no connection to one.
+    server: Result<String, String>,
+    /// Since when that has been so.
+    since: SystemTime,
+    /// What keeps messages from being taken over the connection.
+    obstacle: Option<String>,
+    /// Whether systemd knows that the start is complete.
+    is_started: bool,
+    is_stopping: bool,
+    /// The last beat of the main loop.
+    last_turn: Instant,
+    current: Option<Current>,
+    /// The last messages, the latest one first.
+    messages: VecDeque<Ended>,
 }
 
-/// The labels of the causes, in their order.
-const CAUSES: [&str; 4] = ["refused", "attempts_used", "not_published", "stopped"];
+/// The message being processed.
+struct Current {
+    subject: Arc<str>,
+    /// Since when it has been waiting to be relayed.
+    since: SystemTime,
+    taken: Instant,
+    attempts: u32,
+    /// When it was last POSTed, unless every destination has it.
+    asked: Option<SystemTime>,
+    /// The failures that keep it from being relayed.
+    failing: Vec<Failing>,
+}
+
+/// Something that is tried over and over.
+struct Failing {
+    /// The failing part, such as a destination.
+    what: String,
+    since: SystemTime,
+    reason: String,
+    /// When it is tried again.
+    next: Instant,
+}
+
+/// A message that was processed.
+struct Ended {
+    subject: Arc<str>,
+    at: SystemTime,
+    outcome: &'static str,
+    reason: String,
+    attempts: u32,
+    took: Duration,
+}
 
 /// While this exists, a message is being processed.
 pub struct Working<'a>(&'a Monitor);
 
 impl Drop for Working<'_> {
     fn drop(&mut self) {
-        self.0.show(|history| history.current = None);
+        self.0.state.lock().current = None;
     }
 }
 
-/// How an attempt ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Attempt {
-    Succeeded,
-    /// There may be another attempt.
-    FailedForNow,
-    FailedForGood,
-}
-
 impl Monitor {
-    /// Returns one with all counters at zero, not connected. `about` describes the relay on the page, if there is one.
+    /// Returns one with all counters at zero, not connected. `about` describes the relay on the page.
     ///
     /// # Errors
     /// If two metrics have the same name.
-    pub fn new(about: Option<String>) -> prometheus::Result<Self> {
+    pub fn new(about: String) -> prometheus::Result<Self> {
         Ok(Self {
+            about,
             metrics: Metrics::new()?,
-            state: Mutex::new(State::new()),
-            history: about.map(|about| Mutex::new(History::new(about))),
+            state: Mutex::new(State {
+                server: Err(String::new()),
+                since: SystemTime::now(),
+                obstacle: Some("not subscribed".to_owned()),
+                is_started: false,
+                is_stopping: false,
+                last_turn: Instant::now(),
+                current: None,
+                messages: VecDeque::new(),
+            }),
         })
     }
 
     /// Notes that the relay is connected to a server.
     pub fn set_connected(&self, server: String) {
-        let mut state = self.state.lock();
-        if state.was_connected {
+        if self.metrics.interruptions.get() > 0 {
             self.metrics.reconnects.inc();
         }
-        state.was_connected = true;
-        state.server = Some(server);
-        state.since = SystemTime::now();
-        state.obstacle = None;
         self.metrics.connected.set(1.0);
+        let mut state = self.state.lock();
+        state.server = Ok(server);
+        state.since = SystemTime::now();
     }
 
     /// Notes that the connection was lost.
     pub fn set_disconnected(&self) {
-        let mut state = self.state.lock();
         self.metrics.interruptions.inc();
         self.metrics.connected.set(0.0);
-        state.server = None;
+        let mut state = self.state.lock();
+        state.server = Err(String::new());
         state.since = SystemTime::now();
     }
 
-    /// Notes whether messages are being taken.
-    pub fn set_subscribed(&self, subscribed: bool) {
-        let mut state = self.state.lock();
-        state.is_subscribed = subscribed;
-        if subscribed {
-            state.obstacle = None;
-        }
+    /// Notes why there is no connection to a server.
+    pub fn set_unreachable(&self, reason: String) {
+        self.state.lock().server = Err(reason);
     }
 
-    /// Notes that the relay was asked to stop.
-    fn set_stopping(&self) {
-        let mut state = self.state.lock();
-        (state.is_stopping, state.is_subscribed) = (true, false);
-    }
-
-    /// Notes what keeps messages from being taken, if anything.
+    /// Notes what keeps messages from being taken, if anything does.
     pub fn set_obstacle(&self, reason: Option<String>) {
-        let obstacle = &mut self.state.lock().obstacle;
-        let since = obstacle.as_ref().map(|(since, _)| *since);
-        *obstacle = reason.map(|reason| (since.unwrap_or_else(SystemTime::now), reason));
-    }
-
-    /// Changes what the page shows. Without a page, nothing is done.
-    fn show(&self, change: impl FnOnce(&mut History)) {
-        if let Some(history) = &self.history {
-            change(&mut history.lock());
-        }
-    }
-
-    /// Notes a beat of the main loop.
-    pub fn add_turn(&self) {
-        self.state.lock().last_turn = Instant::now();
+        self.state.lock().obstacle = reason;
     }
 
     /// Notes that a message was taken, which has been waiting to be relayed `since` then, or since now. It is being
@@ -146,18 +156,21 @@ impl Monitor {
     #[must_use]
     pub fn add_received(&self, subject: &str, since: Option<SystemTime>) -> Working<'_> {
         self.metrics.received.inc();
-        self.show(|history| {
-            let now = Instant::now();
-            history.current = Some(Current {
-                since: since.unwrap_or_else(SystemTime::now),
-                taken: now,
-                subject: text::one_line(subject, LONGEST_SUBJECT).into_owned(),
-                attempts: 0,
-                unanswered: 0,
-                asked: now,
-            });
+        self.state.lock().current = Some(Current {
+            subject: text::one_line(subject, LONGEST_SUBJECT).into(),
+            since: since.unwrap_or_else(SystemTime::now),
+            taken: Instant::now(),
+            attempts: 0,
+            asked: None,
+            failing: Vec::new(),
         });
         Working(self)
+    }
+
+    fn change_current(&self, change: impl FnOnce(&mut Current)) {
+        if let Some(current) = &mut self.state.lock().current {
+            change(current);
+        }
     }
 
     /// Returns the metrics of the destination at this index in `WEBHOOK_DESTINATION`.
@@ -168,7 +181,10 @@ impl Monitor {
 
     /// Notes that an attempt begins.
     pub fn begin_attempt(&self, attempts: u32) {
-        self.show(|history| history.begin_attempt(attempts));
+        self.change_current(|current| {
+            current.attempts = current.attempts.max(attempts);
+            current.asked = Some(SystemTime::now());
+        });
     }
 
     /// Notes that an attempt has ended.
@@ -179,25 +195,28 @@ impl Monitor {
             Attempt::FailedForGood => destination.permanent.inc(),
         }
         destination.duration.observe(took.as_secs_f64());
-        self.show(|history| history.end_attempt(took));
     }
 
     /// Notes a failure that is tried again after `wait`.
     pub fn set_failing(&self, what: String, reason: String, wait: Duration) {
-        let failing = &mut self.state.lock().failing;
-        let known = failing.iter().position(|known| known.what == what);
-        let since = known.map(|index| failing.swap_remove(index).since);
-        failing.push(Failing {
-            since: since.unwrap_or_else(SystemTime::now),
-            what,
-            reason,
-            next: Instant::now() + wait,
+        self.change_current(|Current { failing, .. }| {
+            let known = failing.iter().position(|known| known.what == what);
+            let since = known.map(|index| failing.swap_remove(index).since);
+            failing.push(Failing {
+                what,
+                since: since.unwrap_or_else(SystemTime::now),
+                reason,
+                next: Instant::now() + wait,
+            });
         });
     }
 
     /// Notes that every destination has the current message.
     pub fn set_posted(&self) {
-        self.state.lock().failing.clear();
+        self.change_current(|current| {
+            current.asked = None;
+            current.failing.clear();
+        });
     }
 
     /// Notes that a stream did not confirm a message.
@@ -209,32 +228,39 @@ impl Monitor {
     pub fn add_relayed(&self, status: Option<u16>, took: Duration) {
         self.metrics.relayed.inc();
         self.metrics.message_duration.observe(took.as_secs_f64());
-        let mut state = self.state.lock();
-        state.failing.clear();
-        state.given_up = None;
-        drop(state);
-        self.show(|history| {
-            let status = status.map(|status| status.to_string());
-            history.end("relayed", status.unwrap_or_default());
-        });
+        let status = status.map(|status| status.to_string());
+        self.end(RELAYED, status.unwrap_or_default());
     }
 
     /// Notes that the relay gave up on the current message.
-    pub fn add_given_up(&self, cause: Cause, subject: &str, reason: &str) {
+    pub fn add_given_up(&self, cause: Cause, reason: &str) {
         self.metrics.given_up[cause as usize].inc();
-        self.show(|history| history.end("given up on", line(reason)));
-        let mut state = self.state.lock();
-        state.given_up = Some((SystemTime::now(), format!("{subject}: {reason}")));
-        if let Cause::Refused = cause {
-            // It works, and doesn't want this message.
-            state.failing.clear();
-        }
+        self.end(GIVEN_UP, text::one_line(reason, text::LONGEST_PIECE).into());
     }
 
     /// Notes that the current message stays in its stream, for this relay or another one.
     pub fn add_unfinished(&self, reason: &str) {
         self.metrics.unfinished.inc();
-        self.show(|history| history.end("left in the stream", line(reason)));
+        self.end(LEFT, text::one_line(reason, text::LONGEST_PIECE).into());
+    }
+
+    /// Keeps what has become of the current message.
+    fn end(&self, outcome: &'static str, reason: String) {
+        let mut state = self.state.lock();
+        let Some(current) = &mut state.current else {
+            return;
+        };
+        (current.asked, current.failing) = (None, Vec::new());
+        let ended = Ended {
+            subject: Arc::clone(&current.subject),
+            at: SystemTime::now(),
+            outcome,
+            reason,
+            attempts: current.attempts,
+            took: current.taken.elapsed(),
+        };
+        state.messages.truncate(MAX_MESSAGES - 1);
+        state.messages.push_front(ended);
     }
 
     /// Notes that messages in the buffer were lost, or did not fit into it.
@@ -259,10 +285,10 @@ impl Monitor {
     /// With the reason, if it seems to be stuck.
     pub fn alive(&self) -> Result<(), String> {
         let since = self.state.lock().last_turn.elapsed();
-        if since >= LONGEST_TURN {
-            return Err(format!("the main loop has been stuck for {since:.0?}"));
+        match since >= LONGEST_TURN {
+            true => Err(format!("the main loop has been stuck for {since:.0?}")),
+            false => Ok(()),
         }
-        Ok(())
     }
 
     /// Checks whether messages are being taken.
@@ -271,11 +297,11 @@ impl Monitor {
     /// With the reason, if they are not.
     pub fn ready(&self) -> Result<(), String> {
         let state = self.state.lock();
-        match &state.obstacle {
-            _ if state.server.is_none() => Err("not connected to NATS".to_owned()),
-            Some((_, obstacle)) => Err(obstacle.clone()),
-            None if !state.is_subscribed => Err("not subscribed".to_owned()),
-            None => Ok(()),
+        match (&state.server, &state.obstacle) {
+            (Err(_), _) => Err("not connected to NATS".to_owned()),
+            _ if state.is_stopping => Err("stopping".to_owned()),
+            (Ok(_), Some(obstacle)) => Err(obstacle.clone()),
+            (Ok(_), None) => Ok(()),
         }
     }
 
@@ -284,47 +310,15 @@ impl Monitor {
     /// # Errors
     /// If they can't be put into it.
     pub fn metrics(&self) -> prometheus::Result<String> {
-        let mut oldest = Duration::ZERO;
-        self.show(|history| {
-            let current = history.current.iter();
-            oldest = current.map(|current| age(current.since)).sum();
-        });
-        self.metrics.text(oldest)
-    }
-
-    /// Returns the essence in one bounded line, without secrets.
-    #[must_use]
-    pub fn line(&self) -> String {
-        let state = self.state.lock();
-        let reason = state.obstacle.as_ref().map(|(_, reason)| reason.clone());
-        let (mut line, reason) = match (&state.server, state.now(&self.metrics, None)) {
-            (None, _) => ("waiting for NATS".to_owned(), reason),
-            (Some(server), (mood, _, now)) => (
-                format!("connected to {server}"),
-                (mood == "bad").then_some(now),
-            ),
-        };
-        let (relayed, dropped) = (self.metrics.relayed.get(), self.metrics.dropped.get());
-        let _ = write!(
-            line,
-            ", {relayed} relayed, {} given up, {dropped} dropped, {} waiting",
-            self.given_up(),
-            self.metrics.waiting_messages.get()
-        );
-        if let Some(reason) = reason {
-            let _ = write!(line, "; {reason}");
-        }
-        text::one_line(&line, text::LONGEST_NOTE).into_owned()
-    }
-
-    fn given_up(&self) -> u64 {
-        self.metrics.given_up.iter().map(IntCounter::get).sum()
+        let current = self.state.lock().current.as_ref().map(|it| it.since);
+        self.metrics.text(current.map(age).unwrap_or_default())
     }
 }
 
-/// Returns a reason as the page shows it.
-fn line(reason: &str) -> String {
-    text::one_line(reason, text::LONGEST_PIECE).into_owned()
+/// Returns how long something has lasted. Clocks differ between machines: a message can seem to come from the
+/// future.
+fn age(since: SystemTime) -> Duration {
+    since.elapsed().unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -334,21 +328,25 @@ mod tests {
 
     #[test]
     fn a_main_loop_that_does_not_come_around_is_not_alive() {
-        let monitor = Monitor::new(None).unwrap();
+        let monitor = Monitor::new(String::new()).unwrap();
         assert_eq!(monitor.alive(), Ok(()));
         monitor.state.lock().last_turn -= LONGEST_TURN + Duration::from_secs(2);
         let reason = monitor.alive().unwrap_err();
         assert_eq!(reason, "the main loop has been stuck for 12s");
-        monitor.add_turn();
-        assert_eq!(monitor.alive(), Ok(()));
     }
 
     #[test]
-    fn the_status_line_says_once_what_is_waited_for() {
-        let monitor = Monitor::new(None).unwrap();
-        monitor.set_obstacle(Some("cannot connect".to_owned()));
-        let counts = "0 relayed, 0 given up, 0 dropped, 0 waiting";
-        let line = format!("waiting for NATS, {counts}; cannot connect");
-        assert_eq!(monitor.line(), line);
+    fn readiness_names_what_is_missing() {
+        let monitor = Monitor::new(String::new()).unwrap();
+        let ready = |expected: Result<(), &str>| {
+            assert_eq!(monitor.ready(), expected.map_err(ToOwned::to_owned));
+        };
+        ready(Err("not connected to NATS"));
+        monitor.set_connected("nats://a".to_owned());
+        ready(Err("not subscribed"));
+        monitor.set_obstacle(None);
+        ready(Ok(()));
+        monitor.stopping();
+        ready(Err("stopping"));
     }
 }

@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep_until};
 use crate::{
     config::Config,
     forward::Forward,
-    monitor::{Heartbeat, Monitor},
+    monitor::Monitor,
     nats::ClientCrashed,
     source::{Delivery, Source},
     text::count,
@@ -22,7 +22,6 @@ pub struct Relay {
     forward: Forward,
     config: Arc<Config>,
     monitor: Arc<Monitor>,
-    heartbeat: Arc<Heartbeat>,
     /// The deadline of a stop; `None` until a stop is requested.
     deadline: Option<Instant>,
 }
@@ -35,14 +34,12 @@ impl Relay {
         forward: Forward,
         config: Arc<Config>,
         monitor: Arc<Monitor>,
-        heartbeat: Arc<Heartbeat>,
     ) -> Self {
         Self {
             source,
             forward,
             config,
             monitor,
-            heartbeat,
             deadline: None,
         }
     }
@@ -55,7 +52,7 @@ impl Relay {
     /// If it cannot continue; [`ClientCrashed`] if a new relay with a new client may be able to.
     pub async fn run(mut self, stop: &mut (impl Stream<Item = ()> + Unpin)) -> anyhow::Result<()> {
         let ended = self.relay_all(stop).await;
-        self.monitor.set_subscribed(false);
+        self.monitor.set_obstacle(Some("not subscribed".to_owned()));
         self.source.close().await;
         match ended {
             // It was stopping anyway, so there is no reason to start over.
@@ -91,16 +88,16 @@ impl Relay {
             "listening on {prefix}.>; POST to {}, then republish on {relayed_prefix}.>",
             self.forward.destinations()
         );
-        self.monitor.set_subscribed(true);
-        self.heartbeat.ready(&self.monitor);
+        self.monitor.set_obstacle(None);
+        self.monitor.started();
         loop {
             let delivery = tokio::select! {
                 biased;
                 _ = stop.next() => match self.deadline {
                     None => {
-                        let Self { source, config, monitor, heartbeat, .. } = self;
+                        let Self { source, config, monitor, .. } = self;
                         let timeout = config.shutdown_timeout;
-                        let until = begin_to_stop(source, monitor, heartbeat, timeout, None);
+                        let until = begin_to_stop(source, monitor, timeout, None);
                         self.deadline = Some(until.await);
                         continue;
                     }
@@ -129,7 +126,6 @@ impl Relay {
             forward,
             config,
             monitor,
-            heartbeat,
             deadline,
         } = self;
         let mut forwarding = pin!(forward.forward(delivery));
@@ -148,7 +144,7 @@ impl Relay {
                     None => {
                         let timeout = config.shutdown_timeout;
                         let current = Some(delivery);
-                        let until = begin_to_stop(source, monitor, heartbeat, timeout, current);
+                        let until = begin_to_stop(source, monitor, timeout, current);
                         *deadline = Some(until.await);
                     }
                     Some(_) => {
@@ -171,12 +167,10 @@ impl Relay {
 async fn begin_to_stop(
     source: &mut Source,
     monitor: &Monitor,
-    heartbeat: &Heartbeat,
     timeout: Duration,
     current: Option<&Delivery>,
 ) -> Instant {
-    monitor.set_subscribed(false);
-    heartbeat.stopping(monitor);
+    monitor.stopping();
     source.stop().await;
     if let Some(delivery) = current {
         let waiting = match source.waiting() {

@@ -1,4 +1,4 @@
-//! The page, `/livez`, `/readyz` and `/metrics` over HTTP, separate from the main loop.
+//! The page with its style and script, `/livez`, `/readyz` and `/metrics` over HTTP, separate from the main loop.
 
 use std::{collections::VecDeque, convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -7,10 +7,7 @@ use http_body_util::Full;
 use hyper::{
     Method, Request, Response, StatusCode,
     body::{Bytes, Incoming},
-    header::{
-        CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY,
-        X_CONTENT_TYPE_OPTIONS,
-    },
+    header,
     server::conn::http1,
     service::service_fn,
 };
@@ -22,7 +19,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{Monitor, page::POLICY};
+use super::Monitor;
 
 /// Maximum concurrent clients; one more evicts the oldest. That is a silent one, because requests are answered at
 /// once, and silent clients must not keep a probe waiting.
@@ -37,7 +34,13 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// The maximum size of a request's head.
 const MAX_HEAD_BYTES: usize = 8 * 1024;
 
+/// Keeps the page to itself.
+const POLICY: &str = "default-src 'none'; base-uri 'none'; connect-src 'self'; form-action 'none'; \
+                      frame-ancestors 'none'; script-src 'self'; style-src 'self'";
+
 const HTML: &str = "text/html; charset=utf-8";
+const CSS: &str = "text/css; charset=utf-8";
+const JAVASCRIPT: &str = "text/javascript; charset=utf-8";
 const TEXT: &str = "text/plain; charset=utf-8";
 const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
@@ -96,38 +99,38 @@ async fn serve_client(stream: TcpStream, monitor: Arc<Monitor>) {
 }
 
 fn answer(request: &Request<Incoming>, monitor: &Monitor) -> Response<Full<Bytes>> {
+    let text = |status, text: &str| (status, TEXT, format!("{text}\n"));
     let check = |state: Result<(), String>| match state {
-        Ok(()) => (StatusCode::OK, TEXT, "ok".to_owned()),
-        Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, TEXT, reason),
+        Ok(()) => text(StatusCode::OK, "ok"),
+        Err(reason) => text(StatusCode::SERVICE_UNAVAILABLE, &reason),
     };
-    let other = |status, text: &str| (status, TEXT, text.to_owned());
-    let (status, kind, mut body) = match request.uri().path() {
+    let file = |kind, text: &str| (StatusCode::OK, kind, text.to_owned());
+    let (status, kind, body) = match request.uri().path() {
         _ if !matches!(*request.method(), Method::GET | Method::HEAD) => {
-            other(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD")
+            text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD")
         }
-        "/" => (StatusCode::OK, HTML, monitor.page().unwrap_or_default()),
+        "/" => (StatusCode::OK, HTML, monitor.page()),
+        "/page.css" => file(CSS, include_str!("page.css")),
+        "/page.js" => file(JAVASCRIPT, include_str!("page.js")),
         "/livez" => check(monitor.alive()),
         "/readyz" => check(monitor.ready()),
         "/metrics" => match monitor.metrics() {
             Ok(metrics) => (StatusCode::OK, PROMETHEUS, metrics),
-            Err(error) => other(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+            Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
         },
-        _ => other(
+        _ => text(
             StatusCode::NOT_FOUND,
             "there are /, /livez, /readyz and /metrics",
         ),
     };
-    if !body.ends_with('\n') {
-        body.push('\n');
-    }
     // It never fails: all of this is visible ASCII.
     Response::builder()
         .status(status)
-        .header(CONTENT_TYPE, kind)
-        .header(CACHE_CONTROL, "no-store")
-        .header(CONTENT_SECURITY_POLICY, &POLICY[..])
-        .header(REFERRER_POLICY, "no-referrer")
-        .header(X_CONTENT_TYPE_OPTIONS, "nosniff")
+        .header(header::CONTENT_TYPE, kind)
+        .header(header::CACHE_CONTROL, "no-store")
+        .header(header::CONTENT_SECURITY_POLICY, POLICY)
+        .header(header::REFERRER_POLICY, "no-referrer")
+        .header(header::X_CONTENT_TYPE_OPTIONS, "nosniff")
         .body(Full::from(body))
         .unwrap_or_default()
 }

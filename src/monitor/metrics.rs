@@ -7,7 +7,7 @@ use prometheus::{
     TextEncoder, core::Collector,
 };
 
-use super::{CAUSES, logging};
+use super::logging;
 
 /// The prefix of the relay's own metrics.
 const NAMESPACE: &str = "nats_webhook_relay";
@@ -16,6 +16,31 @@ const NAMESPACE: &str = "nats_webhook_relay";
 const BUCKETS: [f64; 13] = [
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 15.0, 30.0,
 ];
+
+/// Why a message was not relayed.
+#[derive(Clone, Copy, Debug)]
+pub enum Cause {
+    /// A destination rejected it.
+    Refused,
+    /// All attempts were used.
+    AttemptsUsed,
+    /// It could not be published.
+    NotPublished,
+    /// The relay stopped first.
+    Stopped,
+}
+
+/// The labels of the causes, in their order.
+const CAUSES: [&str; 4] = ["refused", "attempts_used", "not_published", "stopped"];
+
+/// How an attempt ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attempt {
+    Succeeded,
+    /// There may be another attempt.
+    FailedForNow,
+    FailedForGood,
+}
 
 pub(super) struct Metrics {
     registry: Registry,
@@ -148,6 +173,16 @@ impl Metrics {
             permanent: counter("permanent_failure"),
             duration: self.attempt_duration.with_label_values(&[&index[..]]),
         }
+    }
+
+    /// Returns how many messages were relayed, given up on and dropped, and how many wait.
+    pub(super) fn counts(&self) -> [u64; 4] {
+        [
+            self.relayed.get(),
+            self.given_up.iter().map(IntCounter::get).sum(),
+            self.dropped.get(),
+            self.waiting_messages.get() as u64,
+        ]
     }
 
     /// Returns all metrics in the Prometheus text format, version 0.0.4.

@@ -142,7 +142,7 @@ impl Observer {
         let server = show(&server.addr);
         let failure = format!("cannot connect to NATS at {server}: {reason}{advertised}");
         warn!("{failure}; next attempt {wait}");
-        self.monitor.set_obstacle(Some(failure));
+        self.monitor.set_unreachable(failure);
     }
 
     fn connections(&self) -> u64 {
@@ -175,7 +175,7 @@ mod tests {
             ("NATS_RELAYED_SUBJECT_PREFIX", "relayed"),
         ]));
         let config = config.unwrap();
-        let monitor = Arc::new(Monitor::new(None).unwrap());
+        let monitor = Arc::new(Monitor::new(String::new()).unwrap());
         let (observer, _, _events) = Observer::new(&config, &monitor, true);
         let servers = config.nats.servers.iter().map(|address| Server {
             addr: address.clone(),
