@@ -15,7 +15,7 @@ mod webhook;
 
 use self::{
     environment::Environment,
-    reader::{Noted, Reader, any_text, parse_choice, parse_duration},
+    reader::{Reader, any_text, parse_choice, parse_duration},
     variables::{
         CONSUMER, DELIVER_POLICY, DOMAIN, FAILED_PREFIX, INBOX_PREFIX, LOG, LOG_FORMAT, PREFIX,
         QUEUE_GROUP, RELAYED_PREFIX, REPUBLISH_DELAY, SHUTDOWN_TIMEOUT, STATUS_LISTEN, STREAM,
@@ -64,8 +64,6 @@ pub struct Config {
     pub shutdown_timeout: Duration,
     /// Where the status endpoints listen.
     pub status_listen: Option<SocketAddr>,
-    /// What is logged, and how.
-    pub log: Log,
 }
 
 /// Where messages come from, which decides when they can be lost.
@@ -95,25 +93,19 @@ pub struct Log {
 }
 
 impl Log {
-    /// Returns how to log the problems of a bad configuration: as it says, if that part is valid.
+    /// Reads what is logged, and how, whether or not the other settings are valid.
     #[must_use]
-    pub fn of_problems(environment: &Environment) -> Self {
-        let log = Self::read(&mut Reader::new(environment));
-        log.unwrap_or(Self {
-            filter: "info".to_owned(),
-            is_json: false,
-        })
+    pub fn of(environment: &Environment) -> Self {
+        Self::read(&mut Reader::new(environment))
     }
 
-    fn read(reader: &mut Reader<'_>) -> Result<Self, Noted> {
-        let filter = reader.value(LOG, any_text);
-        let is_json = reader.value(LOG_FORMAT, |text| {
-            parse_choice(text, &[("text", false), ("json", true)])
-        });
-        Ok(Self {
-            filter: filter?,
-            is_json: is_json?,
-        })
+    fn read(reader: &mut Reader<'_>) -> Self {
+        Self {
+            filter: reader.value(LOG, any_text),
+            is_json: reader.value(LOG_FORMAT, |text| {
+                parse_choice(text, &[("text", false), ("json", true)])
+            }),
+        }
     }
 }
 
@@ -123,94 +115,73 @@ impl Config {
     /// # Errors
     /// Every problem found, each a sentence that names the variable, the fault and the fix.
     pub fn from_environment(environment: &Environment) -> Result<Self, Vec<String>> {
-        let mut reader = Reader::new(environment);
-        let config = Self::read(&mut reader);
-        reader.finish(config)
-    }
-
-    fn read(reader: &mut Reader<'_>) -> Result<Self, Noted> {
+        let reader = &mut Reader::new(environment);
         let mode = Mode::read(reader);
-        let webhook = Webhook::read(reader, &mode);
-        let nats = Nats::read(reader);
-        let prefix = reader.value(PREFIX, parse_prefix);
-        let relayed_prefix = reader.value(RELAYED_PREFIX, parse_own_prefix);
-        let failed_prefix = reader.optional(FAILED_PREFIX, parse_own_prefix);
-        let inbox_prefix = reader.value(INBOX_PREFIX, parse_prefix);
-        let mut prefixes =
-            Vec::from_iter(failed_prefix.iter().flatten().map(|it| (FAILED_PREFIX, it)));
-        for (name, prefix) in [
-            (PREFIX, &prefix),
-            (RELAYED_PREFIX, &relayed_prefix),
-            (INBOX_PREFIX, &inbox_prefix),
-        ] {
-            prefixes.extend(prefix.iter().map(|prefix| (name, prefix)));
-        }
-        let distinct = refuse_overlaps(reader, &prefixes);
-        let deliver_policy = reader.value(DELIVER_POLICY, |text| {
-            let last = DeliverPolicy::LastPerSubject;
-            let all = DeliverPolicy::All;
-            parse_choice(
-                text,
-                &[
-                    ("all", all),
-                    ("new", DeliverPolicy::New),
-                    ("last_per_subject", last),
-                ],
-            )
-        });
-        let relayed_stream = reader.optional(RELAYED_STREAM, parse_name);
-        let mut failed_stream = reader.optional(FAILED_STREAM, parse_name);
-        if matches!(failed_stream, Ok(Some(_))) && !reader.is_set(FAILED_PREFIX) {
+        let config = Self {
+            webhook: Webhook::read(reader, &mode),
+            nats: Nats::read(reader),
+            prefix: reader.value(PREFIX, parse_prefix),
+            relayed_prefix: reader.value(RELAYED_PREFIX, parse_own_prefix),
+            failed_prefix: reader.optional(FAILED_PREFIX, parse_own_prefix),
+            inbox_prefix: reader.value(INBOX_PREFIX, parse_prefix),
+            relayed_stream: reader.optional(RELAYED_STREAM, parse_name),
+            failed_stream: reader.optional(FAILED_STREAM, parse_name),
+            domain: reader.optional(DOMAIN, parse_name),
+            mode,
+            deliver_policy: reader.value(DELIVER_POLICY, |text| {
+                let last = DeliverPolicy::LastPerSubject;
+                let (all, new) = (DeliverPolicy::All, DeliverPolicy::New);
+                parse_choice(
+                    text,
+                    &[("all", all), ("new", new), ("last_per_subject", last)],
+                )
+            }),
+            republish_delay: reader.value(REPUBLISH_DELAY, parse_duration),
+            shutdown_timeout: reader.value(SHUTDOWN_TIMEOUT, parse_duration),
+            status_listen: reader.optional(STATUS_LISTEN, parse_address),
+        };
+        refuse_overlaps(reader, &config);
+        if reader.is_set(FAILED_STREAM) && !reader.is_set(FAILED_PREFIX) {
             let problem = format!("is not set, but {FAILED_STREAM} is; set both, or unset that");
-            failed_stream = Err(reader.note(FAILED_PREFIX, &problem));
+            reader.note(FAILED_PREFIX, &problem);
         }
-        let domain = reader.optional(DOMAIN, parse_name);
-        let republish_delay = reader.value(REPUBLISH_DELAY, parse_duration);
-        let shutdown_timeout = reader.value(SHUTDOWN_TIMEOUT, parse_duration);
-        let status_listen = reader.optional(STATUS_LISTEN, parse_address);
-        let log = Log::read(reader);
-        distinct?;
-        Ok(Self {
-            nats: nats?,
-            prefix: prefix?,
-            relayed_prefix: relayed_prefix?,
-            failed_prefix: failed_prefix?,
-            inbox_prefix: inbox_prefix?,
-            relayed_stream: relayed_stream?,
-            failed_stream: failed_stream?,
-            domain: domain?,
-            mode: mode?,
-            deliver_policy: deliver_policy?,
-            webhook: webhook?,
-            republish_delay: republish_delay?,
-            shutdown_timeout: shutdown_timeout?,
-            status_listen: status_listen?,
-            log: log?,
-        })
+        // The logger has been started already; these are only its problems.
+        Log::read(reader);
+        match reader.problems.is_empty() {
+            true => Ok(config),
+            false => Err(reader.problems.clone()),
+        }
     }
 }
 
 impl Mode {
     /// Reads the mode: durable if a stream is set, else core.
-    fn read(reader: &mut Reader<'_>) -> Result<Self, Noted> {
+    fn read(reader: &mut Reader<'_>) -> Self {
         let durable = reader.both_or_neither((STREAM, parse_name), (CONSUMER, parse_name));
         let queue_group = reader.optional(QUEUE_GROUP, |text| parse_word(text, ""));
-        match (durable?, queue_group?) {
-            (None, queue_group) => Ok(Self::Core { queue_group }),
-            (Some((stream, consumer)), None) => Ok(Self::Durable { stream, consumer }),
-            (Some(_), Some(_)) => {
-                let problem = format!(
-                    "is for core mode, but {STREAM} is set; unset it: replicas share {CONSUMER}"
-                );
-                Err(reader.note(QUEUE_GROUP, &problem))
-            }
+        if durable.is_some() && queue_group.is_some() {
+            let problem = format!(
+                "is for core mode, but {STREAM} is set; unset it: replicas share {CONSUMER}"
+            );
+            reader.note(QUEUE_GROUP, &problem);
+        }
+        match durable {
+            Some((stream, consumer)) => Self::Durable { stream, consumer },
+            None => Self::Core { queue_group },
         }
     }
 }
 
 /// Verifies that no prefixes overlap, so that a published message is never taken again, or mistaken for another kind.
-fn refuse_overlaps(reader: &mut Reader<'_>, prefixes: &[(&str, &Prefix)]) -> Result<(), Noted> {
-    let mut result = Ok(());
+fn refuse_overlaps(reader: &mut Reader<'_>, config: &Config) {
+    let mut prefixes = vec![
+        (PREFIX, &config.prefix),
+        (RELAYED_PREFIX, &config.relayed_prefix),
+        (INBOX_PREFIX, &config.inbox_prefix),
+    ];
+    prefixes.extend(config.failed_prefix.iter().map(|it| (FAILED_PREFIX, it)));
+    // What stands in for a bad one means nothing.
+    prefixes.retain(|(name, _)| !reader.has_problem(name));
     for (index, (name, prefix)) in prefixes.iter().enumerate() {
         for (earlier_name, earlier) in &prefixes[..index] {
             if prefix.overlaps(earlier) {
@@ -218,11 +189,10 @@ fn refuse_overlaps(reader: &mut Reader<'_>, prefixes: &[(&str, &Prefix)]) -> Res
                     "{prefix} overlaps with {earlier_name} {earlier}, so that one message would be \
                      taken for another; choose prefixes of which none begins another"
                 );
-                result = Err(reader.note(name, &problem));
+                reader.note(name, &problem);
             }
         }
     }
-    result
 }
 
 fn parse_prefix(text: &str) -> Result<Prefix, String> {

@@ -128,10 +128,7 @@ async fn check(tries: bool) -> End {
 /// Reads the settings, and starts logging as they say.
 fn configure() -> Result<Config, Vec<String>> {
     let (environment, config) = read();
-    match &config {
-        Ok(config) => start_logging(&config.log),
-        Err(_) => start_logging(&Log::of_problems(&environment)),
-    }
+    start_logging(&Log::of(&environment));
     std::panic::set_hook(Box::new(|panic| error!("a task panicked: {panic}")));
     info!("{}", version());
     for file in &environment.files {

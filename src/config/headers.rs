@@ -4,12 +4,12 @@ use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 
 use super::{
     environment::FILE_SUFFIX,
-    reader::{Noted, Reader, parse_list},
+    reader::{Reader, parse_list},
     variables::HEADER_PREFIX,
 };
 
 /// Reads the headers of all `WEBHOOK_HEADER_<NAME>`.
-pub(super) fn read_headers(reader: &mut Reader<'_>) -> Result<HeaderMap, Noted> {
+pub(super) fn read_headers(reader: &mut Reader<'_>) -> HeaderMap {
     let environment = reader.environment;
     let names = environment.names().map(|name| {
         // WEBHOOK_HEADER_FILE is the header `file`.
@@ -17,16 +17,10 @@ pub(super) fn read_headers(reader: &mut Reader<'_>) -> Result<HeaderMap, Noted> 
         stem.filter(|stem| stem.starts_with(HEADER_PREFIX))
             .unwrap_or(name)
     });
-    let mut headers = Ok(HeaderMap::new());
-    for variable in names.filter(|name| name.starts_with(HEADER_PREFIX)) {
-        match reader.value(variable, |value| parse_header(variable, value)) {
-            Ok((name, value)) => {
-                let _ = headers.as_mut().map(|headers| headers.insert(name, value));
-            }
-            Err(noted) => headers = Err(noted),
-        }
-    }
-    headers
+    names
+        .filter(|name| name.starts_with(HEADER_PREFIX))
+        .filter_map(|name| reader.optional(name, |value| parse_header(name, value)))
+        .collect()
 }
 
 /// Headers that the relay sets itself, or that would break the request (RFC 9110, 7.6.1).

@@ -3,11 +3,12 @@
 use std::fmt;
 
 use async_nats::{Auth, ServerAddr};
+use nkeys::KeyPair;
 
 use super::{
     environment::Environment,
     files::{read_credentials, read_nkey},
-    reader::{Noted, Reader, any_text, parse_bool},
+    reader::{Reader, any_text, parse_bool},
     tls::Tls,
     variables::{
         ADDRESS, CA, CERT, CREDS, HOST, IGNORE_DISCOVERED, KEY, NKEY, PASS, TLS_FIRST, TOKEN, USER,
@@ -46,44 +47,38 @@ impl Nats {
         self.servers.iter().any(ServerAddr::is_websocket)
     }
 
-    pub(super) fn read(reader: &mut Reader<'_>) -> Result<Self, Noted> {
-        let servers = read_servers(reader);
-        let login = Login::read(reader);
-        let tls_first = reader.value(TLS_FIRST, parse_bool);
-        let ignore_discovered = reader.value(IGNORE_DISCOVERED, parse_bool);
-        let is_tls = |server: &ServerAddr| matches!(server.scheme(), "tls" | "wss");
-        let is_tls = servers
-            .as_ref()
-            .is_ok_and(|servers| servers.iter().any(is_tls));
-        // Each of these means that a password must never be sent in the clear, to any server.
-        let demand = if reader.is_set(CA) {
-            Some("NATS_CA is set")
-        } else if reader.is_set(CERT) {
-            Some("NATS_CERT is set")
-        } else if tls_first == Ok(true) {
-            Some("NATS_TLS_FIRST is set")
-        } else {
-            is_tls.then_some("another one starts with tls:// or wss://")
-        };
-        let tls = Tls::read(reader, [CA, CERT, KEY], demand.is_some());
-        let servers = servers?;
-        if let Some(demand) = demand
-            && servers.iter().any(|server| server.scheme() == "ws")
-        {
-            let problem = format!(
-                "has an entry that starts with ws://, which is without TLS, but {demand}; write wss://"
-            );
-            let name = [HOST, ADDRESS].into_iter().find(|name| reader.is_set(name));
-            return Err(reader.note(name.unwrap_or(HOST), &problem));
+    pub(super) fn read(reader: &mut Reader<'_>) -> Self {
+        let [host, address] = [HOST, ADDRESS].map(|name| reader.optional(name, any_text));
+        if host.is_some() && address.is_some() && host != address {
+            let problem = format!("and {ADDRESS} have different values; keep one of them");
+            reader.note(HOST, &problem);
         }
-        Ok(Self {
+        let (name, servers) = match reader.is_set(ADDRESS) && !reader.is_set(HOST) {
+            true => (ADDRESS, reader.optional(ADDRESS, parse_servers)),
+            false => (HOST, Some(reader.value(HOST, parse_servers))),
+        };
+        let servers = servers.unwrap_or_default();
+        let tls_first = reader.value(TLS_FIRST, parse_bool);
+        // Each of these means that a password must never be sent in the clear, to any server.
+        let requires_tls = reader.is_set(CA)
+            || reader.is_set(CERT)
+            || tls_first
+            || servers
+                .iter()
+                .any(|server| matches!(server.scheme(), "tls" | "wss"));
+        if requires_tls && servers.iter().any(|server| server.scheme() == "ws") {
+            let problem = "has an entry that starts with ws://, which is without TLS, but NATS_CA, \
+                           NATS_CERT, NATS_TLS_FIRST or another entry demands it; write wss://";
+            reader.note(name, problem);
+        }
+        Self {
             servers,
-            login: login?,
-            requires_tls: demand.is_some(),
-            tls: tls?,
-            tls_first: tls_first?,
-            ignore_discovered: ignore_discovered?,
-        })
+            login: Login::read(reader),
+            tls: Tls::read(reader, [CA, CERT, KEY], requires_tls),
+            requires_tls,
+            tls_first,
+            ignore_discovered: reader.value(IGNORE_DISCOVERED, parse_bool),
+        }
     }
 }
 
@@ -121,7 +116,10 @@ impl Login {
     pub fn answer(&self, nonce: &[u8]) -> Result<Auth, String> {
         let mut reader = Reader::new(&self.0);
         let auth = Self::auth(&mut reader, nonce);
-        reader.finish(auth).map_err(|problems| problems.join("; "))
+        match reader.problems.is_empty() {
+            true => Ok(auth),
+            false => Err(reader.problems.join("; ")),
+        }
     }
 
     fn set(&self) -> impl Iterator<Item = &'static str> {
@@ -130,61 +128,36 @@ impl Login {
             .filter(|name| Reader::new(&self.0).is_set(name))
     }
 
-    /// Keeps the variables of the login, once it is clear that they can be used.
-    fn read(reader: &mut Reader<'_>) -> Result<Self, Noted> {
-        let both = EXCLUSIVE
-            .into_iter()
-            .find(|(a, b)| reader.is_set(a) && reader.is_set(b));
-        if let Some((name, other)) = both {
-            let problem = format!("and {other} are both set; keep one way to log in");
-            return Err(reader.note(name, &problem));
+    /// Keeps the variables of the login, and finds their problems.
+    fn read(reader: &mut Reader<'_>) -> Self {
+        for (name, other) in EXCLUSIVE {
+            if reader.is_set(name) && reader.is_set(other) {
+                let problem = format!("and {other} are both set; keep one way to log in");
+                reader.note(name, &problem);
+            }
         }
-        Self::auth(reader, &[])?;
-        Ok(Self(reader.environment.clone()))
+        Self::auth(reader, &[]);
+        Self(reader.environment.clone())
     }
 
-    fn auth(reader: &mut Reader<'_>, nonce: &[u8]) -> Result<Auth, Noted> {
-        let password = reader.both_or_neither((USER, any_text), (PASS, any_text));
-        let token = reader.optional(TOKEN, any_text);
-        let nkey = reader.optional(NKEY, read_nkey);
-        let credentials = reader.optional(CREDS, read_credentials);
+    fn auth(reader: &mut Reader<'_>, nonce: &[u8]) -> Auth {
         let mut auth = Auth::new();
-        (auth.username, auth.password) = password?.unzip();
-        auth.token = token?;
-        let pair = match (nkey?, credentials?) {
-            (Some(pair), _) => {
-                auth.nkey = Some(pair.public_key());
-                Some(pair)
-            }
-            (None, Some((jwt, pair))) => {
-                auth.jwt = Some(jwt);
-                Some(pair)
-            }
-            (None, None) => None,
-        };
+        let password = reader.both_or_neither((USER, any_text), (PASS, any_text));
+        (auth.username, auth.password) = password.unzip();
+        auth.token = reader.optional(TOKEN, any_text);
+        let nkey = reader.optional(NKEY, read_nkey);
+        auth.nkey = nkey.as_ref().map(KeyPair::public_key);
+        let (jwt, pair) = reader.optional(CREDS, read_credentials).unzip();
+        auth.jwt = jwt;
         // A key pair from a seed can sign.
-        auth.signature = pair.and_then(|pair| pair.sign(nonce).ok());
-        Ok(auth)
+        auth.signature = nkey.or(pair).and_then(|pair| pair.sign(nonce).ok());
+        auth
     }
 }
 
 impl fmt::Debug for Login {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_set().entries(self.set()).finish()
-    }
-}
-
-/// Reads the servers of `NATS_HOST`, or of its alias.
-fn read_servers(reader: &mut Reader<'_>) -> Result<Vec<ServerAddr>, Noted> {
-    let host = reader.text(HOST);
-    let address = reader.text(ADDRESS);
-    match (host?, address?) {
-        (Some(host), Some(address)) if host != address => {
-            let problem = format!("and {ADDRESS} have different values; keep one of them");
-            Err(reader.note(HOST, &problem))
-        }
-        (None, Some(_)) => reader.value(ADDRESS, parse_servers),
-        _ => reader.value(HOST, parse_servers),
     }
 }
 
@@ -330,14 +303,10 @@ mod tests {
             let problems = problems(&names(host));
             assert_eq!(problems.len(), 1, "{problems:?}");
             let expected = "NATS_HOST has an entry that starts with ws://, which is without TLS, but \
-                            NATS_TLS_FIRST is set; write wss://";
+                            NATS_CA, NATS_CERT, NATS_TLS_FIRST or another entry demands it; write wss://";
             assert!(problems[0].starts_with(expected), "{problems:?}");
         }
-        let mixed = &problems(&[(HOST, "ws://a, wss://b")])[0];
-        assert!(
-            mixed.contains("but another one starts with tls://"),
-            "{mixed}"
-        );
+        assert_eq!(problems(&[(HOST, "ws://a, wss://b")]).len(), 1);
         let address = [(HOST, ""), (ADDRESS, "ws://a"), (TLS_FIRST, "true")];
         assert!(problems(&address)[0].starts_with(ADDRESS));
     }

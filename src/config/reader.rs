@@ -1,7 +1,5 @@
-//! Looks up variables, parses them, and collects every problem, so that one run reports all of them.
-//!
-//! Code that reads several settings must read all of them before the first `?`, because an early return would hide
-//! the problems of the others.
+//! Looks up variables, parses them, and collects every problem, so that one run reports all of them. A variable with
+//! a problem counts as unset or as its default meanwhile, which nobody sees: a configuration with problems is refused.
 
 use std::time::Duration;
 
@@ -9,18 +7,16 @@ use reqwest::Url;
 
 use super::{
     environment::Environment,
-    variables::{Default, Kind, find},
+    variables::{
+        Default::{Off, Required, Value},
+        Kind, find,
+    },
 };
-
-/// There is no value, because a problem with it was noted. Only [`Reader::note`] returns this.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[must_use]
-pub(super) struct Noted(());
 
 /// Takes variables from the environment and collects the problems.
 pub(super) struct Reader<'a> {
     pub(super) environment: &'a Environment,
-    problems: Vec<String>,
+    pub(super) problems: Vec<String>,
 }
 
 impl<'a> Reader<'a> {
@@ -32,24 +28,23 @@ impl<'a> Reader<'a> {
     }
 
     /// Notes a problem of a variable: `problem` is the sentence after its name.
-    pub(super) fn note(&mut self, name: &str, problem: &str) -> Noted {
+    pub(super) fn note(&mut self, name: &str, problem: &str) {
         let problem = format!("{name} {problem}");
         // A variable that several settings depend on is read for each of them.
         if !self.problems.contains(&problem) {
             self.problems.push(problem);
         }
-        Noted(())
+    }
+
+    /// Returns whether a problem of a variable was noted.
+    pub(super) fn has_problem(&self, name: &str) -> bool {
+        let start = format!("{name} ");
+        self.problems.iter().any(|it| it.starts_with(&start))
     }
 
     /// Returns whether a variable is set, even to a bad value.
     pub(super) fn is_set(&self, name: &str) -> bool {
-        !matches!(self.look_up(name), Ok(None))
-    }
-
-    /// Returns the text of a variable, if it is set.
-    pub(super) fn text(&mut self, name: &str) -> Result<Option<String>, Noted> {
-        self.look_up(name)
-            .map_err(|problem| self.note(name, &problem))
+        self.look_up(name) != Ok(None)
     }
 
     /// Returns the value of a variable that may be unset.
@@ -57,28 +52,29 @@ impl<'a> Reader<'a> {
         &mut self,
         name: &str,
         parse: impl FnOnce(&str) -> Result<T, String>,
-    ) -> Result<Option<T>, Noted> {
-        let text = self.text(name)?;
-        let value = text.map(|text| parse(&text)).transpose();
-        value.map_err(|problem| self.note(name, &problem))
+    ) -> Option<T> {
+        let value = self.look_up(name).transpose()?;
+        let value = value.and_then(|text| parse(&text));
+        value.map_err(|problem| self.note(name, &problem)).ok()
     }
 
-    /// Returns the value of a variable, or its default. Without a default it must be set.
-    pub(super) fn value<T>(
-        &mut self,
-        name: &str,
-        parse: impl FnOnce(&str) -> Result<T, String>,
-    ) -> Result<T, Noted> {
+    /// Returns the value of a variable that must be set or has a default.
+    pub(super) fn value<T>(&mut self, name: &str, parse: impl Fn(&str) -> Result<T, String>) -> T {
+        if let Some(value) = self.optional(name, &parse) {
+            return value;
+        }
         let variable = find(name).map(|variable| (variable.default, variable.meaning));
-        let value = match (self.text(name)?, variable) {
-            (Some(text), _) => parse(&text),
-            (None, Some((Default::Value(text), _))) => parse(text),
-            (None, variable) => Err(format!(
-                "is required, but not set: {}",
-                variable.unzip().1.unwrap_or_default()
-            )),
+        let text = match variable {
+            Some((Value(text), _)) => text,
+            Some((Required(example), meaning)) => {
+                if !self.has_problem(name) {
+                    self.note(name, &format!("is required, but not set: {meaning}"));
+                }
+                example
+            }
+            Some((Off, _)) | None => unreachable!("{name} has no default"),
         };
-        value.map_err(|problem| self.note(name, &problem))
+        parse(text).unwrap_or_else(|problem| unreachable!("{name}: {problem}"))
     }
 
     /// Returns the values of two variables that must be set together.
@@ -86,25 +82,18 @@ impl<'a> Reader<'a> {
         &mut self,
         (a_name, parse_a): (&str, impl FnOnce(&str) -> Result<A, String>),
         (b_name, parse_b): (&str, impl FnOnce(&str) -> Result<B, String>),
-    ) -> Result<Option<(A, B)>, Noted> {
+    ) -> Option<(A, B)> {
         let a = self.optional(a_name, parse_a);
         let b = self.optional(b_name, parse_b);
-        let (missing, set) = match (a?, b?) {
-            (Some(a), Some(b)) => return Ok(Some((a, b))),
-            (None, None) => return Ok(None),
-            (Some(_), None) => (b_name, a_name),
-            (None, Some(_)) => (a_name, b_name),
-        };
-        let problem = format!("is not set, but {set} is; set both or neither");
-        Err(self.note(missing, &problem))
-    }
-
-    /// Returns the result, or all problems that were noted.
-    pub(super) fn finish<T>(self, whole: Result<T, Noted>) -> Result<T, Vec<String>> {
-        match whole {
-            Ok(whole) if self.problems.is_empty() => Ok(whole),
-            _ => Err(self.problems),
+        for (is_valid, set, missing) in
+            [(a.is_some(), a_name, b_name), (b.is_some(), b_name, a_name)]
+        {
+            if is_valid && !self.is_set(missing) {
+                let problem = format!("is not set, but {set} is; set both or neither");
+                self.note(missing, &problem);
+            }
         }
+        a.zip(b)
     }
 
     /// Looks up a variable in the environment.

@@ -6,7 +6,7 @@ use rustls::{Error, crypto::ring, sign::CertifiedKey};
 
 use super::{
     files::{check_authorities, read_chain, read_key, shown},
-    reader::{Noted, Reader},
+    reader::Reader,
     variables::TRUST,
 };
 
@@ -24,41 +24,32 @@ impl Tls {
     /// anything `is_verified` with it, because it may be meant for other programs.
     pub(super) fn read(
         reader: &mut Reader<'_>,
-        [ca, certificate, key]: [&str; 3],
+        [ca_name, certificate_name, key_name]: [&str; 3],
         is_verified: bool,
-    ) -> Result<Self, Noted> {
-        let authorities = match reader.is_set(ca) {
-            true => reader.optional(ca, check_authorities),
+    ) -> Self {
+        let ca = match reader.is_set(ca_name) {
+            true => reader.optional(ca_name, check_authorities),
             false if is_verified => reader.optional(TRUST, check_authorities),
             false => reader.optional(TRUST, |path| Ok(path.into())),
         };
-        let pair = reader.both_or_neither((certificate, read_chain), (key, read_key))?;
-        let pair = match pair {
-            None => None,
-            Some(((chain_path, chain), (key_path, der))) => {
-                match CertifiedKey::from_der(chain, der, &ring::default_provider()) {
-                    Ok(_) => Some((chain_path, key_path)),
-                    Err(Error::InvalidCertificate(error)) => {
-                        let shown = shown(&chain_path);
-                        let problem = format!(
-                            "names {shown}, whose first certificate can't be used: {error}"
-                        );
-                        return Err(reader.note(certificate, &problem));
-                    }
-                    Err(error) => {
-                        let shown = shown(&key_path);
-                        let problem = format!(
-                            "names {shown}, whose private key can't be used with the first certificate \
-                             in {certificate}: {error}"
-                        );
-                        return Err(reader.note(key, &problem));
-                    }
-                }
+        let pair = reader.both_or_neither((certificate_name, read_chain), (key_name, read_key));
+        let certificate = pair.map(|((chain_path, chain), (key_path, der))| {
+            let pair = CertifiedKey::from_der(chain, der, &ring::default_provider());
+            if let Err(Error::InvalidCertificate(error)) = pair {
+                let shown = shown(&chain_path);
+                let problem =
+                    format!("names {shown}, whose first certificate can't be used: {error}");
+                reader.note(certificate_name, &problem);
+            } else if let Err(error) = pair {
+                let problem = format!(
+                    "names {}, whose private key can't be used with the first certificate in \
+                     {certificate_name}: {error}",
+                    shown(&key_path)
+                );
+                reader.note(key_name, &problem);
             }
-        };
-        Ok(Self {
-            ca: authorities?,
-            certificate: pair,
-        })
+            (chain_path, key_path)
+        });
+        Self { ca, certificate }
     }
 }

@@ -20,8 +20,8 @@ pub struct Variable {
 /// The default of a [`Variable`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Default {
-    /// It must be set.
-    Required,
+    /// It must be set, to something like this.
+    Required(&'static str),
     /// None: the feature is off.
     Off,
     /// This value.
@@ -55,11 +55,11 @@ macro_rules! variables {
 }
 
 variables! {
-    DESTINATION = "WEBHOOK_DESTINATION", Plain, Required, "http(s) URL to POST to; several, separated by white space: all must succeed";
-    HOST = "NATS_HOST", Plain, Required, "nats://, tls://, ws:// or wss:// URL of a NATS server; several, separated by commas";
+    DESTINATION = "WEBHOOK_DESTINATION", Plain, Required("http://localhost:3000/api/cache/webhook"), "http(s) URL to POST to; several, separated by white space: all must succeed";
+    HOST = "NATS_HOST", Plain, Required("nats://localhost:4222"), "nats://, tls://, ws:// or wss:// URL of a NATS server; several, separated by commas";
     ADDRESS = "NATS_ADDRESS", Plain, Off, "another name for NATS_HOST";
-    PREFIX = "NATS_SUBJECT_PREFIX", Plain, Required, "listens on <prefix>.>";
-    RELAYED_PREFIX = "NATS_RELAYED_SUBJECT_PREFIX", Plain, Required, "republishes under this prefix; each environment needs its own";
+    PREFIX = "NATS_SUBJECT_PREFIX", Plain, Required("cms.cache"), "listens on <prefix>.>";
+    RELAYED_PREFIX = "NATS_RELAYED_SUBJECT_PREFIX", Plain, Required("relayed.cache"), "republishes under this prefix; each environment needs its own";
     USER = "NATS_USER", Plain, Off, "NATS user, together with NATS_PASS";
     PASS = "NATS_PASS", Secret, Off, "password of the NATS user";
     TOKEN = "NATS_TOKEN", Secret, Off, "NATS token";
@@ -158,7 +158,7 @@ pub fn misnamed(environment: &Environment) -> Vec<String> {
 pub fn help() -> String {
     let entry = |variable: &Variable| {
         let default = match variable.default {
-            Required => " (required)".to_owned(),
+            Required(_) => " (required)".to_owned(),
             Off => String::new(),
             Value(value) => format!(" (default: {value})"),
         };

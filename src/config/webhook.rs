@@ -10,7 +10,7 @@ use secrecy::SecretSlice;
 use super::{
     Mode,
     headers::{PassHeaders, read_headers},
-    reader::{Noted, Reader, any_text, parse_bool, parse_duration, parse_list, parse_url},
+    reader::{Reader, any_text, parse_bool, parse_duration, parse_list, parse_url},
     tls::Tls,
     variables::{
         DESTINATION, EVERY_ADDRESS, GIVE_UP_ON, HTTP_PROXY, HTTPS_PROXY, MAX_ATTEMPTS, NO_PROXY,
@@ -51,60 +51,53 @@ pub struct Destination {
 }
 
 impl Webhook {
-    pub(super) fn read(reader: &mut Reader<'_>, mode: &Result<Mode, Noted>) -> Result<Self, Noted> {
+    pub(super) fn read(reader: &mut Reader<'_>, mode: &Mode) -> Self {
         let destinations = Destination::read_all(reader);
-        let timeout = reader.value(TIMEOUT, parse_timeout);
-        let max_attempts = match mode {
-            // In durable mode, the relay gives up on a message only if its operator wants that.
-            Ok(Mode::Durable { .. }) if !reader.is_set(MAX_ATTEMPTS) => Ok(None),
-            _ => reader.value(MAX_ATTEMPTS, parse_max_attempts),
-        };
-        let pass_headers = reader.optional(PASS_HEADERS, PassHeaders::parse);
-        let give_up_on = reader.optional(GIVE_UP_ON, parse_statuses);
-        let headers = read_headers(reader);
-        let signing_keys = reader.optional(SECRET, |text| parse_list(text, parse_signing_key));
-        let needs_tls = |destinations: &Vec<_>| destinations.iter().any(Destination::needs_tls);
-        let is_verified = destinations.as_ref().is_ok_and(needs_tls);
-        let tls = Tls::read(reader, [WEBHOOK_CA, WEBHOOK_CERT, WEBHOOK_KEY], is_verified);
-        Ok(Self {
-            destinations: destinations?,
-            headers: headers?,
-            signing_keys: signing_keys?.unwrap_or_default(),
-            timeout: timeout?,
-            max_attempts: max_attempts?,
-            give_up_on: give_up_on?,
-            pass_headers: pass_headers?.unwrap_or_default(),
-            tls: tls?,
-        })
+        let is_verified = destinations.iter().any(Destination::needs_tls);
+        Self {
+            destinations,
+            headers: read_headers(reader),
+            signing_keys: reader
+                .optional(SECRET, |text| parse_list(text, parse_signing_key))
+                .unwrap_or_default(),
+            timeout: reader.value(TIMEOUT, parse_timeout),
+            max_attempts: match mode {
+                // In durable mode, the relay gives up on a message only if its operator wants that.
+                Mode::Durable { .. } if !reader.is_set(MAX_ATTEMPTS) => None,
+                _ => reader.value(MAX_ATTEMPTS, parse_max_attempts),
+            },
+            give_up_on: reader.optional(GIVE_UP_ON, parse_statuses),
+            pass_headers: reader
+                .optional(PASS_HEADERS, PassHeaders::parse)
+                .unwrap_or_default(),
+            tls: Tls::read(reader, [WEBHOOK_CA, WEBHOOK_CERT, WEBHOOK_KEY], is_verified),
+        }
     }
 }
 
 impl Destination {
     /// Reads the destinations, each with the proxy through which it is reached.
-    fn read_all(reader: &mut Reader<'_>) -> Result<Vec<Self>, Noted> {
+    fn read_all(reader: &mut Reader<'_>) -> Vec<Self> {
         let urls = reader.value(DESTINATION, |text| parse_list(text, parse_destination));
         let every_address = reader.value(EVERY_ADDRESS, parse_bool);
-        let mut destinations = Vec::new();
-        for url in urls? {
-            destinations.push(Self {
-                secret_proxy: read_proxy(reader, &url)?,
+        let read = |url: Url| {
+            let destination = Self {
+                secret_proxy: read_proxy(reader, &url),
                 // An IP address needs no lookup.
-                every_address: every_address? && url.domain().is_some(),
+                every_address: every_address && url.domain().is_some(),
                 secret_url: url,
-            });
-        }
-        for destination in &destinations {
-            if let (true, Some(proxy)) = (destination.every_address, &destination.secret_proxy) {
+            };
+            if let (true, Some(proxy)) = (destination.every_address, destination.proxy()) {
                 let problem = format!(
-                    "is true, but {destination} is reached through the proxy {}, which looks the name up \
-                     by itself; add {} to NO_PROXY, or unset it",
-                    without_secrets(proxy),
+                    "is true, but {destination} is reached through the proxy {proxy}, which looks the name \
+                     up by itself; add {} to NO_PROXY, or unset it",
                     destination.secret_url.host_str().unwrap_or_default()
                 );
-                return Err(reader.note(EVERY_ADDRESS, &problem));
+                reader.note(EVERY_ADDRESS, &problem);
             }
-        }
-        Ok(destinations)
+            destination
+        };
+        urls.into_iter().map(read).collect()
     }
 
     /// Returns the proxy's URL without secrets.
@@ -161,14 +154,12 @@ const LOOPBACK: &str = "localhost,127.0.0.0/8,0.0.0.0,::1,::,::ffff:127.0.0.0/10
 
 /// Reads the proxy through which a URL is reached, if any. A proxy that is not used is ignored, because it may be
 /// meant for other programs.
-fn read_proxy(reader: &mut Reader<'_>, url: &Url) -> Result<Option<Url>, Noted> {
-    let exempt = reader.optional(&as_set(reader, NO_PROXY), any_text)?;
+fn read_proxy(reader: &mut Reader<'_>, url: &Url) -> Option<Url> {
+    let exempt = reader.optional(&as_set(reader, NO_PROXY), any_text);
     let exempt = format!("{LOOPBACK},{}", exempt.unwrap_or_default());
     let rules = Matcher::builder().all("http://proxy").no(exempt).build();
-    let uri = url.as_str().parse();
-    if !uri.is_ok_and(|uri| rules.intercept(&uri).is_some()) {
-        return Ok(None);
-    }
+    let uri = url.as_str().parse().ok()?;
+    rules.intercept(&uri)?;
     let name = match url.scheme() {
         "https" => HTTPS_PROXY,
         _ => HTTP_PROXY,
@@ -239,13 +230,10 @@ fn parse_statuses(text: &str) -> Result<Vec<RangeInclusive<u16>>, String> {
 }
 
 fn parse_max_attempts(text: &str) -> Result<Option<u32>, String> {
-    match text.parse() {
-        Ok(0) => Ok(None),
-        Ok(attempts) => Ok(Some(attempts)),
-        Err(_) => Err(format!(
-            "{text:?} is not a valid count; write a whole number such as 5, or 0 for attempts without end"
-        )),
-    }
+    let attempts = text.parse().map_err(|_| {
+        format!("{text:?} is not a valid count; write a whole number such as 5, or 0 for no limit")
+    })?;
+    Ok((attempts > 0).then_some(attempts))
 }
 
 #[cfg(test)]

@@ -345,7 +345,7 @@ fn help_and_version_need_no_configuration_and_other_arguments_are_refused() {
     for variable in VARIABLES {
         let (name, meaning) = (variable.name, variable.meaning);
         let default = match variable.default {
-            VariableDefault::Required => " (required)".to_owned(),
+            VariableDefault::Required(_) => " (required)".to_owned(),
             VariableDefault::Off => String::new(),
             VariableDefault::Value(value) => format!(" (default: {value})"),
         };
