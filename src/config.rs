@@ -24,7 +24,7 @@ use self::{
 pub use self::{
     headers::PassHeaders,
     nats::Nats,
-    variables::{Default, Kind, VARIABLES, Variable, help, misnamed},
+    variables::{Default, Kind, VARIABLES, Variable, help},
     webhook::{Destination, Webhook, without_secrets},
 };
 pub(crate) use self::{

@@ -59,7 +59,7 @@ use tokio::time::sleep;
 pub use self::{
     check::check,
     config::environment::Environment,
-    config::{Config, Default as VariableDefault, Kind, Log, VARIABLES, Variable, help, misnamed},
+    config::{Config, Default as VariableDefault, Kind, Log, VARIABLES, Variable, help},
     monitor::logging::finish as finish_logging,
     text::reasons,
 };

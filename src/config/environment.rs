@@ -1,29 +1,32 @@
 //! Where settings come from: the process environment, `.env.local` and `.env`, and `X_FILE`.
 
-use std::{
-    collections::BTreeMap,
-    ffi::{OsStr, OsString},
-    path::Path,
-};
+use std::{collections::BTreeMap, ffi::OsString, path::Path};
 
 use super::{
-    files::{read_file, read_text, shown},
-    variables::{is_known, misnamed},
+    files::{read_file, shown},
+    variables::{
+        ADDRESS, DESTINATION, FILE_SUFFIX, HOST, PASS, USER, VARIABLES, has_file_form, is_known,
+    },
 };
 
 /// The dotenv files, in order of precedence.
 const DOTENV_FILES: [&str; 2] = [".env.local", ".env"];
 
-/// The suffix of the variable that names a file with the value of another one.
-pub const FILE_SUFFIX: &str = "_FILE";
+/// Names that other programs use for the same settings.
+const ALIASES: [(&str, &str); 6] = [
+    ("NATS_URL", HOST),
+    ("NATS_SERVER", HOST),
+    ("NATS_SERVERS", HOST),
+    ("NATS_USERNAME", USER),
+    ("NATS_PASSWORD", PASS),
+    ("WEBHOOK_URL", DESTINATION),
+];
 
 /// Every variable that is set. An empty value counts as unset.
 #[derive(Clone, Default)]
 pub struct Environment {
-    /// The values, or the problems of the lines of a dotenv file that set them.
-    variables: BTreeMap<String, Result<OsString, String>>,
-    /// Names in dotenv files that mean nothing to the relay.
-    foreign: Vec<String>,
+    /// The values, or the problems with them. Of what means nothing to the relay in a dotenv file, only the name counts.
+    variables: BTreeMap<String, Result<String, String>>,
     /// A sentence for each dotenv file that says which variables it sets.
     pub files: Vec<String>,
     /// The dotenv files that can't be read, and why.
@@ -42,20 +45,16 @@ impl Environment {
         let mut environment: Self = std::env::vars_os()
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value)))
             .collect();
-        let quoted = environment.variables.iter().filter(|(name, value)| {
-            let text = value.as_ref().ok().and_then(|value| value.to_str());
-            let is_in = |quote| {
-                text.is_some_and(|text| {
-                    text.len() > 1 && text.starts_with(quote) && text.ends_with(quote)
-                })
-            };
-            is_known(name) && (is_in('"') || is_in('\''))
-        });
-        environment.warnings = quoted
-            .map(|(name, _)| {
-                format!("the value of {name} is in quotes, which are part of it here; docker --env-file keeps them")
-            })
-            .collect();
+        for (name, value) in &environment.variables {
+            let value = value.as_deref().unwrap_or_default();
+            let is_in =
+                |quote| value.len() > 1 && value.starts_with(quote) && value.ends_with(quote);
+            if is_known(name) && (is_in('"') || is_in('\'')) {
+                environment.warnings.push(format!(
+                    "the value of {name} is in quotes, which are part of it here; docker --env-file keeps them"
+                ));
+            }
+        }
         for file in DOTENV_FILES.map(|file| directory.join(file)) {
             // A directory may be a Python virtual environment.
             if file.is_dir() || !file.exists() {
@@ -69,7 +68,8 @@ impl Environment {
                 }
             }
         }
-        environment.warnings.extend(misnamed(&environment));
+        let misnamed = environment.misnamed();
+        environment.warnings.extend(misnamed);
         environment
     }
 
@@ -78,16 +78,17 @@ impl Environment {
         let file = file.display();
         let mut new = BTreeMap::new();
         for (name, line, entry) in entries(text) {
-            let twin = name
-                .strip_suffix(FILE_SUFFIX)
-                .map_or_else(|| format!("{name}{FILE_SUFFIX}"), str::to_owned);
-            if !is_known(name) {
-                self.foreign.push(name.to_owned());
-            } else if !self.variables.contains_key(name) && !self.variables.contains_key(&twin) {
-                let value = read_entry(entry).map(OsString::from);
-                let value = value.map_err(|fault| format!("in {file}, line {line}, {fault}"));
-                if value != Ok(OsString::new()) {
-                    new.insert(name.to_owned(), value);
+            let name = name.to_owned();
+            let stem = name.strip_suffix(FILE_SUFFIX).unwrap_or(&name);
+            if !is_known(&name) {
+                self.variables.entry(name).or_insert(Ok(String::new()));
+            } else if !self.variables.contains_key(stem)
+                && !self.variables.contains_key(&format!("{stem}{FILE_SUFFIX}"))
+            {
+                let value =
+                    read_entry(entry).map_err(|fault| format!("in {file}, line {line}, {fault}"));
+                if value != Ok(String::new()) {
+                    new.insert(name, value);
                 }
             }
         }
@@ -100,61 +101,50 @@ impl Environment {
         self.variables.extend(new);
     }
 
-    /// Returns the raw value of a variable, which may have any bytes.
-    fn raw(&self, name: &str) -> Result<Option<&OsStr>, String> {
-        match self.variables.get(name) {
-            Some(Ok(value)) => Ok(Some(value)),
-            Some(Err(fault)) => Err(fault.clone()),
-            None => Ok(None),
-        }
-    }
-
-    /// Returns the text of a variable that names a file itself, and so has no `X_FILE`.
-    ///
-    /// # Errors
-    /// If the value is not UTF-8.
-    pub fn text(&self, name: &str) -> Result<Option<String>, String> {
-        match self.raw(name)?.map(OsStr::to_str) {
-            Some(None) => Err("is not valid UTF-8".to_owned()),
-            text => Ok(text.flatten().map(str::to_owned)),
-        }
-    }
-
     /// Returns the text of a variable, or of the file that its `X_FILE` names.
-    ///
-    /// # Errors
-    /// If both are set, if the value is not UTF-8, or if the file can't be read or is empty.
-    pub fn text_or_file(&self, name: &str) -> Result<Option<String>, String> {
+    pub(crate) fn text(&self, name: &str) -> Result<Option<String>, String> {
         let file_name = format!("{name}{FILE_SUFFIX}");
-        match (self.raw(name)?, self.raw(&file_name)?) {
+        let value = self.variables.get(name).cloned().transpose()?;
+        let path = self
+            .variables
+            .get(&file_name)
+            .filter(|_| has_file_form(name));
+        match (value, path.cloned().transpose()?) {
             (Some(_), Some(_)) => Err(format!("and {file_name} are both set; keep one of them")),
-            (Some(_), None) => self.text(name),
-            (None, Some(path)) => read_value(Path::new(path)).map(Some).map_err(|fault| {
-                let shown = shown(Path::new(path));
+            (value, None) => Ok(value),
+            (None, Some(path)) => read_value(Path::new(&path)).map(Some).map_err(|fault| {
+                let shown = shown(Path::new(&path));
                 format!("cannot be taken from {shown}, which {file_name} names: {fault}")
             }),
-            (None, None) => Ok(None),
-        }
-    }
-
-    /// Keeps only these variables, and those that name files with their values.
-    #[must_use]
-    pub fn only(&self, names: &[&str]) -> Self {
-        let is_wanted =
-            |name: &str| names.contains(&name.strip_suffix(FILE_SUFFIX).unwrap_or(name));
-        let variables = self.variables.iter().filter(|(name, _)| is_wanted(name));
-        Self {
-            variables: variables
-                .map(|(name, value)| (name.clone(), value.clone()))
-                .collect(),
-            ..Self::default()
         }
     }
 
     /// Returns the names of all variables that are set, ours or not.
-    pub fn names(&self) -> impl Iterator<Item = &str> {
-        let names = self.variables.keys().chain(&self.foreign);
-        names.map(String::as_str)
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.variables.keys().map(String::as_str)
+    }
+
+    /// Names the set variables that mean nothing to the relay but were probably meant for it, each in a sentence.
+    /// Other unknown variables are none of our business: Kubernetes, for one, sets `NATS_PORT` by itself.
+    pub(crate) fn misnamed(&self) -> Vec<String> {
+        let has = |name| self.text(name) != Ok(None);
+        let is_set = |name| has(name) || (name == HOST && has(ADDRESS));
+        let meant = |name: &str| {
+            let stem = name.strip_suffix(FILE_SUFFIX).unwrap_or(name);
+            match ALIASES.iter().find(|(alias, _)| *alias == stem) {
+                // If the right one is set too, the other is for another program, such as the nats command.
+                Some((_, known)) => Some(*known).filter(|known| !is_set(known)),
+                None => VARIABLES.iter().map(|known| known.name).find(|known| {
+                    let tolerance = if known.len() < 12 { 1 } else { 2 };
+                    strsim::osa_distance(stem, known) <= tolerance
+                }),
+            }
+        };
+        self.names()
+            .filter(|name| !is_known(name))
+            .filter_map(|name| Some((name, meant(name)?)))
+            .map(|(name, meant)| format!("{name} is set but not known; did you mean {meant}?"))
+            .collect()
     }
 }
 
@@ -164,7 +154,10 @@ impl<N: Into<String>, V: Into<OsString>> FromIterator<(N, V)> for Environment {
             .into_iter()
             .map(|(name, value)| (name.into(), value.into()))
             .filter(|(_, value)| !value.is_empty())
-            .map(|(name, value)| (name, Ok(value)))
+            .map(|(name, value)| {
+                let text = value.into_string();
+                (name, text.map_err(|_| "is not valid UTF-8".to_owned()))
+            })
             .collect();
         Self {
             variables,
@@ -175,7 +168,8 @@ impl<N: Into<String>, V: Into<OsString>> FromIterator<(N, V)> for Environment {
 
 /// Returns a file's content as a value, without one trailing newline.
 fn read_value(path: &Path) -> Result<String, String> {
-    let text = read_text(path).map_err(|error| error.to_string())?;
+    let content = read_file(path).map_err(|error| error.to_string())?;
+    let text = String::from_utf8(content).map_err(|_| "it is not valid UTF-8")?;
     let value = text.strip_suffix('\n').unwrap_or(&text);
     match value.strip_suffix('\r').unwrap_or(value) {
         "" => Err("the file is empty".to_owned()),
@@ -216,7 +210,7 @@ pub(crate) fn read_entry(text: &str) -> Result<String, &'static str> {
     let (_, value) = line.split_once('=').ok_or(BAD)?;
     let value = value.trim_start();
     let start = line.len() - value.len();
-    let (value, end) = match value.chars().next() {
+    let (entry, replaceable) = match value.chars().next() {
         Some(quote @ ('\'' | '"')) => {
             let mut is_escaped = false;
             let closes = |c| {
@@ -225,30 +219,35 @@ pub(crate) fn read_entry(text: &str) -> Result<String, &'static str> {
                 closes
             };
             let inner = &text[start + 1..];
-            let (value, rest) = inner.split_at(inner.find(closes).ok_or(BAD)?);
-            let rest = rest[1..].lines().next().unwrap_or_default();
-            let is_comment =
-                rest.starts_with(char::is_whitespace) && rest.trim_start().starts_with('#');
-            if !rest.trim().is_empty() && !is_comment {
+            let (inner, rest) = inner.split_at(inner.find(closes).ok_or(BAD)?);
+            let rest = rest[1..].lines().next().unwrap_or_default().trim_start();
+            if !rest.is_empty() && !rest.starts_with('#') {
                 return Err(BAD);
             }
             let is_literal = quote == '\'';
-            (if is_literal { "" } else { value }, start + value.len() + 2)
+            (
+                &text[..start + inner.len() + 2],
+                if is_literal { "" } else { inner },
+            )
         }
-        _ => (value.split(" #").next().unwrap_or_default(), line.len()),
+        _ => (
+            line.trim_end(),
+            value.split(" #").next().unwrap_or_default(),
+        ),
     };
     // Otherwise a password would silently change.
-    if value.replace(r"\\", "").replace(r"\$", "").contains('$') {
+    if replaceable
+        .replace(r"\\", "")
+        .replace(r"\$", "")
+        .contains('$')
+    {
         return Err(
             "has a $ that would be replaced by the value of a variable; put the value in single quotes",
         );
     }
-    // This replaces bytes that are not UTF-8.
-    if text[..end].contains(char::REPLACEMENT_CHARACTER) {
-        return Err("is not valid UTF-8");
-    }
-    match dotenvy::from_read_iter(text[..end].trim_end().as_bytes()).next() {
-        Some(Ok((_, value))) => Ok(value),
+    match dotenvy::from_read_iter(entry.as_bytes()).next() {
+        // A replacement character stands for bytes that are not UTF-8.
+        Some(Ok((_, value))) if !value.contains(char::REPLACEMENT_CHARACTER) => Ok(value),
         _ => Err(BAD),
     }
 }
@@ -257,6 +256,7 @@ pub(crate) fn read_entry(text: &str) -> Result<String, &'static str> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::config::variables::{NKEY, WEBHOOK_CERT};
     use std::{fs, os::unix::ffi::OsStringExt};
 
     /// Returns the value that a dotenv file gives to `NATS_PASS`.
@@ -349,7 +349,6 @@ mod tests {
         environment.fill(Path::new(".env"), file);
         assert_eq!(environment.files, [".env sets NATS_TOKEN"]);
         assert_eq!(environment.text("NATS_USER"), Ok(Some("1".to_owned())));
-        assert_eq!(environment.text("NATS_PASS"), Ok(None));
         assert_eq!(environment.text("NATS_TOKEN"), Ok(Some("3".to_owned())));
         let names: Vec<_> = environment.names().collect();
         assert_eq!(
@@ -365,7 +364,7 @@ mod tests {
         let environment = Environment::from_iter([("X_FILE", &path)]);
         let read = |content: &[u8]| {
             fs::write(&path, content).unwrap();
-            environment.text_or_file("X")
+            environment.text("X")
         };
         assert_eq!(read(b" a b\n"), Ok(Some(" a b".to_owned())));
         assert_eq!(read(b"a\n\n"), Ok(Some("a\n".to_owned())));
@@ -381,22 +380,48 @@ mod tests {
         assert_eq!(read(&largest).unwrap().unwrap().len(), largest.len());
         assert!(read(&too_large).unwrap_err().contains("larger than 1 MiB"));
         fs::remove_file(&path).unwrap();
-        assert!(
-            environment
-                .text_or_file("X")
-                .unwrap_err()
-                .contains("No such file")
-        );
+        assert!(environment.text("X").unwrap_err().contains("No such file"));
     }
 
     #[test]
     fn both_forms_of_a_variable_and_other_bytes_than_text_are_refused() {
         let both = Environment::from_iter([("X", "1"), ("X_FILE", "/x")]);
         assert_eq!(
-            both.text_or_file("X").unwrap_err(),
+            both.text("X").unwrap_err(),
             "and X_FILE are both set; keep one of them"
         );
         let binary = Environment::from_iter([("X", OsString::from_vec(vec![0xff]))]);
-        assert_eq!(binary.text_or_file("X").unwrap_err(), "is not valid UTF-8");
+        assert_eq!(binary.text("X").unwrap_err(), "is not valid UTF-8");
+    }
+
+    #[test]
+    fn what_was_meant_is_named_and_foreign_variables_are_left_alone() {
+        for (set, expected) in [
+            (&["WEBHOOK_DESTINATON"][..], Some(DESTINATION)),
+            (&["NATS_HOSTS"], Some(HOST)),
+            (&["NATS_PASSS_FILE"], Some(PASS)),
+            // Two letters may be wrong in a name that is as long as this.
+            (&["WEBHOK_CERTS"], Some(WEBHOOK_CERT)),
+            (&["WEBHOK_CAS"], None),
+            // It names a file itself.
+            (&["NATS_NKEY_FILE"], Some(NKEY)),
+            (&["NATS_URL"], Some(HOST)),
+            (&["WEBHOOK_URL"], Some(DESTINATION)),
+            (&["NATS_PASSWORD_FILE"], Some(PASS)),
+            // The nats command takes NATS_URL.
+            (&["NATS_URL", ADDRESS], None),
+            (&["NATS_URL", HOST], None),
+            (&["NATS_URL", "NATS_HOST_FILE"], None),
+            (&["NATS_PORT"], None),
+            (&["NATS_SERVICE_HOST"], None),
+            (&["PATH"], None),
+            (&["http_proxy"], None),
+            (&["NATS_TOKEN_FILE"], None),
+        ] {
+            let environment: Environment = set.iter().map(|name| (*name, "x")).collect();
+            let expected = expected
+                .map(|known| format!("{} is set but not known; did you mean {known}?", set[0]));
+            assert_eq!(environment.misnamed(), Vec::from_iter(expected), "{set:?}");
+        }
     }
 }

@@ -97,11 +97,6 @@ pub(super) fn read_file(path: &Path) -> io::Result<Vec<u8>> {
     Ok(content)
 }
 
-/// Returns the text of a file that a setting names.
-pub(super) fn read_text(path: &Path) -> io::Result<String> {
-    String::from_utf8(read_file(path)?).map_err(|_| io::Error::other("it is not valid UTF-8"))
-}
-
 /// Returns a path as it may be shown. A value that is not an absolute path may be a secret set by mistake.
 pub(super) fn shown(path: &Path) -> String {
     if path.is_absolute() {

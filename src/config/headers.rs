@@ -3,9 +3,8 @@
 use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 
 use super::{
-    environment::FILE_SUFFIX,
     reader::{Reader, parse_list},
-    variables::HEADER_PREFIX,
+    variables::{FILE_SUFFIX, HEADER_PREFIX},
 };
 
 /// Reads the headers of all `WEBHOOK_HEADER_<NAME>`.

@@ -9,7 +9,7 @@ use super::{
     environment::Environment,
     variables::{
         Default::{Off, Required, Value},
-        Kind, find,
+        find,
     },
 };
 
@@ -44,7 +44,7 @@ impl<'a> Reader<'a> {
 
     /// Returns whether a variable is set, even to a bad value.
     pub(super) fn is_set(&self, name: &str) -> bool {
-        self.look_up(name) != Ok(None)
+        self.environment.text(name) != Ok(None)
     }
 
     /// Returns the value of a variable that may be unset.
@@ -53,7 +53,7 @@ impl<'a> Reader<'a> {
         name: &str,
         parse: impl FnOnce(&str) -> Result<T, String>,
     ) -> Option<T> {
-        let value = self.look_up(name).transpose()?;
+        let value = self.environment.text(name).transpose()?;
         let value = value.and_then(|text| parse(&text));
         value.map_err(|problem| self.note(name, &problem)).ok()
     }
@@ -94,14 +94,6 @@ impl<'a> Reader<'a> {
             }
         }
         a.zip(b)
-    }
-
-    /// Looks up a variable in the environment.
-    fn look_up(&self, name: &str) -> Result<Option<String>, String> {
-        match find(name).map(|variable| variable.kind) {
-            Some(Kind::File) => self.environment.text(name),
-            _ => self.environment.text_or_file(name),
-        }
     }
 }
 

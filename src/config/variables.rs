@@ -2,7 +2,6 @@
 //! NixOS module are tested against it.
 
 use self::Default::{Off, Required, Value};
-use super::environment::{Environment, FILE_SUFFIX};
 
 /// One environment variable that the program knows.
 #[derive(Debug)]
@@ -108,49 +107,21 @@ pub(super) fn find(name: &str) -> Option<&'static Variable> {
     VARIABLES.iter().find(|variable| variable.name == name)
 }
 
-/// Returns whether a name means something to the relay.
-pub(super) fn is_known(name: &str) -> bool {
-    let file_of = |name: &str| find(name).is_some_and(|variable| variable.kind != Kind::File);
-    let is_proxy = name.ends_with("_proxy") && find(&name.to_uppercase()).is_some();
-    is_proxy
-        || name.starts_with(HEADER_PREFIX)
-        || find(name).is_some()
-        || name.strip_suffix(FILE_SUFFIX).is_some_and(file_of)
+/// The suffix of the variable that names a file with the value of another one.
+pub(super) const FILE_SUFFIX: &str = "_FILE";
+
+/// Returns whether there is an `X_FILE` for this variable.
+pub(super) fn has_file_form(name: &str) -> bool {
+    find(name).is_none_or(|variable| variable.kind != Kind::File)
 }
 
-/// Names that other programs use for the same settings.
-const ALIASES: [(&str, &str); 6] = [
-    ("NATS_URL", HOST),
-    ("NATS_SERVER", HOST),
-    ("NATS_SERVERS", HOST),
-    ("NATS_USERNAME", USER),
-    ("NATS_PASSWORD", PASS),
-    ("WEBHOOK_URL", DESTINATION),
-];
-
-/// Names the set variables that mean nothing to the relay but were probably meant for it, each in a sentence.
-/// Other unknown variables are none of our business: Kubernetes, for one, sets `NATS_PORT` by itself.
-#[must_use]
-pub fn misnamed(environment: &Environment) -> Vec<String> {
-    let has = |name| environment.text_or_file(name) != Ok(None);
-    let is_set = |name| has(name) || (name == HOST && has(ADDRESS));
-    let meant = |name: &str| {
-        let stem = name.strip_suffix(FILE_SUFFIX).unwrap_or(name);
-        match ALIASES.iter().find(|(alias, _)| *alias == stem) {
-            // If the right one is set too, the other is for another program, such as the nats command.
-            Some((_, known)) => Some(*known).filter(|known| !is_set(known)),
-            None => VARIABLES.iter().map(|known| known.name).find(|known| {
-                let tolerance = if known.len() < 12 { 1 } else { 2 };
-                strsim::osa_distance(stem, known) <= tolerance
-            }),
-        }
-    };
-    environment
-        .names()
-        .filter(|name| !is_known(name))
-        .filter_map(|name| Some((name, meant(name)?)))
-        .map(|(name, meant)| format!("{name} is set but not known; did you mean {meant}?"))
-        .collect()
+/// Returns whether a name means something to the relay.
+pub(super) fn is_known(name: &str) -> bool {
+    let file_of = |name: &str| find(name).is_some() && has_file_form(name);
+    find(name).is_some()
+        || name.starts_with(HEADER_PREFIX)
+        || name.strip_suffix(FILE_SUFFIX).is_some_and(file_of)
+        || name.ends_with("_proxy") && find(&name.to_uppercase()).is_some()
 }
 
 /// Writes the table as `--help` shows it.
@@ -165,40 +136,4 @@ pub fn help() -> String {
         format!("  {}{default}\n      {}\n", variable.name, variable.meaning)
     };
     VARIABLES.iter().map(entry).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_was_meant_is_named_and_foreign_variables_are_left_alone() {
-        for (set, expected) in [
-            (&["WEBHOOK_DESTINATON"][..], Some(DESTINATION)),
-            (&["NATS_HOSTS"], Some(HOST)),
-            (&["NATS_PASSS_FILE"], Some(PASS)),
-            // Two letters may be wrong in a name that is as long as this.
-            (&["WEBHOK_CERTS"], Some(WEBHOOK_CERT)),
-            (&["WEBHOK_CAS"], None),
-            // It names a file itself.
-            (&["NATS_NKEY_FILE"], Some(NKEY)),
-            (&["NATS_URL"], Some(HOST)),
-            (&["WEBHOOK_URL"], Some(DESTINATION)),
-            (&["NATS_PASSWORD_FILE"], Some(PASS)),
-            // The nats command takes NATS_URL.
-            (&["NATS_URL", ADDRESS], None),
-            (&["NATS_URL", HOST], None),
-            (&["NATS_URL", "NATS_HOST_FILE"], None),
-            (&["NATS_PORT"], None),
-            (&["NATS_SERVICE_HOST"], None),
-            (&["PATH"], None),
-            (&["http_proxy"], None),
-            (&["NATS_TOKEN_FILE"], None),
-        ] {
-            let environment = set.iter().map(|name| (*name, "x")).collect();
-            let expected = expected
-                .map(|known| format!("{} is set but not known; did you mean {known}?", set[0]));
-            assert_eq!(misnamed(&environment), Vec::from_iter(expected), "{set:?}");
-        }
-    }
 }

@@ -12,7 +12,6 @@ use crate::{
     config::{
         Config, VARIABLES,
         environment::{Environment, read_entry},
-        misnamed,
     },
     republish::{GivenUp, failed_headers, relayed_headers},
     source::{Buffer, Delivery, Meaning},
@@ -64,9 +63,7 @@ pub fn configuration(settings: &[(u8, String)]) {
             "{variable}: {shown}"
         );
     }
-    for misnamed in misnamed(&environment) {
-        let _ = misnamed.to_string();
-    }
+    let _ = environment.misnamed();
 }
 
 /// A subject below a prefix is rewritten and nothing else is; the relations of prefixes are symmetric.
