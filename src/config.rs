@@ -6,10 +6,8 @@ use async_nats::jetstream::consumer::DeliverPolicy;
 
 pub mod environment;
 mod files;
-mod headers;
 mod nats;
 mod reader;
-mod tls;
 mod variables;
 mod webhook;
 
@@ -22,10 +20,9 @@ use self::{
     },
 };
 pub use self::{
-    headers::PassHeaders,
     nats::Nats,
     variables::{Default, Kind, VARIABLES, Variable, help},
-    webhook::{Destination, Webhook, without_secrets},
+    webhook::{Destination, PassHeaders, Webhook, without_secrets},
 };
 pub(crate) use self::{
     variables::{FAILED_STREAM, RELAYED_STREAM},

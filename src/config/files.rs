@@ -1,17 +1,64 @@
-//! The files that settings name: how they are read, shown, and found to hold what they should.
+//! Certificates and keys: the files that hold them, and whether they do.
 
-use std::{
-    fs,
-    io::{self, Read},
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use nkeys::KeyPair;
 use rustls::{
-    RootCertStore,
+    Error, RootCertStore,
+    crypto::ring,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+    sign::CertifiedKey,
 };
-use secrecy::{ExposeSecret, SecretSlice};
+
+use super::{
+    environment::{read_file, shown},
+    reader::Reader,
+    variables::TRUST,
+};
+
+/// The PEM files for TLS to one kind of server.
+#[derive(Clone, Debug)]
+pub struct Tls {
+    /// The CAs to trust, instead of the system's.
+    pub ca: Option<PathBuf>,
+    /// A client certificate and its key.
+    pub certificate: Option<(PathBuf, PathBuf)>,
+}
+
+impl Tls {
+    /// Reads the variables for CAs, certificate and key. `SSL_CERT_FILE` is the default for the CAs, and is read only if
+    /// anything `is_verified` with it, because it may be meant for other programs.
+    pub(super) fn read(
+        reader: &mut Reader<'_>,
+        [ca_name, certificate_name, key_name]: [&str; 3],
+        is_verified: bool,
+    ) -> Self {
+        let ca = match reader.is_set(ca_name) {
+            true => reader.optional(ca_name, check_authorities),
+            false if is_verified => reader.optional(TRUST, check_authorities),
+            false => reader.optional(TRUST, |path| Ok(path.into())),
+        };
+        let pair = reader.both_or_neither((certificate_name, read_chain), (key_name, read_key));
+        let certificate = pair.map(|((chain_path, chain), (key_path, der))| {
+            let pair = CertifiedKey::from_der(chain, der, &ring::default_provider());
+            if let Err(Error::InvalidCertificate(error)) = pair {
+                let shown = shown(&chain_path);
+                let problem =
+                    format!("names {shown}, whose first certificate can't be used: {error}");
+                reader.note(certificate_name, &problem);
+            } else if let Err(error) = pair {
+                let problem = format!(
+                    "names {}, whose private key can't be used with the first certificate in \
+                     {certificate_name}: {error}",
+                    shown(&key_path)
+                );
+                reader.note(key_name, &problem);
+            }
+            (chain_path, key_path)
+        });
+        Self { ca, certificate }
+    }
+}
 
 /// Reads the key pair whose seed is in the file at `path`.
 pub(super) fn read_nkey(path: &str) -> Result<KeyPair, String> {
@@ -40,7 +87,7 @@ fn parse_credentials(text: &str) -> Option<(String, KeyPair)> {
 }
 
 /// Reads the path of a file of CAs. Unparsable certificates are skipped, because the system's file may have some.
-pub(super) fn check_authorities(path: &str) -> Result<PathBuf, String> {
+fn check_authorities(path: &str) -> Result<PathBuf, String> {
     read(path, "certificate in PEM form that can be used", |pem| {
         let certificates = CertificateDer::pem_slice_iter(pem).flatten();
         let (usable, _) = RootCertStore::empty().add_parsable_certificates(certificates);
@@ -49,7 +96,7 @@ pub(super) fn check_authorities(path: &str) -> Result<PathBuf, String> {
 }
 
 /// Reads a certificate, with those of intermediate CAs if there are any, and its path.
-pub(super) fn read_chain(path: &str) -> Result<(PathBuf, Vec<CertificateDer<'static>>), String> {
+fn read_chain(path: &str) -> Result<(PathBuf, Vec<CertificateDer<'static>>), String> {
     read(path, "certificate in PEM form", |pem| {
         let chain: Vec<_> = CertificateDer::pem_slice_iter(pem).flatten().collect();
         (!chain.is_empty()).then(|| (path.into(), chain))
@@ -57,7 +104,7 @@ pub(super) fn read_chain(path: &str) -> Result<(PathBuf, Vec<CertificateDer<'sta
 }
 
 /// Reads a private key, and its path.
-pub(super) fn read_key(path: &str) -> Result<(PathBuf, PrivateKeyDer<'static>), String> {
+fn read_key(path: &str) -> Result<(PathBuf, PrivateKeyDer<'static>), String> {
     let what = "private key in PEM form without a passphrase";
     read(path, what, |pem| {
         Some((path.into(), PrivateKeyDer::from_pem_slice(pem).ok()?))
@@ -69,39 +116,5 @@ fn read<T>(path: &str, what: &str, parse: impl FnOnce(&[u8]) -> Option<T>) -> Re
     let path = Path::new(path);
     let content = read_file(path)
         .map_err(|error| format!("names {}, which cannot be read: {error}", shown(path)))?;
-    let content = SecretSlice::from(content);
-    parse(content.expose_secret())
-        .ok_or_else(|| format!("names {}, which holds no {what}", shown(path)))
-}
-
-/// The maximum size of a file with settings; the certificates of all public CAs take a quarter of it.
-const MAX_FILE_BYTES: u64 = 1 << 20;
-
-/// Returns the content of a file that a setting names. It must be a regular file, because reading a pipe could block
-/// forever, and a device may never end.
-pub(super) fn read_file(path: &Path) -> io::Result<Vec<u8>> {
-    if !fs::metadata(path)?.is_file() {
-        return Err(io::Error::other(
-            "it is not a regular file; copy what it holds into one",
-        ));
-    }
-    let mut content = Vec::new();
-    fs::File::open(path)?
-        .take(MAX_FILE_BYTES + 1)
-        .read_to_end(&mut content)?;
-    if content.len() as u64 > MAX_FILE_BYTES {
-        return Err(io::Error::other(
-            "it is larger than 1 MiB, so it can't be what is meant",
-        ));
-    }
-    Ok(content)
-}
-
-/// Returns a path as it may be shown. A value that is not an absolute path may be a secret set by mistake.
-pub(super) fn shown(path: &Path) -> String {
-    if path.is_absolute() {
-        format!("{path:?}")
-    } else {
-        "a relative path".to_owned()
-    }
+    parse(&content).ok_or_else(|| format!("names {}, which holds no {what}", shown(path)))
 }

@@ -7,9 +7,8 @@ use nkeys::KeyPair;
 
 use super::{
     environment::Environment,
-    files::{read_credentials, read_nkey},
+    files::{Tls, read_credentials, read_nkey},
     reader::{Reader, any_text, parse_bool},
-    tls::Tls,
     variables::{
         ADDRESS, CA, CERT, CREDS, HOST, IGNORE_DISCOVERED, KEY, NKEY, PASS, TLS_FIRST, TOKEN, USER,
     },

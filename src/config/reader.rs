@@ -3,8 +3,6 @@
 
 use std::time::Duration;
 
-use reqwest::Url;
-
 use super::{
     environment::Environment,
     variables::{
@@ -120,29 +118,6 @@ pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
         Ok(duration) if duration <= Duration::from_secs(86_400) => Ok(duration),
         _ => Err(format!(
             "{text:?} is not a valid duration of at most a day; write it like 500ms, 15s or 2m"
-        )),
-    }
-}
-
-/// Parses entries separated by white space; at least one.
-pub(super) fn parse_list<T>(
-    text: &str,
-    parse: fn(&str) -> Result<T, String>,
-) -> Result<Vec<T>, String> {
-    if text.trim().is_empty() {
-        return Err("holds nothing but white space; set it to a value, or unset it".into());
-    }
-    text.split_whitespace().map(parse).collect()
-}
-
-/// Parses an http(s) URL.
-pub(super) fn parse_url(text: &str, example: &str) -> Result<Url, String> {
-    let url = text.parse::<Url>();
-    let url = url.map_err(|error| format!("is not a valid URL ({error}); {example}"))?;
-    match url.scheme() {
-        "http" | "https" => Ok(url),
-        other => Err(format!(
-            "starts with {other}:, not with http:// or https://; {example}"
         )),
     }
 }

@@ -1,20 +1,23 @@
-//! Where and how to POST.
+//! Where and how to POST: destinations, proxies, headers.
 
 use std::{fmt, ops::RangeInclusive, time::Duration};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use hyper_util::client::proxy::matcher::Matcher;
-use reqwest::{Url, header::HeaderMap};
+use reqwest::{
+    Url,
+    header::{HeaderMap, HeaderName, HeaderValue},
+};
 use secrecy::SecretSlice;
 
 use super::{
     Mode,
-    headers::{PassHeaders, read_headers},
-    reader::{Reader, any_text, parse_bool, parse_duration, parse_list, parse_url},
-    tls::Tls,
+    files::Tls,
+    reader::{Reader, any_text, parse_bool, parse_duration},
     variables::{
-        DESTINATION, EVERY_ADDRESS, GIVE_UP_ON, HTTP_PROXY, HTTPS_PROXY, MAX_ATTEMPTS, NO_PROXY,
-        PASS_HEADERS, SECRET, TIMEOUT, WEBHOOK_CA, WEBHOOK_CERT, WEBHOOK_KEY,
+        DESTINATION, EVERY_ADDRESS, FILE_SUFFIX, GIVE_UP_ON, HEADER_PREFIX, HTTP_PROXY,
+        HTTPS_PROXY, MAX_ATTEMPTS, NO_PROXY, PASS_HEADERS, SECRET, TIMEOUT, WEBHOOK_CA,
+        WEBHOOK_CERT, WEBHOOK_KEY,
     },
 };
 
@@ -78,7 +81,10 @@ impl Webhook {
 impl Destination {
     /// Reads the destinations, each with the proxy through which it is reached.
     fn read_all(reader: &mut Reader<'_>) -> Vec<Self> {
-        let urls = reader.value(DESTINATION, |text| parse_list(text, parse_destination));
+        let urls = reader.value(DESTINATION, |text| {
+            let example = "write it like http://localhost:3000/api/cache/webhook";
+            parse_list(text, |entry| parse_url(entry, example))
+        });
         let every_address = reader.value(EVERY_ADDRESS, parse_bool);
         let read = |url: Url| {
             let destination = Self {
@@ -176,38 +182,49 @@ fn as_set(reader: &Reader<'_>, name: &str) -> String {
 }
 
 fn parse_proxy(text: &str) -> Result<Url, String> {
-    let with_scheme = match text.contains("://") {
-        true => text.to_owned(),
-        false => format!("http://{text}"),
-    };
-    parse_url(&with_scheme, "write it like http://proxy.example.com:3128")
+    let example = "write it like http://proxy.example.com:3128";
+    match text.contains("://") {
+        true => parse_url(text, example),
+        false => parse_url(&format!("http://{text}"), example),
+    }
 }
 
-fn parse_destination(text: &str) -> Result<Url, String> {
-    parse_url(
-        text,
-        "write it like http://localhost:3000/api/cache/webhook",
-    )
+/// Parses entries separated by white space; at least one.
+fn parse_list<T>(
+    text: &str,
+    parse: impl FnMut(&str) -> Result<T, String>,
+) -> Result<Vec<T>, String> {
+    if text.trim().is_empty() {
+        return Err("holds nothing but white space; set it to a value, or unset it".into());
+    }
+    text.split_whitespace().map(parse).collect()
+}
+
+/// Parses an http(s) URL.
+fn parse_url(text: &str, example: &str) -> Result<Url, String> {
+    let url = text.parse::<Url>();
+    let url = url.map_err(|error| format!("is not a valid URL ({error}); {example}"))?;
+    match url.scheme() {
+        "http" | "https" => Ok(url),
+        other => Err(format!(
+            "starts with {other}:, not with http:// or https://; {example}"
+        )),
+    }
 }
 
 /// Parses a Standard Webhooks secret: `whsec_` and base64 of 24 to 64 bytes.
 fn parse_signing_key(text: &str) -> Result<SecretSlice<u8>, String> {
     let encoded = text.strip_prefix("whsec_");
     let key = encoded.and_then(|encoded| STANDARD.decode(encoded).ok());
-    let key = key.ok_or("has an entry that is not whsec_ and base64; write whsec_ and base64")?;
-    match key.len() {
-        24..=64 => Ok(key.into()),
-        length => Err(format!(
-            "has an entry of {length} bytes; a secret has 24 to 64 bytes before it is put into base64"
-        )),
+    match key.filter(|key| (24..=64).contains(&key.len())) {
+        Some(key) => Ok(key.into()),
+        None => Err("has an entry that is not whsec_ and the base64 of 24 to 64 bytes".into()),
     }
 }
 
 fn parse_timeout(text: &str) -> Result<Duration, String> {
     match parse_duration(text)? {
-        Duration::ZERO => {
-            Err("is zero, so that no attempt could succeed; write it like 15s".into())
-        }
+        Duration::ZERO => Err("is zero, so no attempt could succeed; write it like 15s".into()),
         timeout => Ok(timeout),
     }
 }
@@ -234,6 +251,85 @@ fn parse_max_attempts(text: &str) -> Result<Option<u32>, String> {
         format!("{text:?} is not a valid count; write a whole number such as 5, or 0 for no limit")
     })?;
     Ok((attempts > 0).then_some(attempts))
+}
+
+/// Reads the headers of all `WEBHOOK_HEADER_<NAME>`.
+fn read_headers(reader: &mut Reader<'_>) -> HeaderMap {
+    let names = reader.environment.names();
+    names
+        .filter_map(|name| name.strip_prefix(HEADER_PREFIX))
+        .filter_map(|name| {
+            let name = name.strip_suffix(FILE_SUFFIX).unwrap_or(name);
+            let variable = format!("{HEADER_PREFIX}{name}");
+            reader.optional(&variable, |value| parse_header(name, value))
+        })
+        .collect()
+}
+
+/// Headers that the relay sets itself, or that would break the request (RFC 9110, 7.6.1).
+const RESERVED_HEADERS: &str = "connection content-length content-type expect host keep-alive proxy-connection te \
+     traceparent tracestate trailer transfer-encoding upgrade user-agent webhook-id webhook-signature \
+     webhook-timestamp x-nats-subject";
+
+fn is_reserved(name: &str) -> bool {
+    RESERVED_HEADERS.split(' ').any(|reserved| reserved == name)
+}
+
+/// Headers that no publisher may set.
+const LOGINS: [&str; 3] = ["authorization", "proxy-authorization", "cookie"];
+
+/// `X_KEY` is the header `x-key`.
+fn parse_header(name: &str, value: &str) -> Result<(HeaderName, HeaderValue), String> {
+    let name = name.to_lowercase().replace('_', "-");
+    if is_reserved(&name) {
+        return Err(format!(
+            "would set {name}, which the relay sets itself; unset it"
+        ));
+    }
+    let name: HeaderName = name
+        .parse()
+        .map_err(|_| "does not end in the name of a header; write it like WEBHOOK_HEADER_X_KEY")?;
+    let mut value = HeaderValue::from_str(value)
+        .map_err(|_| "has a line break or another control character, which no header may have")?;
+    value.set_sensitive(true);
+    Ok((name, value))
+}
+
+/// Names of message headers, some of them the beginnings of names.
+#[derive(Clone, Debug, Default)]
+pub struct PassHeaders(Vec<String>);
+
+impl PassHeaders {
+    /// Returns whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Returns whether a header of this name, in lower case, is one of them.
+    #[must_use]
+    pub fn contains(&self, name: &str) -> bool {
+        let is_it = |entry: &String| match entry.strip_suffix('*') {
+            Some(beginning) => name.starts_with(beginning),
+            None => name == entry,
+        };
+        !is_reserved(name) && !LOGINS.contains(&name) && self.0.iter().any(is_it)
+    }
+
+    fn parse(text: &str) -> Result<Self, String> {
+        let names = parse_list(text, |entry| Ok(entry.to_lowercase()))?;
+        let all = Self(names);
+        let is_bad = |entry: &&String| {
+            let name = entry.trim_end_matches('*');
+            HeaderName::try_from(name).is_err() || (name == entry.as_str() && !all.contains(name))
+        };
+        match all.0.iter().find(is_bad) {
+            Some(entry) => Err(format!(
+                "has the entry {entry:?}, which no message may set; write names of other headers, such as ce-*"
+            )),
+            None => Ok(all),
+        }
+    }
 }
 
 #[cfg(test)]
