@@ -2,22 +2,10 @@
 
 use std::{collections::BTreeMap, ffi::OsString, fs, io, path::Path};
 
-use super::variables::{
-    ADDRESS, DESTINATION, FILE_SUFFIX, HOST, PASS, USER, VARIABLES, has_file_form, is_known,
-};
+use super::variables::{FILE_SUFFIX, VARIABLES, has_file_form, is_known};
 
 /// The dotenv files, in order of precedence.
 const DOTENV_FILES: [&str; 2] = [".env.local", ".env"];
-
-/// Names that other programs use for the same settings.
-const ALIASES: [(&str, &str); 6] = [
-    ("NATS_URL", HOST),
-    ("NATS_SERVER", HOST),
-    ("NATS_SERVERS", HOST),
-    ("NATS_USERNAME", USER),
-    ("NATS_PASSWORD", PASS),
-    ("WEBHOOK_URL", DESTINATION),
-];
 
 /// Every variable that is set. An empty value counts as unset.
 #[derive(Clone, Default)]
@@ -121,25 +109,17 @@ impl Environment {
         self.variables.keys().map(String::as_str)
     }
 
-    /// Names the set variables that mean nothing to the relay but were probably meant for it, each in a sentence.
-    /// Other unknown variables are none of our business: Kubernetes, for one, sets `NATS_PORT` by itself.
+    /// Names the set variables that mean nothing to the relay but are one letter away from one that does, each in a
+    /// sentence. Other unknown variables are none of our business: Kubernetes, for one, sets `NATS_PORT` by itself.
     pub(crate) fn misnamed(&self) -> Vec<String> {
-        let has = |name| self.text(name) != Ok(None);
-        let is_set = |name| has(name) || (name == HOST && has(ADDRESS));
-        let meant = |name: &str| {
+        let meant = |name: &&str| {
             let stem = name.strip_suffix(FILE_SUFFIX).unwrap_or(name);
-            match ALIASES.iter().find(|(alias, _)| *alias == stem) {
-                // If the right one is set too, the other is for another program, such as the nats command.
-                Some((_, known)) => Some(*known).filter(|known| !is_set(known)),
-                None => VARIABLES.iter().map(|known| known.name).find(|known| {
-                    let tolerance = if known.len() < 12 { 1 } else { 2 };
-                    strsim::osa_distance(stem, known) <= tolerance
-                }),
-            }
+            let mut names = VARIABLES.iter().map(|variable| variable.name);
+            names.find(|known| strsim::osa_distance(stem, known) <= 1)
         };
         self.names()
             .filter(|name| !is_known(name))
-            .filter_map(|name| Some((name, meant(name)?)))
+            .filter_map(|name| Some((name, meant(&name)?)))
             .map(|(name, meant)| format!("{name} is set but not known; did you mean {meant}?"))
             .collect()
     }
@@ -272,7 +252,7 @@ pub(crate) fn read_entry(text: &str) -> Result<String, &'static str> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::config::variables::{NKEY, WEBHOOK_CERT};
+    use crate::config::variables::{DESTINATION, HOST, NKEY, PASS, WEBHOOK_CERT};
     use std::os::unix::ffi::OsStringExt;
 
     /// Returns the value that a dotenv file gives to `NATS_PASS`.
@@ -409,32 +389,24 @@ mod tests {
 
     #[test]
     fn what_was_meant_is_named_and_foreign_variables_are_left_alone() {
-        for (set, expected) in [
-            (&["WEBHOOK_DESTINATON"][..], Some(DESTINATION)),
-            (&["NATS_HOSTS"], Some(HOST)),
-            (&["NATS_PASSS_FILE"], Some(PASS)),
-            // Two letters may be wrong in a name that is as long as this.
-            (&["WEBHOK_CERTS"], Some(WEBHOOK_CERT)),
-            (&["WEBHOK_CAS"], None),
+        for (name, expected) in [
+            ("WEBHOOK_DESTINATON", Some(DESTINATION)),
+            ("NATS_HOSTS", Some(HOST)),
+            ("NATS_PASSS_FILE", Some(PASS)),
+            ("WEBHOOK_CETR", Some(WEBHOOK_CERT)),
+            ("WEBHOK_CERTS", None),
             // It names a file itself.
-            (&["NATS_NKEY_FILE"], Some(NKEY)),
-            (&["NATS_URL"], Some(HOST)),
-            (&["WEBHOOK_URL"], Some(DESTINATION)),
-            (&["NATS_PASSWORD_FILE"], Some(PASS)),
-            // The nats command takes NATS_URL.
-            (&["NATS_URL", ADDRESS], None),
-            (&["NATS_URL", HOST], None),
-            (&["NATS_URL", "NATS_HOST_FILE"], None),
-            (&["NATS_PORT"], None),
-            (&["NATS_SERVICE_HOST"], None),
-            (&["PATH"], None),
-            (&["http_proxy"], None),
-            (&["NATS_TOKEN_FILE"], None),
+            ("NATS_NKEY_FILE", Some(NKEY)),
+            ("NATS_PORT", None),
+            ("NATS_SERVICE_HOST", None),
+            ("PATH", None),
+            ("http_proxy", None),
+            ("NATS_TOKEN_FILE", None),
         ] {
-            let environment: Environment = set.iter().map(|name| (*name, "x")).collect();
-            let expected = expected
-                .map(|known| format!("{} is set but not known; did you mean {known}?", set[0]));
-            assert_eq!(environment.misnamed(), Vec::from_iter(expected), "{set:?}");
+            let environment = Environment::from_iter([(name, "x")]);
+            let expected =
+                expected.map(|known| format!("{name} is set but not known; did you mean {known}?"));
+            assert_eq!(environment.misnamed(), Vec::from_iter(expected));
         }
     }
 }
