@@ -193,10 +193,8 @@ fn refuse_overlaps(reader: &mut Reader<'_>, config: &Config) {
 }
 
 fn parse_prefix(text: &str) -> Result<Prefix, String> {
-    // More of a long one would not help.
-    let shown: String = text.chars().take(100).collect();
     text.parse()
-        .map_err(|problem| format!("{shown:?} {problem}"))
+        .map_err(|problem| format!("{text:?} {problem}"))
 }
 
 /// Parses a prefix to publish under.

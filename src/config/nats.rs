@@ -81,8 +81,8 @@ impl Nats {
     }
 }
 
-/// Each way to log in, by the variable that is set for it.
-const LOGINS: [&str; 4] = [USER, TOKEN, NKEY, CREDS];
+/// The variables of all ways to log in.
+const LOGINS: [&str; 5] = [USER, PASS, TOKEN, NKEY, CREDS];
 
 /// Logins that exclude each other. Credentials may be combined with a token, or with a user and a password, as auth
 /// callout requires.
@@ -98,13 +98,9 @@ impl Login {
     /// Returns the hint for a refused login.
     #[must_use]
     pub fn hint(&self) -> String {
-        let set: Vec<_> = self.set().collect();
-        match &set[..] {
-            [] => "set NATS_USER and NATS_PASS, NATS_TOKEN, NATS_NKEY or NATS_CREDS".to_owned(),
-            set => format!(
-                "check {}",
-                set.join(" and ").replace(USER, "NATS_USER and NATS_PASS")
-            ),
+        match self.is_anonymous() {
+            true => "set NATS_USER and NATS_PASS, NATS_TOKEN, NATS_NKEY or NATS_CREDS".to_owned(),
+            false => format!("check {}", Vec::from_iter(self.set()).join(" and ")),
         }
     }
 
@@ -167,29 +163,23 @@ fn parse_servers(text: &str) -> Result<Vec<ServerAddr>, String> {
 }
 
 fn parse_server(text: &str) -> Result<ServerAddr, String> {
-    let example = "write each server like nats://localhost:4222";
-    if text.is_empty() {
-        return Err(format!(
-            "has an empty entry; {example}, separated by single commas"
-        ));
-    }
     if !SCHEMES.iter().any(|scheme| text.starts_with(scheme)) {
-        return Err(format!(
-            "has an entry that does not start with nats://, tls://, ws:// or wss://; {example}"
-        ));
+        return Err(
+            "has an entry that does not start with nats://, tls://, ws:// or wss://; write each server \
+             like nats://localhost:4222, separated by single commas"
+                .to_owned(),
+        );
     }
-    let address: ServerAddr = text
-        .parse()
-        .map_err(|_| format!("has an entry that is not a valid URL; {example}"))?;
-    if address.host().is_empty() {
-        return Err(format!("has an entry without a host; {example}"));
-    }
-    if address.username().is_some() || address.password().is_some() {
-        return Err(format!(
+    match text.parse::<ServerAddr>() {
+        Ok(server) if server.username().is_some() || server.password().is_some() => Err(format!(
             "contains a login; set {USER} and {PASS}, or {TOKEN} instead"
-        ));
+        )),
+        Ok(server) if !server.host().is_empty() => Ok(server),
+        _ => Err(
+            "has an entry that is not a valid URL; write each server like nats://localhost:4222"
+                .to_owned(),
+        ),
     }
-    Ok(address)
 }
 
 #[cfg(test)]
@@ -251,7 +241,10 @@ mod tests {
         assert_eq!(auth.jwt.as_deref(), Some("jwt"));
         assert_eq!(auth.username.as_deref(), Some("u"));
         assert!(auth.signature.is_some() && auth.nkey.is_none());
-        assert_eq!(format!("{login:?}"), r#"{"NATS_USER", "NATS_CREDS"}"#);
+        assert_eq!(
+            format!("{login:?}"),
+            r#"{"NATS_USER", "NATS_PASS", "NATS_CREDS"}"#
+        );
     }
 
     #[test]
@@ -271,7 +264,7 @@ mod tests {
             (HOST, "", "not set"),
             (HOST, "localhost:4222", "does not start with nats://"),
             (HOST, "http://localhost", "does not start with nats://"),
-            (HOST, "nats://a,,nats://b", "has an empty entry"),
+            (HOST, "nats://a,,nats://b", "does not start with nats://"),
             (HOST, "nats://", "has an entry"),
             (HOST, "nats://host:99999", "is not a valid URL"),
             (HOST, "wsx://localhost", "does not start with nats://"),
