@@ -20,30 +20,6 @@ impl Backoff {
         let wait = self.first.saturating_mul(1 << doublings).min(self.longest);
         wait.mul_f64(1.0 - fastrand::f64() / 2.0)
     }
-
-    /// Returns the waits after one failure, two, and so on.
-    #[must_use]
-    pub fn waits(self) -> Waits {
-        Waits {
-            backoff: self,
-            failures: 0,
-        }
-    }
-}
-
-/// The waits between attempts that fail one after the other.
-#[derive(Debug)]
-pub struct Waits {
-    backoff: Backoff,
-    failures: u32,
-}
-
-impl Waits {
-    /// Returns how long to wait after one more failure.
-    pub fn next(&mut self) -> Duration {
-        self.failures = self.failures.saturating_add(1);
-        self.backoff.wait(self.failures)
-    }
 }
 
 #[cfg(test)]
@@ -72,11 +48,6 @@ mod tests {
                 "{failures}"
             );
             assert!(waits.iter().any(|wait| *wait != waits[0]), "no jitter");
-        }
-        let mut waits = backoff.waits();
-        for full in [250, 500, 1000, 2000] {
-            let (wait, full) = (waits.next(), Duration::from_millis(full));
-            assert!((full / 2..=full).contains(&wait), "{wait:?}, {full:?}");
         }
     }
 }

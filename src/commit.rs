@@ -155,14 +155,15 @@ impl Publisher {
         let Some(stream) = &self.stream else {
             return Ok(());
         };
-        let mut waits = BACKOFF.waits();
+        let mut failures = 0;
         loop {
             let reason = match stream.open(&self.prefix).await {
                 Ok(()) => return Ok(()),
                 Err(Failure::Permanent(reason)) => bail!(reason),
                 Err(Failure::Temporary(reason)) => reason,
             };
-            let wait = waits.next();
+            failures += 1;
+            let wait = BACKOFF.wait(failures);
             // Without a connection, the log says that already.
             if stream.connection.is_up() {
                 warn!("JetStream is not ready: {reason}; next attempt in {wait:.1?}");

@@ -127,7 +127,7 @@ async fn start_over(
     monitor: &Arc<Monitor>,
     stop: &mut (impl Stream<Item = ()> + Unpin),
 ) -> anyhow::Result<()> {
-    let mut waits = nats::BACKOFF.waits();
+    let mut crashes = 0;
     let mut is_first = true;
     loop {
         let start = Instant::now();
@@ -149,9 +149,10 @@ async fn start_over(
         is_first = false;
         monitor.set_disconnected();
         if start.elapsed() >= nats::LASTING {
-            waits = nats::BACKOFF.waits();
+            crashes = 0;
         }
-        let wait = waits.next();
+        crashes += 1;
+        let wait = nats::BACKOFF.wait(crashes);
         error!(
             "{reason}, which a carriage return in a message's header value can cause; starting over in \
              {wait:.1?}"

@@ -24,7 +24,7 @@ impl Durable {
         let inbox = format!("{}.*", self.requests.inbox());
         // It fails only if the client has crashed, which the events report.
         self.subscriber = self.connection.client().subscribe(inbox).await.ok();
-        let mut waits = BACKOFF.waits();
+        let mut failures = 0;
         loop {
             let reason = tokio::select! {
                 biased;
@@ -37,7 +37,8 @@ impl Durable {
                     Err(reason) => reason,
                 },
             };
-            let wait = waits.next();
+            failures += 1;
+            let wait = BACKOFF.wait(failures);
             // Without a connection, the log says that already.
             if self.connection.is_up() {
                 warn!("JetStream is not ready: {reason}; next attempt in {wait:.1?}");
