@@ -141,7 +141,7 @@ impl Forward {
             return Err(GivenUp::unpublishable(unrelayable.to_owned()).into());
         }
         // One stream may keep the prefixes of several environments.
-        let id = [&*ids.message, "@", publisher.prefix.as_str()].concat();
+        let id = format!("{}@{}", ids.message, publisher.prefix);
         let max_payload = self.connection.client().max_payload();
         let publication = Publication {
             publisher,
