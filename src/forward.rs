@@ -3,17 +3,16 @@
 
 mod posting;
 
-use std::{fmt, sync::Arc, time::Instant};
+use std::{sync::Arc, time::Instant};
 
-use anyhow::anyhow;
 use log::{error, info, warn};
 use tokio::time::sleep;
 
-use self::posting::{Posted, Posting};
+use self::posting::Answers;
 use crate::{
     commit::{Commit, Publication},
     config::Config,
-    monitor::{Cause, Monitor},
+    monitor::{Cause, DestinationMetrics, Monitor},
     nats::Connection,
     republish::{GivenUp, Unrelayed, failed_headers, relayed_headers, relayed_subject},
     source::{Delivery, Outcome},
@@ -24,43 +23,11 @@ use crate::{
 pub struct Forward {
     connection: Connection,
     commit: Commit,
-    posting: Posting,
+    webhook: Webhook,
+    /// In the order of the webhook's destinations.
+    metrics: Vec<DestinationMetrics>,
     config: Arc<Config>,
     monitor: Arc<Monitor>,
-}
-
-/// All destinations have succeeded, and the message was republished.
-struct Relayed {
-    subject: String,
-    posted: Vec<Posted>,
-    is_acknowledged: bool,
-}
-
-impl Relayed {
-    /// Returns the status with which the first destination responded.
-    fn status(&self) -> Option<u16> {
-        self.posted.first().map(|posted| posted.status.as_u16())
-    }
-
-    /// Returns the number of attempts of the destination that took the most.
-    fn attempts(&self) -> Option<u32> {
-        self.posted.iter().map(|posted| posted.attempts).max()
-    }
-}
-
-impl fmt::Display for Relayed {
-    /// Writes the second half of the log line: the subject and the statuses, up to the duration.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} (", self.subject)?;
-        for (index, Posted { status, attempts }) in self.posted.iter().enumerate() {
-            let comma = if index > 0 { ", " } else { "" };
-            write!(f, "{comma}{}", status.as_u16())?;
-            if *attempts > 1 {
-                write!(f, " after {attempts} attempts")?;
-            }
-        }
-        Ok(())
-    }
 }
 
 impl Forward {
@@ -72,8 +39,10 @@ impl Forward {
         config: Arc<Config>,
         monitor: Arc<Monitor>,
     ) -> Self {
+        let metrics = (0..webhook.destinations.len()).map(|index| monitor.destination(index));
         Self {
-            posting: Posting::new(webhook, &config, &monitor),
+            metrics: metrics.collect(),
+            webhook,
             commit: Commit::new(connection.clone(), &config, &monitor),
             connection,
             config,
@@ -86,14 +55,7 @@ impl Forward {
     /// # Errors
     /// If one of them cannot be used.
     pub async fn open(&self) -> anyhow::Result<()> {
-        self.posting.resolve_names().await;
         self.commit.open().await
-    }
-
-    /// Describes where messages are POSTed to.
-    #[must_use]
-    pub fn destinations(&self) -> String {
-        self.posting.destinations()
     }
 
     /// Processes one message to completion: relays it, or gives up on it. Returns whether the server
@@ -104,26 +66,8 @@ impl Forward {
         let since = delivery.ack.as_ref().map(|ack| ack.stored());
         let _working = self.monitor.add_received(&delivery.subject, since);
         let ids = Ids::of(delivery);
-        match self.try_relay(delivery, &ids).await {
-            Ok(relayed) => {
-                if relayed.is_acknowledged {
-                    let elapsed = start.elapsed();
-                    self.monitor.add_relayed(relayed.status(), elapsed);
-                    info!(
-                        subject:% = delivery.subject,
-                        relayed_subject = relayed.subject,
-                        status = relayed.status(),
-                        attempts = relayed.attempts(),
-                        seconds = elapsed.as_secs_f64();
-                        "{} -> {relayed}, {elapsed:.1?})",
-                        delivery.subject
-                    );
-                } else {
-                    self.monitor
-                        .add_unfinished("NATS has not confirmed the ack");
-                }
-                relayed.is_acknowledged
-            }
+        match self.try_relay(delivery, &ids, start).await {
+            Ok(is_acknowledged) => is_acknowledged,
             Err(Unrelayed::GivenUp(given_up)) => self.give_up(delivery, &ids, given_up).await,
             Err(Unrelayed::Abandoned) => {
                 self.monitor.add_unfinished("another relay has it");
@@ -132,8 +76,14 @@ impl Forward {
         }
     }
 
-    /// POSTs a message until that succeeds, and only then republishes it (promise 1).
-    async fn try_relay(&self, delivery: &Delivery, ids: &Ids<'_>) -> Result<Relayed, Unrelayed> {
+    /// POSTs a message until that succeeds, and only then republishes it (promise 1). Returns whether the server
+    /// acknowledged that.
+    async fn try_relay(
+        &self,
+        delivery: &Delivery,
+        ids: &Ids<'_>,
+        start: Instant,
+    ) -> Result<bool, Unrelayed> {
         let publisher = &self.commit.relayed;
         let subject = relayed_subject(delivery, &self.config.prefix, &publisher.prefix)
             .map_err(GivenUp::unpublishable)?;
@@ -151,7 +101,7 @@ impl Forward {
         if !delivery.may_be_posted().await {
             return Err(Unrelayed::Abandoned);
         }
-        let posted = self.posting.post(delivery, &ids.webhook).await?;
+        let posted = self.post(delivery, &ids.webhook).await?;
         self.monitor.set_posted();
         let delay = self.config.republish_delay;
         if !delay.is_zero() {
@@ -164,59 +114,79 @@ impl Forward {
             .map_err(|error| {
                 GivenUp::unpublishable(format!("it cannot be published on {subject}: {error:#}"))
             })?;
-        Ok(Relayed {
-            subject,
-            posted,
-            is_acknowledged,
-        })
+        if is_acknowledged {
+            let elapsed = start.elapsed();
+            let status = posted.first().map(|posted| posted.status);
+            self.monitor.add_relayed(status, elapsed);
+            info!(
+                subject:% = delivery.subject,
+                relayed_subject = subject,
+                status,
+                attempts = posted.iter().map(|posted| posted.attempts).max(),
+                seconds = elapsed.as_secs_f64();
+                "{} -> {subject} ({}{elapsed:.1?})",
+                delivery.subject,
+                Answers(&posted)
+            );
+        } else {
+            self.monitor
+                .add_unfinished("NATS has not confirmed the ack");
+        }
+        Ok(is_acknowledged)
     }
 
     /// Logs that a message is not relayed, and why, and publishes it under the failed prefix (promise 4). Returns
     /// whether the server acknowledged that.
     async fn give_up(&self, delivery: &Delivery, ids: &Ids<'_>, given_up: GivenUp) -> bool {
-        let line = format!("{} is not relayed: {}", delivery.subject, given_up.reason);
         error!(
             subject:% = delivery.subject,
             status = given_up.status,
             attempts = given_up.attempts,
             reason = given_up.reason;
-            "{line}"
+            "{} is not relayed: {}",
+            delivery.subject,
+            given_up.reason
         );
         self.monitor.add_given_up(given_up.cause, &given_up.reason);
-        let outcome = Outcome::GivenUp;
-        if let Some(publisher) = &self.commit.failed {
-            let published = match relayed_subject(delivery, &self.config.prefix, &publisher.prefix)
-            {
-                Ok(subject) => {
-                    // A message that fails again after a replay is not a duplicate.
-                    let again: u64 = fastrand::u64(..);
-                    let id = format!("{}@{}@{again:x}", ids.message, publisher.prefix);
-                    let max_payload = self.connection.client().max_payload();
-                    let publication = Publication {
-                        publisher,
-                        subject: &subject,
-                        headers: failed_headers(delivery, &given_up, &id, max_payload),
-                    };
-                    self.commit
-                        .commit(delivery, Some(publication), outcome)
-                        .await
-                }
-                Err(reason) => Err(anyhow!(reason)),
-            };
-            match published {
-                Ok(is_acknowledged) => return is_acknowledged,
-                Err(error) => error!(
+        match self.commit_failed(delivery, ids, &given_up).await {
+            Ok(is_acknowledged) => is_acknowledged,
+            Err(error) => {
+                error!(
                     subject:% = delivery.subject, reason:% = error;
                     "{} could not be published as a failed message either: {error:#}",
                     delivery.subject
-                ),
+                );
+                let committed = self.commit.commit(delivery, None, Outcome::GivenUp);
+                committed.await.unwrap_or(false)
             }
         }
-        // It fails only if the client has crashed, and then nothing can be acknowledged.
-        self.commit
-            .commit(delivery, None, outcome)
-            .await
-            .unwrap_or(false)
+    }
+
+    /// Publishes a message under the failed prefix, if there is one, and acknowledges it.
+    async fn commit_failed(
+        &self,
+        delivery: &Delivery,
+        ids: &Ids<'_>,
+        given_up: &GivenUp,
+    ) -> anyhow::Result<bool> {
+        let Some(publisher) = &self.commit.failed else {
+            return self.commit.commit(delivery, None, Outcome::GivenUp).await;
+        };
+        let subject = relayed_subject(delivery, &self.config.prefix, &publisher.prefix);
+        let subject = subject.map_err(anyhow::Error::msg)?;
+        // A message that fails again after a replay is not a duplicate.
+        let again = fastrand::u64(..);
+        let id = format!("{}@{}@{again:x}", ids.message, publisher.prefix);
+        let max_payload = self.connection.client().max_payload();
+        let publication = Publication {
+            publisher,
+            subject: &subject,
+            headers: failed_headers(delivery, given_up, &id, max_payload),
+        };
+        let committed = self
+            .commit
+            .commit(delivery, Some(publication), Outcome::GivenUp);
+        committed.await
     }
 
     /// Logs that a message is left unfinished. A stream keeps it, a core subscription does not.

@@ -104,8 +104,6 @@ pub async fn run(config: Config, stop: impl Stream<Item = ()> + Unpin) -> anyhow
 
 /// Returns a line for the page that says where messages come from and where they go.
 fn about(config: &Config) -> String {
-    let destinations = config.webhook.destinations.iter();
-    let destinations: Vec<_> = destinations.map(ToString::to_string).collect();
     let mode = match &config.mode {
         Mode::Core { .. } => "core mode".to_owned(),
         Mode::Durable { stream, consumer } => {
@@ -115,7 +113,7 @@ fn about(config: &Config) -> String {
     format!(
         "{}.> → POST to {} → {}.> ({mode})",
         config.prefix,
-        destinations.join(" and "),
+        config.webhook.names(),
         config.relayed_prefix
     )
 }

@@ -86,7 +86,7 @@ impl Relay {
         } = &*self.config;
         info!(
             "listening on {prefix}.>; POST to {}, then republish on {relayed_prefix}.>",
-            self.forward.destinations()
+            self.config.webhook.names()
         );
         self.monitor.set_obstacle(None);
         self.monitor.started();

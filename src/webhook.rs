@@ -1,50 +1,37 @@
 //! One attempt to POST: success, a temporary failure (maybe with a wait) or a permanent one.
 //!
-//! Headers follow Standard Webhooks
+//! Headers and signatures (symmetric, `v1`) follow Standard Webhooks
 //! (<https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md>).
 
-mod addresses;
 mod answer;
-mod endpoint;
-mod id;
-mod secrets;
-mod signing;
+mod destination;
 
 use std::{
-    error::Error,
+    borrow::Cow,
     ops::RangeInclusive,
-    sync::atomic::{AtomicBool, Ordering::Relaxed},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use anyhow::Context;
-use futures::TryFutureExt;
+use async_nats::header::NATS_MESSAGE_ID;
+use base64::{Engine, engine::general_purpose::STANDARD};
 use reqwest::{
-    Request, StatusCode,
-    header::{
-        ACCEPT, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue,
-        USER_AGENT,
-    },
+    Method, Request, StatusCode,
+    header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue},
 };
-use rustls::ClientConfig;
+use ring::hmac;
+use secrecy::ExposeSecret;
 use tokio::time::{Instant, timeout_at};
 
 #[cfg(any(fuzzing, test))]
 pub(crate) use self::answer::parse_retry_after;
-pub use self::{addresses::Addresses, endpoint::Endpoint, id::Ids};
-use self::{
-    endpoint::{met_dead_connection, was_refused},
-    id::header,
-    secrets::Secrets,
-    signing::SigningKey,
-};
+pub use self::destination::{Destination, Endpoint};
+use self::{answer::Secrets, destination::met_dead_connection};
 use crate::{
     config::{self, PassHeaders},
     source::Delivery,
     tls,
 };
 
-const AGENT: &str = concat!("nats-webhook-relay/", env!("CARGO_PKG_VERSION"));
 const WEBHOOK_ID: HeaderName = HeaderName::from_static("webhook-id");
 const WEBHOOK_TIMESTAMP: HeaderName = HeaderName::from_static("webhook-timestamp");
 const WEBHOOK_SIGNATURE: HeaderName = HeaderName::from_static("webhook-signature");
@@ -58,59 +45,62 @@ const PASSED_ON: [HeaderName; 3] = [
     HeaderName::from_static("tracestate"),
 ];
 
+/// How many headers a request adds to those that all have in common.
+const OWN_HEADERS: usize = 8;
+
+/// How long a connection is used, so that the relay follows a name that has moved.
+const LONGEST_USE: Duration = Duration::from_secs(30);
+
+/// The longest `Nats-Msg-Id` that serves as a `webhook-id`.
+const LONGEST_ID: usize = 256;
+
 /// Where and how to POST.
 pub struct Webhook {
-    destinations: Vec<Destination>,
-    timeout: Duration,
-    signing_keys: Vec<SigningKey>,
+    /// Where; at least one.
+    pub destinations: Vec<Destination>,
+    /// How long an attempt may take.
+    pub timeout: Duration,
+    signing_keys: Vec<hmac::Key>,
     sent_secrets: Secrets,
     /// The statuses for which the relay gives up, if not the usual ones.
     give_up_on: Option<Vec<RangeInclusive<u16>>>,
     pass_headers: PassHeaders,
 }
 
-/// One destination.
-pub struct Destination {
-    /// Its URL without secrets.
-    pub url: config::Destination,
-    /// How it is reached.
-    pub reach: Reach,
-    /// Whether a warning about an HTML page was logged.
-    warned_of_html: AtomicBool,
-    /// The part that all requests to it have in common, with a placeholder for each header that differs, so that a
-    /// copy never has to grow.
-    template: Request,
-}
-
-/// How a destination is reached.
-pub enum Reach {
-    /// By its name, at any of its addresses.
-    Name(Endpoint),
-    /// At every address of its name, each of which is a destination of its own.
-    EveryAddress(Addresses),
-}
-
 /// Why an attempt did not succeed.
 #[derive(Debug)]
-pub enum Failure {
-    /// Another attempt may succeed.
-    Temporary {
-        /// What happened, without secrets.
-        reason: String,
-        /// The status of the response, if there was one.
-        status: Option<StatusCode>,
-        /// The shortest wait before the next attempt, if the destination asks for one.
-        retry_after: Option<Duration>,
-        /// Whether there was no connection, because it was refused or there is no route.
-        is_refused: bool,
-    },
-    /// No further attempt can succeed.
-    Permanent {
-        /// What happened, without secrets.
-        reason: String,
-        /// The status of the response.
-        status: StatusCode,
-    },
+pub struct Failure {
+    /// What happened, without secrets.
+    pub reason: String,
+    /// The status of the response, if there was one.
+    pub status: Option<u16>,
+    /// The shortest wait before another attempt, which the destination may ask for.
+    pub retry_after: Duration,
+    /// Whether to make another attempt.
+    pub kind: FailureKind,
+}
+
+/// Whether another attempt may succeed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FailureKind {
+    /// It may: there was no connection.
+    Unreachable,
+    /// It may.
+    Temporary,
+    /// It can't.
+    Permanent,
+}
+
+impl Failure {
+    /// Returns a temporary failure without a response.
+    fn temporary(reason: String) -> Self {
+        Self {
+            reason,
+            status: None,
+            retry_after: Duration::ZERO,
+            kind: FailureKind::Temporary,
+        }
+    }
 }
 
 impl Webhook {
@@ -121,49 +111,25 @@ impl Webhook {
     pub fn new(config: &config::Webhook) -> anyhow::Result<Self> {
         tls::install_provider();
         let tls = tls::client_config(config)?;
-        let destinations = config
-            .destinations
-            .iter()
-            .map(|destination| Destination::new(destination, config, tls.as_ref()))
-            .collect::<anyhow::Result<_>>()?;
+        let destinations = config.destinations.iter();
+        let destinations = destinations.map(|url| Destination::new(url, config, tls.as_ref()));
+        let keys = config.signing_keys.iter();
+        let keys = keys.map(|key| hmac::Key::new(hmac::HMAC_SHA256, key.expose_secret()));
         Ok(Self {
-            destinations,
+            destinations: destinations.collect::<anyhow::Result<_>>()?,
             timeout: config.timeout,
-            signing_keys: config.signing_keys.iter().map(SigningKey::new).collect(),
+            signing_keys: keys.collect(),
             sent_secrets: Secrets::of(config),
             give_up_on: config.give_up_on.clone(),
             pass_headers: config.pass_headers.clone(),
         })
     }
 
-    /// Returns the destinations.
-    #[must_use]
-    pub fn destinations(&self) -> &[Destination] {
-        &self.destinations
-    }
-
     /// Makes one attempt to POST a message.
     ///
     /// # Errors
     /// If the destination did not respond with success in time.
-    pub fn post(
-        &self,
-        destination: &Destination,
-        endpoint: &Endpoint,
-        delivery: &Delivery,
-        id: &HeaderValue,
-    ) -> impl Future<Output = Result<StatusCode, Failure>> {
-        let posted = self.try_to_post(destination, endpoint, delivery, id);
-        posted.map_err(|mut failure| {
-            // Some destinations quote what they were sent.
-            let (Failure::Temporary { reason, .. } | Failure::Permanent { reason, .. }) =
-                &mut failure;
-            *reason = self.sent_secrets.redact(reason).into_owned();
-            failure
-        })
-    }
-
-    async fn try_to_post(
+    pub async fn post(
         &self,
         destination: &Destination,
         endpoint: &Endpoint,
@@ -172,69 +138,70 @@ impl Webhook {
     ) -> Result<StatusCode, Failure> {
         let start = Instant::now();
         let deadline = start + self.timeout;
-        let (response, is_last) = loop {
-            let was_idle = endpoint.is_idle.swap(false, Relaxed);
-            let is_last = endpoint.is_last_use(was_idle, start);
-            let mut request = self.request(destination, delivery, id);
+        let (response, opened, is_last) = loop {
+            let waiting = endpoint.waiting.lock().take();
+            let opened = waiting.unwrap_or(start);
+            let is_last = start - opened >= LONGEST_USE;
+            let mut request = self.request(&destination.template, delivery, id);
             if is_last {
                 let headers = request.headers_mut();
                 headers.insert(CONNECTION, HeaderValue::from_static("close"));
             }
             match timeout_at(deadline, endpoint.client.execute(request)).await {
-                Ok(Ok(response)) => break (response, is_last),
+                Ok(Ok(response)) => break (response, opened, is_last),
                 // The destination closed the connection as the request went out, and never saw the request.
-                Ok(Err(error)) if was_idle && met_dead_connection(&error) => {}
-                Ok(Err(error)) => {
-                    return Err(Failure::Temporary {
-                        is_refused: was_refused(&error),
-                        reason: destination.describe(error),
-                        status: None,
-                        retry_after: None,
-                    });
+                Ok(Err(error)) if waiting.is_some() && met_dead_connection(&error) => {}
+                Ok(Err(error)) => return Err(destination.failure(error)),
+                Err(_) => {
+                    let reason = format!("no answer within {:?}", self.timeout);
+                    return Err(Failure::temporary(reason));
                 }
-                Err(_) => return Err(temporary(format!("no answer within {:?}", self.timeout))),
             }
         };
         let (status, is_whole) = self.judge(destination, response, deadline).await?;
-        endpoint.is_idle.store(is_whole && !is_last, Relaxed);
+        if is_whole && !is_last {
+            *endpoint.waiting.lock() = Some(opened);
+        }
         Ok(status)
     }
 
-    fn request(&self, destination: &Destination, delivery: &Delivery, id: &HeaderValue) -> Request {
-        let Destination { template, .. } = destination;
-        let mut request = Request::new(template.method().clone(), template.url().clone());
+    fn request(&self, template: &Request, delivery: &Delivery, id: &HeaderValue) -> Request {
+        let mut request = Request::new(Method::POST, template.url().clone());
         let headers = request.headers_mut();
         headers.clone_from(template.headers());
-        for name in PASSED_ON {
-            if let Some(value) = header(&delivery.headers, name.as_str())
-                && let Ok(value) = HeaderValue::from_str(value)
+        headers.reserve(OWN_HEADERS);
+        for (name, values) in delivery.headers.iter() {
+            let Ok(name) = HeaderName::from_bytes(name.as_ref()) else {
+                continue;
+            };
+            let is_listed = || self.pass_headers.contains(name.as_str());
+            if PASSED_ON.contains(&name) || (is_listed() && !template.headers().contains_key(&name))
             {
-                headers.insert(name, value);
+                for value in values {
+                    if let Ok(value) = HeaderValue::from_str(value.as_str()) {
+                        headers.append(&name, value);
+                    }
+                }
             }
         }
-        if !self.pass_headers.is_empty() {
-            self.pass_headers(delivery, headers);
+        headers
+            .entry(CONTENT_TYPE)
+            .or_insert(HeaderValue::from_static("application/json"));
+        // A subject with a control character can't be in any HTTP header.
+        if let Ok(subject) = HeaderValue::from_bytes(delivery.subject.as_bytes()) {
+            headers.insert(NATS_SUBJECT, subject);
         }
-        match HeaderValue::from_bytes(delivery.subject.as_bytes()) {
-            Ok(subject) => headers.insert(NATS_SUBJECT, subject),
-            // It has a control character, which no HTTP header can contain.
-            Err(_) => headers.remove(NATS_SUBJECT),
-        };
         headers.insert(WEBHOOK_ID, id.clone());
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default()
-            .as_secs();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let now = now.unwrap_or_default().as_secs();
         headers.insert(WEBHOOK_TIMESTAMP, now.into());
-        let signatures: Vec<_> = self
-            .signing_keys
-            .iter()
-            .map(|secret| secret.sign(id.as_bytes(), now, &delivery.payload))
-            .collect();
-        if !signatures.is_empty()
-            && let Ok(signatures) = HeaderValue::from_str(&signatures.join(" "))
-        {
-            headers.insert(WEBHOOK_SIGNATURE, signatures);
+        if !self.signing_keys.is_empty() {
+            let keys = self.signing_keys.iter();
+            let signatures = keys.map(|key| sign(key, id.as_bytes(), now, &delivery.payload));
+            let signatures = signatures.collect::<Vec<_>>().join(" ");
+            if let Ok(signatures) = HeaderValue::try_from(signatures) {
+                headers.insert(WEBHOOK_SIGNATURE, signatures);
+            }
         }
         // The HTTP client leaves it out if there is no body, and some servers insist on it
         // (RFC 9110, 8.6).
@@ -244,97 +211,115 @@ impl Webhook {
     }
 }
 
-impl Webhook {
-    /// Adds the message headers that the settings name, except those that the relay sets itself.
-    fn pass_headers(&self, delivery: &Delivery, headers: &mut HeaderMap) {
-        for (name, values) in delivery.headers.iter() {
-            let Ok(name) = HeaderName::try_from(AsRef::<str>::as_ref(name)) else {
-                continue;
-            };
-            if self.pass_headers.contains(name.as_str()) && !headers.contains_key(&name) {
-                for value in values {
-                    if let Ok(value) = HeaderValue::from_str(value.as_str()) {
-                        headers.append(&name, value);
-                    }
-                }
-            }
-        }
-    }
+/// Returns the signature of a request: `v1,` and base64.
+fn sign(key: &hmac::Key, id: &[u8], timestamp: u64, payload: &[u8]) -> String {
+    let mut signed = hmac::Context::with_key(key);
+    signed.update(id);
+    signed.update(format!(".{timestamp}.").as_bytes());
+    signed.update(payload);
+    format!("v1,{}", STANDARD.encode(signed.sign()))
 }
 
-impl Destination {
-    fn new(
-        url: &config::Destination,
-        config: &config::Webhook,
-        tls: Option<&ClientConfig>,
-    ) -> anyhow::Result<Self> {
-        let endpoint = Endpoint::new(url, tls, None)?;
-        // This turns the login in the URL into a header.
-        let template = endpoint.client.post(url.secret_url.clone()).build();
-        let mut template = template
-            .map_err(reqwest::Error::without_url)
-            .with_context(|| format!("cannot POST to {url}"))?;
-        let headers = template.headers_mut();
-        for (name, value) in &config.headers {
-            headers.entry(name).or_insert_with(|| value.clone());
-        }
-        for (name, value) in [
-            (ACCEPT, "*/*"),
-            (USER_AGENT, AGENT),
-            (CONTENT_TYPE, "application/json"),
-            (CONTENT_LENGTH, ""),
-            (NATS_SUBJECT, ""),
-            (WEBHOOK_ID, ""),
-            (WEBHOOK_TIMESTAMP, ""),
-        ] {
-            headers
-                .entry(name)
-                .or_insert(HeaderValue::from_static(value));
-        }
-        let reach = match url.every_address {
-            false => Reach::Name(endpoint),
-            true => {
-                let authority = config::authority(&url.secret_url);
-                let (url, tls) = (url.clone(), tls.cloned());
-                let open = move |address| Endpoint::new(&url, tls.as_ref(), Some(address));
-                Reach::EveryAddress(Addresses::new(authority, config.timeout, Box::new(open)))
-            }
+/// The ids of a message, the same on every attempt.
+pub struct Ids<'a> {
+    /// Its `Nats-Msg-Id`, else its position in its stream, else a random one.
+    pub message: Cow<'a, str>,
+    /// The same if it can be signed, else its position, else a random one.
+    pub webhook: HeaderValue,
+}
+
+impl<'a> Ids<'a> {
+    /// Returns the ids of this message.
+    #[must_use]
+    pub fn of(delivery: &'a Delivery) -> Self {
+        let mut headers = delivery.headers.iter();
+        // Some libraries write it in lower case.
+        let own = headers.find(|(name, _)| {
+            AsRef::<str>::as_ref(*name).eq_ignore_ascii_case(NATS_MESSAGE_ID.as_ref())
+        });
+        let own = own.and_then(|(_, values)| Some(values.first()?.as_str()));
+        let own = own.filter(|id| !id.is_empty());
+        let other = match &delivery.ack {
+            Some(ack) => Cow::from(&ack.id),
+            None => Cow::from(format!("msg_{:032x}", fastrand::u128(..))),
         };
-        Ok(Self {
-            url: url.clone(),
-            reach,
-            warned_of_html: AtomicBool::new(false),
-            template,
-        })
-    }
-
-    /// Describes a failed request by its root cause, which is the most specific, and never contains the URL.
-    fn describe(&self, error: reqwest::Error) -> String {
-        let error = error.without_url();
-        let mut cause: &dyn Error = &error;
-        while let Some(source) = cause.source() {
-            cause = source;
-        }
-        let cause = cause.to_string();
-        let cause = tls::explain(&cause, "WEBHOOK").unwrap_or(cause);
-        if !error.is_connect() {
-            return format!("no valid answer: {cause}");
-        }
-        let server = config::authority(&self.url.secret_url);
-        match self.url.proxy() {
-            Some(proxy) => format!("cannot connect to {server} through the proxy {proxy}: {cause}"),
-            None => format!("cannot connect to {server}: {cause}"),
+        let webhook = match own.filter(|id| id.len() <= LONGEST_ID && !id.contains(is_unsignable)) {
+            Some(id) => HeaderValue::try_from(id),
+            // A stream's name may have any characters.
+            None => HeaderValue::try_from(other.replace(is_unsignable, "_")),
+        };
+        Self {
+            message: own.map_or(other, Cow::from),
+            // This never fails, because all of these are visible ASCII.
+            webhook: webhook.unwrap_or(HeaderValue::from_static("msg")),
         }
     }
 }
 
-/// Returns a temporary failure without a response.
-#[must_use]
-pub fn temporary(reason: String) -> Failure {
-    Failure::Temporary {
-        reason,
-        status: None,
-        retry_after: None,
-        is_refused: false,
+/// Returns whether an id with this character can't be signed: the signed text is `id.timestamp.payload`, so that a dot
+/// in the id would make it ambiguous (Standard Webhooks, "Signature scheme").
+fn is_unsignable(character: char) -> bool {
+    !character.is_ascii_graphic() || character == '.'
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn key(text: &str) -> hmac::Key {
+        hmac::Key::new(hmac::HMAC_SHA256, &STANDARD.decode(text).unwrap())
+    }
+
+    /// The example of the specification, as its reference libraries test it.
+    #[test]
+    fn signs_the_example_of_the_specification() {
+        assert_eq!(
+            sign(
+                &key("MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"),
+                b"msg_p5jXN8AQM9LWM0D4loKWxJek",
+                1_614_265_330,
+                br#"{"test": 2432232314}"#
+            ),
+            "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+        );
+    }
+
+    #[test]
+    fn another_implementation_agrees() {
+        let text = "C2FVsBQIhrscChlQIMV+b5sSYspob7oD";
+        let other = standardwebhooks::Webhook::new(text).unwrap();
+        for payload in ["", "{}", "äöü\0\r\n"] {
+            assert_eq!(
+                sign(&key(text), b"id", 17, payload.as_bytes()),
+                other.sign("id", 17, payload.as_bytes()).unwrap()
+            );
+        }
+    }
+
+    #[test]
+    fn an_id_that_cannot_be_signed_is_not_used() {
+        for (id, is_used) in [
+            ("msg_1-a", true),
+            ("a.b", false),
+            ("a b", false),
+            ("ä", false),
+            (&"x".repeat(257), false),
+        ] {
+            let mut headers = async_nats::HeaderMap::new();
+            headers.insert(NATS_MESSAGE_ID, id);
+            let delivery = Delivery {
+                subject: "a.b".into(),
+                headers,
+                payload: Default::default(),
+                ack: None,
+                unrelayable: None,
+            };
+            let ids = Ids::of(&delivery);
+            assert_eq!(ids.message, id);
+            let webhook = ids.webhook.to_str().unwrap();
+            assert_eq!(webhook == id, is_used, "{id:?}");
+            assert_eq!(webhook.starts_with("msg_"), is_used || id != "msg_1-a");
+        }
     }
 }

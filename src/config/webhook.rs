@@ -76,6 +76,16 @@ impl Webhook {
             tls: Tls::read(reader, [WEBHOOK_CA, WEBHOOK_CERT, WEBHOOK_KEY], is_verified),
         }
     }
+
+    /// Returns the destinations as the log and the page name them.
+    #[must_use]
+    pub fn names(&self) -> String {
+        let names = self.destinations.iter().map(|it| match it.every_address {
+            true => format!("{it} at every address of its name"),
+            false => it.to_string(),
+        });
+        names.collect::<Vec<_>>().join(" and ")
+    }
 }
 
 impl Destination {

@@ -1,26 +1,24 @@
 //! POSTs one message to all destinations, until each has succeeded or the relay gives up on the message.
 
 use std::{
+    collections::BTreeMap,
+    fmt,
     net::IpAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
     time::{Duration, Instant},
 };
 
 use futures::future::join_all;
 use log::{info, warn};
-use reqwest::{StatusCode, header::HeaderValue};
-use tokio::time::{sleep, timeout};
+use reqwest::header::HeaderValue;
+use tokio::time::sleep;
 
+use super::Forward;
 use crate::{
     backoff::Backoff,
-    config::Config,
-    monitor::{Attempt, Cause, DestinationMetrics, Monitor},
+    monitor::{Attempt, Cause, DestinationMetrics},
     republish::{GivenUp, Unrelayed},
     source::Delivery,
-    webhook::{Addresses, Destination, Endpoint, Failure, Reach, Webhook, temporary},
+    webhook::{Destination, Endpoint, Failure, FailureKind},
 };
 
 /// Growing waits between attempts to POST one message.
@@ -29,302 +27,225 @@ const BACKOFF: Backoff = Backoff {
     longest: Duration::from_secs(30),
 };
 
-/// How long a name may take to resolve at the start.
-const RESOLVE_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// POSTs messages, with retries.
-pub(super) struct Posting {
-    webhook: Webhook,
-    max_attempts: Option<u32>,
-    monitor: Arc<Monitor>,
-    /// In the order of the webhook's destinations.
-    metrics: Vec<DestinationMetrics>,
-}
-
 /// A message for a destination.
 #[derive(Clone, Copy)]
 struct Job<'a> {
     destination: &'a Destination,
-    /// The address that gets it, if each address is a destination of its own.
-    address: Option<(IpAddr, &'a Families)>,
     metrics: &'a DestinationMetrics,
     delivery: &'a Delivery,
     id: &'a HeaderValue,
 }
 
-/// How the IPv4 and the IPv6 addresses of a name have responded to a message.
-#[derive(Default)]
-struct Families {
-    answered: [AtomicBool; 2],
-    succeeded: [AtomicBool; 2],
-}
-
-impl Families {
-    /// Notes the result of an attempt. Returns whether not to wait for the address, because all addresses of its family
-    /// refuse connections and one of the other family has succeeded: the receiver listens only on that one.
-    fn may_be_left(&self, address: IpAddr, answer: &Result<StatusCode, Failure>) -> bool {
-        let own = usize::from(address.is_ipv6());
-        self.succeeded[own].fetch_or(answer.is_ok(), Relaxed);
-        let is_refused = matches!(
-            answer,
-            Err(Failure::Temporary {
-                is_refused: true,
-                ..
-            })
-        );
-        let has_answered = self.answered[own].fetch_or(!is_refused, Relaxed);
-        is_refused && !has_answered && self.succeeded[1 - own].load(Relaxed)
-    }
-}
-
 /// A destination has succeeded.
 pub(super) struct Posted {
     /// The status of its response.
-    pub(super) status: StatusCode,
+    pub(super) status: u16,
     /// The number of attempts it took.
     pub(super) attempts: u32,
 }
 
-impl Posting {
-    pub(super) fn new(webhook: Webhook, config: &Config, monitor: &Arc<Monitor>) -> Self {
-        let metrics = (0..webhook.destinations().len()).map(|index| monitor.destination(index));
-        Self {
-            metrics: metrics.collect(),
-            max_attempts: config.webhook.max_attempts,
-            monitor: Arc::clone(monitor),
-            webhook,
-        }
-    }
+/// Writes the answers for a log line, each with a comma.
+pub(super) struct Answers<'a>(pub(super) &'a [Posted]);
 
-    /// Resolves the names of which every address has to succeed, so that the log says at the start how many there
-    /// are. A name without any does not prevent the start.
-    pub(super) async fn resolve_names(&self) {
-        for destination in self.webhook.destinations() {
-            if let Reach::EveryAddress(addresses) = &destination.reach {
-                let _ = timeout(RESOLVE_TIMEOUT, addresses.current()).await;
-            }
-        }
+impl fmt::Display for Answers<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|answer| match answer.attempts {
+            1 => write!(f, "{}, ", answer.status),
+            attempts => write!(f, "{} after {attempts} attempts, ", answer.status),
+        })
     }
+}
 
-    /// Describes where messages are POSTed to.
-    pub(super) fn destinations(&self) -> String {
-        let destinations = self.webhook.destinations().iter();
-        let names: Vec<_> = destinations
-            .map(|destination| match destination.reach {
-                Reach::Name(_) => destination.url.to_string(),
-                Reach::EveryAddress(_) => {
-                    format!("{} at every address of its name", destination.url)
-                }
-            })
-            .collect();
-        names.join(" and ")
-    }
+/// How POSTing to a destination ended: all its successes, or why the message is not relayed.
+type Ended = Result<Vec<Posted>, Unrelayed>;
 
+impl Forward {
     /// POSTs to all destinations at the same time, until each has succeeded or the relay gives up on it.
-    pub(super) async fn post(
-        &self,
-        delivery: &Delivery,
-        id: &HeaderValue,
-    ) -> Result<Vec<Posted>, Unrelayed> {
+    pub(super) async fn post(&self, delivery: &Delivery, id: &HeaderValue) -> Ended {
         let job = |(destination, metrics)| Job {
             destination,
-            address: None,
             metrics,
             delivery,
             id,
         };
-        let mut jobs = self.webhook.destinations().iter().zip(&self.metrics);
+        let mut jobs = self.webhook.destinations.iter().zip(&self.metrics).map(job);
         if jobs.len() == 1
             && let Some(only) = jobs.next()
         {
             // The usual case: nothing to join, so no allocation.
-            return self.post_to_destination(&job(only)).await;
+            return self.post_to(only).await;
         }
-        let ends = join_all(jobs.map(async |each| self.post_to_destination(&job(each)).await));
-        all_of(ends.await)
+        all_of(join_all(jobs.map(|job| self.post_to(job))).await)
     }
 
-    async fn post_to_destination(&self, job: &Job<'_>) -> Result<Vec<Posted>, Unrelayed> {
-        match &job.destination.reach {
-            Reach::Name(endpoint) => self.post_to(job, endpoint).await,
-            // Boxed, so that this rare case does not enlarge the future in all others.
-            Reach::EveryAddress(addresses) => Box::pin(self.post_to_every(job, addresses)).await,
-        }
-    }
-
-    /// POSTs to every address that a name has now, at the same time. An address that the name has lost by the next
-    /// attempt is not waited for; if it has lost them all, its new addresses get the message.
-    async fn post_to_every(
-        &self,
-        job: &Job<'_>,
-        addresses: &Addresses,
-    ) -> Result<Vec<Posted>, Unrelayed> {
+    /// POSTs to a destination until that succeeds, or the relay gives up.
+    async fn post_to(&self, job: Job<'_>) -> Ended {
         let mut attempts = 0;
-        let families = &Families::default();
-        loop {
-            let current = self.look_up(job, addresses, &mut attempts).await?;
-            let ends = join_all(current.iter().map(async |(address, endpoint)| {
-                let address = Some((*address, families));
-                self.post_to(&Job { address, ..*job }, endpoint).await
-            }));
-            let posted = all_of(ends.await)?;
-            if !posted.is_empty() {
-                return Ok(posted);
-            }
-            attempts += 1;
-            let failure = temporary("its name has lost all of its addresses".to_owned());
-            self.wait_or_give_up(job, attempts, failure).await?;
-        }
-    }
-
-    /// Looks up the addresses that a name has now. A name without any address is a failed attempt: nothing is POSTed
-    /// to its earlier addresses, because they may belong to somebody else by now.
-    async fn look_up(
-        &self,
-        job: &Job<'_>,
-        addresses: &Addresses,
-        attempts: &mut u32,
-    ) -> Result<Vec<(IpAddr, Arc<Endpoint>)>, Unrelayed> {
-        loop {
-            let start = Instant::now();
-            let failure = match addresses.current().await {
-                Ok(current) => return Ok(current),
-                Err(failure) => failure,
-            };
-            self.monitor
-                .end_attempt(job.metrics, ended(&failure), start.elapsed());
-            *attempts += 1;
-            self.wait_or_give_up(job, *attempts, failure).await?;
-        }
-    }
-
-    /// POSTs to one endpoint until that succeeds, or the relay gives up. Returns nothing if the endpoint is one
-    /// address of several, and its name has lost it.
-    async fn post_to(&self, job: &Job<'_>, endpoint: &Endpoint) -> Result<Vec<Posted>, Unrelayed> {
-        let mut attempts = 0;
+        let mut ended = BTreeMap::new();
         loop {
             attempts += 1;
-            self.monitor.begin_attempt(attempts);
-            let start = Instant::now();
-            let answer = self
-                .webhook
-                .post(job.destination, endpoint, job.delivery, job.id)
-                .await;
-            let may_be_left = job
-                .address
-                .is_some_and(|(address, families)| families.may_be_left(address, &answer));
-            let failure = match answer {
-                Ok(status) => {
-                    self.monitor
-                        .end_attempt(job.metrics, Attempt::Succeeded, start.elapsed());
-                    return Ok(vec![Posted { status, attempts }]);
+            let failed = if job.destination.url.every_address {
+                // Boxed, so that this rare case does not enlarge the future in all others.
+                Box::pin(self.attempt_every_address(job, attempts, &mut ended)).await
+            } else {
+                match self.attempt(job, &job.destination.endpoint, attempts).await {
+                    Ok(posted) => return Ok(vec![posted]),
+                    Err(failure) => vec![(None, failure)],
                 }
-                Err(failure) => failure,
             };
-            self.monitor
-                .end_attempt(job.metrics, ended(&failure), start.elapsed());
-            let (Reach::EveryAddress(addresses), Some((address, _))) =
-                (&job.destination.reach, job.address)
-            else {
-                self.wait_or_give_up(job, attempts, failure).await?;
-                continue;
+            let mut wait = None;
+            for (address, failure) in failed {
+                match self.next_wait(job, address, attempts, failure) {
+                    Ok(next) => wait = wait.max(Some(next)),
+                    Err(given_up) => drop(ended.insert(address, Err(given_up.into()))),
+                }
+            }
+            let Some(wait) = wait else {
+                return all_of(ended.into_values());
             };
-            if may_be_left {
-                let (subject, url) = (&job.delivery.subject, &job.destination.url);
+            sleep(wait).await;
+            if !job.delivery.may_be_posted().await {
+                return Err(Unrelayed::Abandoned);
+            }
+        }
+    }
+
+    /// Makes one attempt to POST to each address that a name has now and that has not `ended`, at the same time. Returns
+    /// the failures. Nothing is POSTed to an address that the name has lost, because it may belong to somebody else by
+    /// now.
+    async fn attempt_every_address(
+        &self,
+        job: Job<'_>,
+        attempts: u32,
+        ended: &mut BTreeMap<Option<IpAddr>, Ended>,
+    ) -> Vec<(Option<IpAddr>, Failure)> {
+        let start = Instant::now();
+        let current = match job.destination.addresses(self.webhook.timeout).await {
+            Ok(current) => current,
+            Err(failure) => {
+                self.monitor
+                    .end_attempt(job.metrics, Attempt::FailedForNow, start.elapsed());
+                return vec![(None, failure)];
+            }
+        };
+        let left = current
+            .into_iter()
+            .filter(|(address, _)| !ended.contains_key(&Some(*address)));
+        let results = left.map(async |(address, endpoint)| {
+            let result = self.attempt(job, &endpoint, attempts).await;
+            (Some(address), result)
+        });
+        let mut failed = Vec::new();
+        for (address, result) in join_all(results).await {
+            match result {
+                Ok(posted) => drop(ended.insert(address, Ok(vec![posted]))),
+                Err(failure) => failed.push((address, failure)),
+            }
+        }
+        let has_succeeded = |is_ipv6| {
+            ended.iter().any(|(address, end)| {
+                end.is_ok() && address.is_some_and(|address| address.is_ipv6() == is_ipv6)
+            })
+        };
+        failed.retain(|(address, failure)| {
+            let is_ipv6 = address.is_some_and(|address| address.is_ipv6());
+            // The receiver listens only on addresses of the other IP version.
+            let is_futile = failure.kind == FailureKind::Unreachable
+                && !has_succeeded(is_ipv6)
+                && has_succeeded(!is_ipv6);
+            if is_futile {
+                let subject = &job.delivery.subject;
                 info!(
                     subject:% = subject;
-                    "{subject} is not POSTed to {url} at {address}, which refuses connections, as it has \
-                     succeeded at an address of the other IP version; take this one out of the name's addresses"
+                    "{subject} is not POSTed to {}, which refuses connections, as it has succeeded at an address \
+                     of the other IP version; take this one out of the name's addresses",
+                    job.name(*address)
                 );
-                return Ok(Vec::new());
             }
-            self.wait_or_give_up(job, attempts, failure).await?;
-            let current = Box::pin(self.look_up(job, addresses, &mut attempts)).await?;
-            if current.iter().all(|(known, _)| *known != address) {
-                info!(
-                    subject:% = job.delivery.subject;
-                    "{} is no longer POSTed to {} at {address}: its name has lost this address",
-                    job.delivery.subject, job.destination.url
-                );
-                return Ok(Vec::new());
-            }
-        }
+            !is_futile
+        });
+        failed
     }
 
-    /// After a failed attempt, waits until the next one is due.
+    /// Makes one attempt to POST to an endpoint.
+    async fn attempt(
+        &self,
+        job: Job<'_>,
+        endpoint: &Endpoint,
+        attempts: u32,
+    ) -> Result<Posted, Failure> {
+        self.monitor.begin_attempt(attempts);
+        let start = Instant::now();
+        let answer = self
+            .webhook
+            .post(job.destination, endpoint, job.delivery, job.id)
+            .await;
+        let ended = match &answer {
+            Ok(_) => Attempt::Succeeded,
+            Err(failure) if failure.kind == FailureKind::Permanent => Attempt::FailedForGood,
+            Err(_) => Attempt::FailedForNow,
+        };
+        self.monitor
+            .end_attempt(job.metrics, ended, start.elapsed());
+        let status = answer?.as_u16();
+        Ok(Posted { status, attempts })
+    }
+
+    /// Logs a failed attempt, and returns how long to wait before the next one.
     ///
     /// # Errors
     /// If there is to be none.
-    async fn wait_or_give_up(
+    fn next_wait(
         &self,
-        job: &Job<'_>,
+        job: Job<'_>,
+        address: Option<IpAddr>,
         attempts: u32,
         failure: Failure,
-    ) -> Result<(), Unrelayed> {
-        let Destination { url, reach, .. } = job.destination;
-        let name = match job.address {
-            Some((address, _)) => format!("{url} at {address}"),
-            None => url.to_string(),
+    ) -> Result<Duration, GivenUp> {
+        let is_only = self.webhook.destinations.len() == 1 && !job.destination.url.every_address;
+        let (name, status) = (job.name(address), failure.status);
+        let reason = match is_only {
+            true => failure.reason.clone(),
+            false => format!("{name}: {}", failure.reason),
         };
-        let is_only = matches!((reach, self.webhook.destinations()), (Reach::Name(_), [_]));
-        let named = |reason: &str| match is_only {
-            true => reason.to_owned(),
-            false => format!("{name}: {reason}"),
+        let given_up = |cause, reason| GivenUp {
+            reason,
+            status,
+            attempts,
+            cause,
         };
-        let (reason, status, retry_after) = match failure {
-            Failure::Permanent { reason, status } => {
-                let given_up = GivenUp {
-                    reason: named(&reason),
-                    status: Some(status.as_u16()),
-                    attempts,
-                    cause: Cause::Refused,
-                };
-                return Err(given_up.into());
-            }
-            Failure::Temporary {
-                reason,
-                status,
-                retry_after,
-                ..
-            } => (reason, status.map(|status| status.as_u16()), retry_after),
-        };
-        if Some(attempts) == self.max_attempts {
-            let reason = format!("gave up after {attempts} attempts: {}", named(&reason));
-            let given_up = GivenUp {
-                reason,
-                status,
-                attempts,
-                cause: Cause::AttemptsUsed,
-            };
-            return Err(given_up.into());
+        if failure.kind == FailureKind::Permanent {
+            return Err(given_up(Cause::Refused, reason));
+        }
+        if Some(attempts) == self.config.webhook.max_attempts {
+            let reason = format!("gave up after {attempts} attempts: {reason}");
+            return Err(given_up(Cause::AttemptsUsed, reason));
         }
         let subject = &job.delivery.subject;
-        let wait = BACKOFF.wait(attempts).max(retry_after.unwrap_or_default());
-        let text = named(&reason);
+        let wait = BACKOFF.wait(attempts).max(failure.retry_after);
         warn!(
-            subject:% = subject, status, attempts, reason = text;
-            "{subject}, attempt {attempts}: {text}; next attempt in {wait:.1?}"
+            subject:% = subject, status, attempts, reason;
+            "{subject}, attempt {attempts}: {reason}; next attempt in {wait:.1?}"
         );
         self.monitor
-            .set_failing(format!("The webhook at {name}"), reason, wait);
-        sleep(wait).await;
-        match job.delivery.may_be_posted().await {
-            true => Ok(()),
-            false => Err(Unrelayed::Abandoned),
-        }
+            .set_failing(format!("The webhook at {name}"), failure.reason, wait);
+        Ok(wait)
     }
 }
 
-/// Returns the label under which a failure is counted.
-fn ended(failure: &Failure) -> Attempt {
-    match failure {
-        Failure::Temporary { .. } => Attempt::FailedForNow,
-        Failure::Permanent { .. } => Attempt::FailedForGood,
+impl Job<'_> {
+    /// Returns the name of the destination, or of one of its addresses.
+    fn name(&self, address: Option<IpAddr>) -> String {
+        let url = &self.destination.url;
+        match address {
+            Some(address) => format!("{url} at {address}"),
+            None => url.to_string(),
+        }
     }
 }
 
 /// Combines the outcomes of several destinations: all successes, or why the message is not relayed.
-fn all_of(ends: Vec<Result<Vec<Posted>, Unrelayed>>) -> Result<Vec<Posted>, Unrelayed> {
+fn all_of(ends: impl IntoIterator<Item = Ended>) -> Ended {
     let (mut posted, mut given_up) = (Vec::new(), Vec::new());
     for end in ends {
         match end {

@@ -207,14 +207,18 @@ async fn what_is_not_the_message_s_fault_is_tried_again_with_a_hint() {
         (
             "308 Moved\r\nlocation: /hook/?token=hunter2",
             "",
-            "/hook/; redirects are not followed; set WEBHOOK_DESTINATION to it",
+            "/hook/; redirects are not followed; check WEBHOOK_DESTINATION",
         ),
         (
             "307 Moved\r\nlocation: https://u:hunter2@id.example/login",
             "",
-            "to https://id.example/login; it requires a login",
+            "to https://id.example/login; redirects are not followed",
         ),
-        ("304 Not Modified", "", "without a usable Location"),
+        (
+            "304 Not Modified",
+            "",
+            "answered 304 Not Modified; redirects",
+        ),
     ] {
         let mut scene = Scene::script([Answer::full(head, body)], &[]).await;
         assert_eq!(scene.relayed().await.len(), 2, "{head}");
@@ -380,14 +384,6 @@ async fn a_connection_that_died_while_it_was_idle_uses_up_no_attempt() {
 }
 
 #[tokio::test]
-async fn a_success_may_have_hundreds_of_headers() {
-    let headers: String = (0..250).map(|n| format!("x-{n}: {n}\r\n")).collect();
-    let head = format!("200 OK\r\n{}", headers.trim_end());
-    let mut scene = Scene::script([Answer::full(&head, "")], &[]).await;
-    assert_eq!(scene.relayed().await.len(), 1);
-}
-
-#[tokio::test]
 async fn what_a_webhook_quotes_of_the_relay_s_secrets_goes_nowhere() {
     let nats = NatsServer::start().await;
     let client = nats.client().await;
@@ -402,7 +398,10 @@ async fn what_a_webhook_quotes_of_the_relay_s_secrets_goes_nowhere() {
         match n {
             0 => Answer::full("403 No", &quoted),
             3 => Answer::full("400 No", &format!("{}hunter2-too", "x".repeat(194))),
-            4 => Answer::full("400 No", &"abcdefgh".repeat(50 * 21)),
+            4 => {
+                let head = "HTTP/1.1 400 No\r\ncontent-length: 9999\r\n\r\n";
+                Answer::Raw(format!("{head}{}", "abcdefgh".repeat(70)).into())
+            }
             1 => Answer::full("302 Found\r\nlocation: /hunter2/x?y=hunter2", ""),
             _ => Answer::full("302 Found\r\nlocation: mailto:hunter2@example.com", ""),
         }
@@ -426,9 +425,9 @@ async fn what_a_webhook_quotes_of_the_relay_s_secrets_goes_nowhere() {
             "answered 403 Forbidden: Basic *** *** POST /hook?*** HTTP/1.1",
         ),
         ("in the path", "/***/x; redirects are not followed"),
-        ("opaque", "answered 302 Found without a usable Location"),
+        ("opaque", "answered 302 Found; redirects"),
         ("at the cut of the excerpt", "xxx***"),
-        ("at the cut of the body", "answered 400 Bad Request: ***"),
+        ("at the cut of the body", "answered 400 Bad Request"),
     ] {
         client.publish("cms.cache.x", payload.into()).await.unwrap();
         let headers = next(&mut failed).await.headers.unwrap();
