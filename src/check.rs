@@ -10,16 +10,14 @@ use std::{
 };
 
 use anyhow::anyhow;
-use async_nats::{HeaderMap, Message, StatusCode, jetstream::consumer::Info};
+use async_nats::{HeaderMap, Message, jetstream::consumer::Info};
 use tokio::{net::TcpListener, time::timeout};
 
 use crate::{
     commit::Commit,
     config::{Config, Mode},
     monitor::Monitor,
-    nats::{
-        Connection, ConnectionEvent, ConnectionEvents, Failure, cannot_look, connect_once, show,
-    },
+    nats::{Connection, ConnectionEvents, Failure, NoAnswer, connect_once, show},
     source::{Consumer, ConsumerError, oldest_age, try_to_look},
     text::{self, count, reasons},
     tls,
@@ -62,8 +60,9 @@ impl Report<'_> {
 ///
 /// # Errors
 /// If the test cannot begin.
-pub async fn check(config: &Config, out: &mut dyn Write) -> anyhow::Result<bool> {
+pub async fn check(config: Config, out: &mut dyn Write) -> anyhow::Result<bool> {
     tls::install_provider();
+    let config = &Arc::new(config);
     let mut report = Report { out, good: true };
     let monitor = Arc::new(Monitor::new(String::new())?);
     if let Some((connection, mut events)) = check_servers(config, &monitor, &mut report).await? {
@@ -112,7 +111,7 @@ async fn within_timeout<T>(what: impl Future<Output = anyhow::Result<T>>) -> any
 
 /// Connects to each server. Returns the first connection.
 async fn check_servers(
-    config: &Config,
+    config: &Arc<Config>,
     monitor: &Arc<Monitor>,
     report: &mut Report<'_>,
 ) -> anyhow::Result<Option<(Connection, ConnectionEvents)>> {
@@ -151,7 +150,7 @@ async fn check_subscription(
         None => client.subscribe(subject.clone()).await,
     };
     let found = match subscribed {
-        Ok(_subscriber) => within_timeout(events.confirm(connection, false)).await,
+        Ok(_subscriber) => within_timeout(events.confirm(connection)).await,
         Err(error) => Err(error.into()),
     };
     report.add(
@@ -192,7 +191,7 @@ async fn check_consumer(
     report.add(&what, Ok(words));
     let found = tokio::select! {
         biased;
-        reason = look_refused(events, consumer) => Err(reason),
+        reason = events.fatal() => Err(reason),
         found = try_to_look(consumer) => found.map_err(|error| anyhow!("{error}")),
     };
     report.add(
@@ -209,12 +208,12 @@ async fn check_consumer(
 async fn lost_acks(consumer: &Consumer) -> Option<String> {
     let Consumer { stream, name, .. } = consumer;
     let subject = format!("$JS.ACK.{stream}.{name}.1.0.0.0.0").into();
-    let is_lost =
-        |answer: &Message| (answer.status == Some(StatusCode::NO_RESPONDERS)).then_some(());
+    let no_answer = |_: &Message| None::<()>;
     let answer = consumer
         .connection
-        .ask(subject, HeaderMap::new(), "+WPI".into(), is_lost);
-    let is_lost = matches!(timeout(ACK_TIMEOUT, answer).await, Ok(Ok(())));
+        .ask(subject, HeaderMap::new(), "+WPI".into(), no_answer);
+    let answer = timeout(ACK_TIMEOUT, answer).await;
+    let is_lost = matches!(answer, Ok(Err(NoAnswer::Nobody)));
     is_lost.then(|| {
         format!(
             "nobody listens to acks of the consumer {name}, so each message comes again and again; where \
@@ -262,22 +261,5 @@ async fn check_confirming_streams(
             },
         };
         report.add(&format!("stream {}", stream.name()), found);
-    }
-}
-
-/// Resolves when our user turns out to have no permission to read the messages of the stream.
-async fn look_refused(events: &mut ConnectionEvents, consumer: &Consumer) -> anyhow::Error {
-    loop {
-        match events.next().await {
-            ConnectionEvent::LookRefused => {
-                let api = consumer.connection.api();
-                let subject = api.subject(format_args!("STREAM.MSG.GET.{}", consumer.stream));
-                return anyhow!("{}", cannot_look(&subject));
-            }
-            ConnectionEvent::Fatal(reason) | ConnectionEvent::InboxRefused(reason) => {
-                return reason;
-            }
-            ConnectionEvent::Connected => {}
-        }
     }
 }

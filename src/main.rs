@@ -115,7 +115,7 @@ async fn check(tries: bool) -> End {
     if !tries {
         return valid;
     }
-    match nats_webhook_relay::check(&config, &mut io::stdout()).await {
+    match nats_webhook_relay::check(config, &mut io::stdout()).await {
         Ok(true) => End::Good,
         Ok(false) => End::Failed,
         Err(reason) => {

@@ -4,7 +4,6 @@
 mod api;
 mod connection;
 mod events;
-mod inbox;
 mod servers;
 
 use std::{sync::Arc, time::Duration};
@@ -13,21 +12,13 @@ use anyhow::anyhow;
 use async_nats::{AuthError, ConnectOptions, ServerAddr};
 
 pub use self::{
-    api::{Api, ApiError, Failure, refused},
-    connection::{ClientCrashed, Connection},
-    events::{ConnectionEvent, ConnectionEvents, cannot_look},
-    inbox::{ANSWER_TIMEOUT, NoAnswer},
+    api::{Failure, refused},
+    connection::{ANSWER_TIMEOUT, ClientCrashed, Connection, NoAnswer},
+    events::ConnectionEvents,
     servers::show,
 };
-use self::{
-    events::Observer,
-    servers::{REFUSALS, explain, refusal},
-};
-use crate::{
-    backoff::Backoff,
-    config::{self, Config},
-    monitor::Monitor,
-};
+use self::{events::Observer, servers::explain};
+use crate::{backoff::Backoff, config::Config, monitor::Monitor};
 
 /// The name under which the server lists the connection.
 const CONNECTION_NAME: &str = "nats-webhook-relay";
@@ -60,13 +51,14 @@ pub const LASTING: Duration = Duration::from_secs(5);
 /// # Errors
 /// If the settings can't be used at all.
 pub async fn connect(
-    config: &Config,
+    config: &Arc<Config>,
     monitor: &Arc<Monitor>,
     is_first: bool,
 ) -> anyhow::Result<(Connection, ConnectionEvents)> {
-    let (observer, refusals, events) = Observer::new(config, monitor, is_first);
+    let (observer, events) = Observer::new(config, monitor, false);
+    observer.progress.lock().was_accepted = !is_first;
     let chooser = Arc::clone(&observer);
-    let mut options = options(config, Arc::clone(&observer))?
+    let mut options = options(&observer)
         .retry_on_initial_connect()
         .reconnect_to_server_callback(move |servers, _| {
             let choice = chooser.choose(&servers);
@@ -78,51 +70,49 @@ pub async fn connect(
     }
     let client = options.connect(config.nats.servers.as_slice()).await?;
     let _ = observer.statistics.set(client.statistics());
-    let connection = Connection::new(client, Api::of(config), refusals);
-    Ok((connection, events))
+    let refusals = Arc::clone(&observer.refusals);
+    Ok((Connection::new(client, config, refusals), events))
 }
 
-/// Tries once to connect to one server.
+/// Tries once to connect to one server, for a check.
 ///
 /// # Errors
 /// If it can't be reached or refuses the login.
 pub async fn connect_once(
-    config: &Config,
+    config: &Arc<Config>,
     server: &ServerAddr,
     monitor: &Arc<Monitor>,
 ) -> anyhow::Result<(Connection, ConnectionEvents)> {
-    let (observer, refusals, events) = Observer::new(config, monitor, true);
-    let client = options(config, observer)?
+    let (observer, events) = Observer::new(config, monitor, true);
+    let client = options(&observer)
         .ignore_discovered_servers()
         .connect(server)
         .await
-        .map_err(|error| match error.kind() {
-            kind if REFUSALS.contains(&kind) => {
-                anyhow!("{}", refusal(&kind.to_string(), &config.nats.login.hint()))
-            }
-            _ => anyhow!(
-                "{}",
-                explain(&error.to_string(), server, config.nats.tls_first)
-            ),
-        })?;
-    let connection = Connection::new(client, Api::of(config), refusals);
-    Ok((connection, events))
+        .map_err(|error| anyhow!(explain(&error.to_string(), server, &config.nats)))?;
+    let refusals = Arc::clone(&observer.refusals);
+    Ok((Connection::new(client, config, refusals), events))
 }
 
 /// Returns the options of every connection: login, TLS and the rest.
-fn options(config: &Config, observer: Arc<Observer>) -> anyhow::Result<ConnectOptions> {
-    let nats = &config.nats;
+fn options(observer: &Arc<Observer>) -> ConnectOptions {
+    let (observer, config) = (Arc::clone(observer), &observer.config);
     let login = config.nats.login.clone();
-    let login = ConnectOptions::with_auth_callback(move |nonce| {
+    let mut options = ConnectOptions::with_auth_callback(move |nonce| {
         let answer = login.answer(&nonce).map_err(AuthError::new);
         async move { answer }
     });
-    let options = with_tls(login, nats);
-    let options = match nats.tls_first {
-        true => options.tls_first(),
-        false => options,
-    };
-    Ok(options
+    let tls = &config.nats.tls;
+    if let Some(ca) = &tls.ca {
+        options = options.add_root_certificates(ca.clone());
+    }
+    if let Some((certificate, key)) = &tls.certificate {
+        options = options.add_client_certificate(certificate.clone(), key.clone());
+    }
+    if config.nats.tls_first {
+        options = options.tls_first();
+    }
+    options
+        .require_tls(config.nats.requires_tls)
         .name(CONNECTION_NAME)
         .custom_inbox_prefix(&config.inbox_prefix)
         .subscription_capacity(SUBSCRIPTION_CAPACITY)
@@ -131,15 +121,5 @@ fn options(config: &Config, observer: Arc<Observer>) -> anyhow::Result<ConnectOp
         .event_callback(move |event| {
             observer.observe(event);
             async {}
-        }))
-}
-
-fn with_tls(mut options: ConnectOptions, config: &config::Nats) -> ConnectOptions {
-    if let Some(ca) = &config.tls.ca {
-        options = options.add_root_certificates(ca.clone());
-    }
-    if let Some((certificate, key)) = &config.tls.certificate {
-        options = options.add_client_certificate(certificate.clone(), key.clone());
-    }
-    options.require_tls(config.requires_tls)
+        })
 }

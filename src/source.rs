@@ -131,13 +131,11 @@ impl Source {
         let monitor = Arc::clone(monitor);
         match config.mode.clone() {
             Mode::Core { queue_group } => {
-                let needs_inbox = config.relayed_stream.is_some() || config.failed_stream.is_some();
                 let core = Core::new(
                     connection,
                     events,
                     config.prefix.wildcard(),
                     queue_group,
-                    needs_inbox,
                     monitor,
                 );
                 Self::Core(Box::new(core))

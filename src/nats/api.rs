@@ -1,61 +1,55 @@
 //! The JetStream API: that of the server, or of another domain that is reached through it, as behind a leaf node.
 
-use std::{fmt, sync::Arc};
-
 use async_nats::{
-    Client, HeaderMap, Message, StatusCode,
+    Client, HeaderMap,
     jetstream::{self, Context, ErrorCode},
 };
-
 use bytes::Bytes;
 use serde_json::Value;
 
-use super::Connection;
+use super::{Connection, NoAnswer};
 use crate::config::Config;
 
-/// The API of a JetStream.
-#[derive(Clone)]
-pub struct Api {
-    domain: Option<Arc<str>>,
-    /// The prefix of the subjects of all requests.
-    prefix: Arc<str>,
+/// Returns the prefix of the subjects of all requests.
+pub(super) fn api_prefix(config: &Config) -> String {
+    match &config.domain {
+        Some(domain) => format!("$JS.{domain}.API."),
+        None => "$JS.API.".to_owned(),
+    }
 }
 
-impl Api {
-    pub(super) fn of(config: &Config) -> Self {
-        let domain = config.domain.as_deref();
-        let prefix = match domain {
-            Some(domain) => format!("$JS.{domain}.API."),
-            None => "$JS.API.".to_owned(),
-        };
-        Self {
-            domain: domain.map(Arc::from),
-            prefix: prefix.into(),
-        }
+pub(super) fn context(client: Client, config: &Config) -> Context {
+    match &config.domain {
+        Some(domain) => jetstream::with_domain(client, domain),
+        None => jetstream::new(client),
     }
+}
 
-    /// Returns the name of its domain, if it has one.
+impl Connection {
+    /// Returns the name of the domain that has the streams, if it is not the server's own.
     #[must_use]
     pub fn domain(&self) -> Option<&str> {
-        self.domain.as_deref()
+        self.config.domain.as_deref()
     }
 
     /// Returns the subject of a request such as `STREAM.INFO.CMS`.
     #[must_use]
-    pub fn subject(&self, request: fmt::Arguments<'_>) -> String {
-        format!("{}{request}", self.prefix)
+    pub fn api_subject(&self, request: &str) -> String {
+        api_prefix(&self.config) + request
     }
 
-    /// Returns the request that has this subject, if there is one.
-    pub(super) fn request<'a>(&self, subject: &'a str) -> Option<&'a str> {
-        subject.strip_prefix(&*self.prefix)
-    }
-
-    pub(super) fn context(&self, client: Client) -> Context {
-        match &self.domain {
-            Some(domain) => jetstream::with_domain(client, domain),
-            None => jetstream::new(client),
-        }
+    /// Sends a request to the JetStream API, and returns the answer, a [`Response`](jetstream::response::Response) as
+    /// JSON. Uses our own inbox, because a request of the client's that gets no answer leaks an entry in the client.
+    ///
+    /// # Errors
+    /// If there is no answer.
+    pub async fn request(&self, request: &str, question: &Value) -> Result<Bytes, NoAnswer> {
+        let subject = self.api_subject(request).into();
+        let question = question.to_string().into();
+        self.ask(subject, HeaderMap::new(), question, |answer| {
+            Some(answer.payload.clone())
+        })
+        .await
     }
 
     /// Returns the failure of a request that nobody answers. It is temporary with a domain, because a leaf node can lose
@@ -71,47 +65,6 @@ impl Api {
                 "JetStream is not enabled on the NATS server; enable it (behind a leaf node: set \
                  NATS_JS_DOMAIN to the domain of the stream), or unset {variable}"
             )),
-        }
-    }
-}
-
-/// Why the API did not answer a request.
-#[derive(Debug)]
-pub enum ApiError {
-    /// Nobody listens to such requests (see [`Api::silence`]).
-    NobodyAnswers,
-    /// There was no answer; the reason.
-    NoAnswer(String),
-}
-
-impl fmt::Display for ApiError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::NobodyAnswers => "nobody answers",
-            Self::NoAnswer(reason) => reason,
-        })
-    }
-}
-
-impl Connection {
-    /// Sends a request to the JetStream API, and returns the answer, a [`Response`](jetstream::response::Response) as
-    /// JSON. Uses our own inbox, because a request of the client's that gets no answer leaks an entry in the client.
-    ///
-    /// # Errors
-    /// If there is no answer.
-    pub async fn request(&self, request: &str, question: &Value) -> Result<Bytes, ApiError> {
-        let subject = self.api().subject(format_args!("{request}")).into();
-        let question = question.to_string().into();
-        let read = |answer: &Message| {
-            Some(match answer.status {
-                Some(StatusCode::NO_RESPONDERS) => None,
-                _ => Some(answer.payload.clone()),
-            })
-        };
-        match self.ask(subject, HeaderMap::new(), question, read).await {
-            Ok(Some(answer)) => Ok(answer),
-            Ok(None) => Err(ApiError::NobodyAnswers),
-            Err(error) => Err(ApiError::NoAnswer(error.to_string())),
         }
     }
 }

@@ -1,44 +1,97 @@
-//! The connection to NATS, which all parts of the relay share.
+//! The connection to NATS, which all parts of the relay share, and its requests: messages with a reply subject of ours.
 
 use std::{
     collections::HashSet,
     fmt,
     future::pending,
     sync::{
-        Arc, OnceLock,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
+    time::Duration,
 };
 
 use anyhow::bail;
 use async_nats::{
-    Client, HeaderMap, Message, PublishError, Subject, client::PublishErrorKind, connection::State,
-    jetstream::Context,
+    Client, HeaderMap, Message, PublishError, StatusCode, Subject, Subscriber,
+    client::PublishErrorKind, connection::State, jetstream::Context,
 };
 use bytes::Bytes;
+use futures::{FutureExt, StreamExt};
 use tokio::{
     sync::{Mutex, Notify},
     task::yield_now,
+    time::{sleep, timeout},
 };
 
-use super::{
-    Api,
-    inbox::{Inbox, NoAnswer},
-};
+use super::api::context;
+use crate::config::Config;
 
 /// How many of the subjects on which a message was not refused are remembered.
 const MAX_PERMITTED: usize = 1024;
 
+/// How long to wait for an answer.
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// The connection to NATS.
 #[derive(Clone)]
 pub struct Connection {
-    /// Shared, because a copy costs an allocation.
-    client: Arc<Client>,
+    client: Client,
     /// Only one, because each starts a task.
     jetstream: Context,
-    api: Api,
+    pub(super) config: Arc<Config>,
     refusals: Arc<Refusals>,
     inbox: Arc<Mutex<Inbox>>,
+}
+
+/// Receives the answers to requests, one request at a time.
+///
+/// async-nats's own `send_request` accepts the first answer, no matter from whom; it needs a channel, a random subject
+/// and an entry in a map for each request, and leaks that entry if no answer comes. Here one subscription receives all
+/// answers, and the caller decides which one counts.
+struct Inbox {
+    /// Request `n` is answered on `<prefix>.<n>`, so that a late answer is not mistaken for another one.
+    prefix: String,
+    /// The number of the last request.
+    last: u64,
+    subscription: Option<Subscriber>,
+}
+
+impl Inbox {
+    /// Returns the reply subject of the next request, and the subscription, which begins with the first request.
+    async fn next(&mut self, client: &Client) -> (Subject, &mut Subscriber) {
+        self.last += 1;
+        let reply = format!("{}.{}", self.prefix, self.last).into();
+        if self.subscription.is_none() {
+            let subject = format!("{}.*", self.prefix);
+            self.subscription = client.subscribe(subject).await.ok();
+        }
+        match &mut self.subscription {
+            Some(subscription) => (reply, subscription),
+            None => crashed().await,
+        }
+    }
+}
+
+/// Why there is no answer.
+#[derive(Debug)]
+pub enum NoAnswer {
+    /// Nobody listens to such requests.
+    Nobody,
+    /// The client refuses to publish the request, for this reason.
+    Refused(String),
+    /// None came within [`ANSWER_TIMEOUT`].
+    TimedOut,
+}
+
+impl fmt::Display for NoAnswer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Nobody => f.write_str("nobody answers"),
+            Self::Refused(reason) => f.write_str(reason),
+            Self::TimedOut => write!(f, "no answer within {ANSWER_TIMEOUT:?}"),
+        }
+    }
 }
 
 /// Messages that NATS has refused to publish. The observer notes them, because a refusal is only an event, and the
@@ -51,8 +104,8 @@ pub(super) struct Refusals {
     permitted: parking_lot::Mutex<HashSet<String>>,
     /// Notified when our own inbox is refused, which is as good an answer as any.
     pub(super) inbox: Notify,
-    /// The prefix of our own inbox.
-    own_inbox: OnceLock<String>,
+    /// Whether the log already says that.
+    pub(super) is_inbox_known: AtomicBool,
 }
 
 impl Refusals {
@@ -74,11 +127,6 @@ impl Refusals {
         }
         permitted.insert(subject.to_string());
     }
-
-    pub(super) fn is_own_inbox(&self, subject: &str) -> bool {
-        let inbox = self.own_inbox.get();
-        inbox.is_some_and(|inbox| subject.starts_with(&inbox[..]))
-    }
 }
 
 /// The task of the NATS client has panicked, as it does on a lone carriage return in a header value. It can no longer
@@ -93,14 +141,17 @@ impl fmt::Display for ClientCrashed {
 }
 
 impl Connection {
-    pub(super) fn new(client: Client, api: Api, refusals: Arc<Refusals>) -> Self {
-        let inbox = client.new_inbox();
-        let _ = refusals.own_inbox.set(inbox.clone());
+    pub(super) fn new(client: Client, config: &Arc<Config>, refusals: Arc<Refusals>) -> Self {
+        let inbox = Inbox {
+            prefix: client.new_inbox(),
+            last: 0,
+            subscription: None,
+        };
         Self {
-            inbox: Arc::new(Mutex::new(Inbox::new(inbox))),
-            jetstream: api.context(client.clone()),
-            client: Arc::new(client),
-            api,
+            inbox: Arc::new(Mutex::new(inbox)),
+            jetstream: context(client.clone(), config),
+            client,
+            config: Arc::clone(config),
             refusals,
         }
     }
@@ -109,12 +160,6 @@ impl Connection {
     #[must_use]
     pub fn client(&self) -> &Client {
         &self.client
-    }
-
-    /// Returns the API of the JetStream that has the streams.
-    #[must_use]
-    pub fn api(&self) -> &Api {
-        &self.api
     }
 
     /// Returns the client's own JetStream context.
@@ -149,13 +194,30 @@ impl Connection {
         }
     }
 
-    /// Resolves once the server has processed everything sent before, and it is known what it refused.
+    /// Resolves once the server has processed everything sent before, and it is known what it refused. For that it
+    /// publishes to its own inbox, so that nobody else's subscription can take the message away: that it came back is
+    /// as good as that it was refused.
     pub async fn round_trip(&self) {
+        let refused = &self.refusals.inbox;
         loop {
             self.up().await;
             let mut inbox = self.inbox.lock().await;
-            if inbox.echo(self, &self.refusals.inbox).await {
-                break;
+            if refused.notified().now_or_never().is_some() {
+                // That did not answer this one, and there may be no subscription.
+                inbox.subscription = None;
+            }
+            let (reply, subscription) = inbox.next(&self.client).await;
+            let sent = self.publish(reply.clone(), None, HeaderMap::new(), Bytes::new());
+            // The client refuses only messages that are too large.
+            let _ = sent.await;
+            tokio::select! {
+                () = answer_on(&reply, subscription, |_| Some(())) => break,
+                () = refused.notified() => {
+                    // The next one will be refused again.
+                    inbox.subscription = None;
+                    break;
+                }
+                () = sleep(ANSWER_TIMEOUT) => {}
             }
         }
         // A refusal comes from a task of the client's, which was woken before this one.
@@ -232,12 +294,40 @@ impl Connection {
         read: impl Fn(&Message) -> Option<T>,
     ) -> Result<T, NoAnswer> {
         let mut inbox = self.inbox.lock().await;
-        inbox.ask(self, subject, headers, payload, read).await
+        let (reply, subscription) = inbox.next(&self.client).await;
+        self.publish(subject, Some(reply.clone()), headers, payload)
+            .await
+            .map_err(|error| NoAnswer::Refused(error.to_string()))?;
+        let read = |answer: &Message| match answer.status {
+            Some(StatusCode::NO_RESPONDERS) => Some(Err(NoAnswer::Nobody)),
+            _ => read(answer).map(Ok),
+        };
+        timeout(ANSWER_TIMEOUT, answer_on(&reply, subscription, read))
+            .await
+            .unwrap_or(Err(NoAnswer::TimedOut))
+    }
+}
+
+/// Returns the first message on `reply` that `read` accepts.
+async fn answer_on<T>(
+    reply: &Subject,
+    subscription: &mut Subscriber,
+    read: impl Fn(&Message) -> Option<T>,
+) -> T {
+    loop {
+        let Some(message) = subscription.next().await else {
+            return crashed().await;
+        };
+        if message.subject == *reply
+            && let Some(answer) = read(&message)
+        {
+            return answer;
+        }
     }
 }
 
 /// Never resolves: a crashed client does nothing any more, and the listener of the connection's events starts
 /// over or exits.
-pub(super) async fn crashed<T>() -> T {
+async fn crashed<T>() -> T {
     pending().await
 }

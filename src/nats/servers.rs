@@ -1,36 +1,23 @@
 //! Chooses the server to try next, and explains failures to connect.
 
 use std::{
-    sync::atomic::Ordering::Relaxed,
+    sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
-use async_nats::{ConnectErrorKind, ReconnectToServer, Server, ServerAddr};
+use async_nats::{ConnectErrorKind, ReconnectToServer, Server, ServerAddr, Statistics};
 use log::warn;
 
 use super::{BACKOFF, LASTING, events::Observer};
-use crate::tls;
+use crate::{config::Nats, tls};
 
-/// A server has refused the login.
-pub(super) const REFUSALS: [ConnectErrorKind; 2] = [
-    ConnectErrorKind::AuthorizationViolation,
-    ConnectErrorKind::Authentication,
-];
-
-/// Returns whether the text of an error says that.
+/// Returns whether the text of an error says that a server has refused the login.
 pub(super) fn is_refusal(error: &str) -> bool {
-    REFUSALS
+    use ConnectErrorKind::{Authentication, AuthorizationViolation};
+
+    [AuthorizationViolation, Authentication]
         .iter()
         .any(|refusal| error.starts_with(&refusal.to_string()))
-}
-
-/// Returns the message for a refused login. The client's error and the server's often are the same words.
-pub(super) fn refusal(error: &str, hint: &str) -> String {
-    let reason = match error.split_once(": nats: ") {
-        Some((reason, said)) if reason == said => reason,
-        _ => error,
-    };
-    format!("refused the login ({reason}); {hint}")
 }
 
 /// Returns the address of a server, without a login that a cluster may have advertised with it.
@@ -39,31 +26,37 @@ pub fn show(server: &ServerAddr) -> String {
     format!("{}://{}:{}", server.scheme(), server.host(), server.port())
 }
 
-/// Explains why there is no connection to a server. `tls_first` tells whether the TLS handshake came first.
-pub(super) fn explain(error: &str, server: &ServerAddr, tls_first: bool) -> String {
+/// Describes such an error, in the server's words if there are any, which often are the client's.
+pub(super) fn refused_login(error: &str, nats: &Nats) -> String {
+    let reason = error.rsplit(": nats: ").next().unwrap_or(error);
+    format!("refused the login ({reason}); {}", nats.login.hint())
+}
+
+/// Explains why there is no connection to a server.
+pub(super) fn explain(error: &str, server: &ServerAddr, nats: &Nats) -> String {
+    if is_refusal(error) {
+        return refused_login(error, nats);
+    }
     // The client uses this text for every network failure.
     let error = error.strip_prefix("IO error: ").unwrap_or(error);
-    let is_socket = server.is_websocket();
-    let hint = "if it wants the TLS handshake first (handshake_first), set NATS_TLS_FIRST=true, else \
-                check host and port";
-    if tls_first && error.contains("InvalidContentType") {
-        return "it does not begin with the TLS handshake; unset NATS_TLS_FIRST unless the server has \
-                handshake_first, else check host and port"
-            .to_owned();
-    }
-    if !tls_first && !is_socket && error == "timed out" {
-        return format!("no answer in time; {hint}");
-    }
-    if error.contains("expected INFO, got nothing") {
-        return format!("the server closed the connection without a greeting; {hint}");
-    }
-    // The greeting of a NATS server is not HTTP.
-    if error == "invalid HTTP version" {
-        return "it does not speak HTTP there, and so has no web socket; check host and port, or write \
-                nats://"
-            .to_owned();
-    }
-    tls::explain(error, "NATS").unwrap_or_else(|| error.to_owned())
+    let is_silent = error == "timed out" || error.contains("expected INFO, got nothing");
+    let hint = match error {
+        // The greeting of a NATS server is not HTTP.
+        "invalid HTTP version" => {
+            "it does not speak HTTP there, and so has no web socket; check host and port, or write \
+             nats://"
+        }
+        _ if nats.tls_first && error.contains("InvalidContentType") => {
+            "it does not begin with the TLS handshake; unset NATS_TLS_FIRST unless the server has \
+             handshake_first, else check host and port"
+        }
+        _ if is_silent && !nats.tls_first && !server.is_websocket() => {
+            "it sends no greeting; if it wants the TLS handshake first (handshake_first), set \
+             NATS_TLS_FIRST=true, else check host and port"
+        }
+        _ => return tls::explain(error, "NATS").unwrap_or_else(|| error.to_owned()),
+    };
+    hint.to_owned()
 }
 
 /// The state of connecting.
@@ -77,6 +70,8 @@ pub(super) struct Progress {
     pub(super) connected: Option<Instant>,
     /// The number of connections before that attempt.
     connections: u64,
+    /// Whether a server has accepted the login before. If not, a refusal is final.
+    pub(super) was_accepted: bool,
 }
 
 impl Progress {
@@ -96,20 +91,19 @@ impl Observer {
             progress.attempts = 0;
         }
         let next = servers.get(progress.attempts % servers.len().max(1))?;
-        let rounds = progress.attempts / servers.len();
-        let delay = match u32::try_from(rounds) {
-            Ok(0) => Duration::ZERO,
-            rounds => BACKOFF.wait(rounds.unwrap_or(u32::MAX)),
+        let delay = match progress.attempts / servers.len() {
+            0 => Duration::ZERO,
+            rounds => BACKOFF.wait(rounds as u32),
         };
-        let connections = self.connections();
-        let has_failed = connections == progress.connections;
-        progress.connections = connections;
-        if let Some(last) = progress.server.as_ref().filter(|_| has_failed) {
-            let last = servers.iter().find(|server| server.addr == *last);
-            if let Some(last) = last {
-                self.say_failed(last, delay);
-            }
+        let connects = |statistics: &Arc<Statistics>| statistics.connects.load(Relaxed);
+        let connections = self.statistics.get().map_or(0, connects);
+        let last = servers
+            .iter()
+            .find(|it| Some(&it.addr) == progress.server.as_ref());
+        if let Some(last) = last.filter(|_| connections == progress.connections) {
+            self.say_failed(last, delay, progress.was_accepted);
         }
+        progress.connections = connections;
         progress.attempts += 1;
         progress.server = Some(next.addr.clone());
         Some(ReconnectToServer {
@@ -118,16 +112,15 @@ impl Observer {
         })
     }
 
-    fn say_failed(&self, server: &Server, delay: Duration) {
+    fn say_failed(&self, server: &Server, delay: Duration, was_accepted: bool) {
         // The client reports no error for a name that does not resolve.
         let error = server.last_error.as_deref();
         let error = error.unwrap_or("its name does not resolve");
-        let reason = match is_refusal(error) {
+        if is_refusal(error) && !was_accepted {
             // It ends the relay, which logs it.
-            true if !self.was_accepted.load(Relaxed) => return,
-            true => refusal(error, &self.hint),
-            false => explain(error, &server.addr, self.tls_first),
-        };
+            return;
+        }
+        let reason = explain(error, &server.addr, &self.config.nats);
         let advertised = match server.is_discovered && error.contains("not valid for name") {
             true => {
                 "; the cluster advertises that address: have it advertise a name of its certificate \
@@ -144,12 +137,6 @@ impl Observer {
         warn!("{failure}; next attempt {wait}");
         self.monitor.set_unreachable(failure);
     }
-
-    fn connections(&self) -> u64 {
-        self.statistics
-            .get()
-            .map_or(0, |statistics| statistics.connects.load(Relaxed))
-    }
 }
 
 #[cfg(test)]
@@ -157,26 +144,31 @@ impl Observer {
 mod tests {
     use super::*;
     use crate::{config::Config, monitor::Monitor};
-    use std::sync::Arc;
 
     #[test]
     fn a_refusal_says_once_why() {
+        let config = config();
         let said = "authorization violation: nats: authorization violation";
-        let once = "refused the login (authorization violation); check NATS_USER";
-        assert_eq!(refusal(said, "check NATS_USER"), once);
+        let reason = explain(said, &config.nats.servers[0], &config.nats);
+        let once = "refused the login (authorization violation); set NATS_USER";
+        assert!(reason.starts_with(once), "{reason}");
     }
 
-    #[test]
-    fn every_server_is_tried_at_once_in_the_first_round_and_after_waits_in_later_ones() {
+    fn config() -> Arc<Config> {
         let config = Config::from_environment(&crate::Environment::from_iter([
             ("WEBHOOK_DESTINATION", "http://localhost"),
             ("NATS_HOST", "nats://a,nats://b"),
             ("NATS_SUBJECT_PREFIX", "cms"),
             ("NATS_RELAYED_SUBJECT_PREFIX", "relayed"),
         ]));
-        let config = config.unwrap();
+        Arc::new(config.unwrap())
+    }
+
+    #[test]
+    fn every_server_is_tried_at_once_in_the_first_round_and_after_waits_in_later_ones() {
+        let config = config();
         let monitor = Arc::new(Monitor::new(String::new()).unwrap());
-        let (observer, _, _events) = Observer::new(&config, &monitor, true);
+        let (observer, _events) = Observer::new(&config, &monitor, false);
         let servers = config.nats.servers.iter().map(|address| Server {
             addr: address.clone(),
             failed_attempts: 0,

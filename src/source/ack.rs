@@ -6,12 +6,13 @@ use std::{
 };
 
 use anyhow::Context as _;
-use async_nats::{HeaderMap, Message, StatusCode, Subject, jetstream};
+use async_nats::{HeaderMap, Message, Subject, jetstream};
 use log::warn;
 use parking_lot::Mutex;
 use tokio::time::{Instant, sleep};
 
 use super::Consumer;
+use crate::nats::NoAnswer;
 
 /// How long the server is asked again and again to confirm an ack.
 const CONFIRM_WITHIN: Duration = Duration::from_secs(6);
@@ -226,18 +227,14 @@ impl Ack {
             // one that we are connected to.
             Outcome::GivenUp => "+TERM",
         };
-        let is_confirmation =
-            |answer: &Message| Some(answer.status != Some(StatusCode::NO_RESPONDERS));
         let (epoch, start, started_at) = (connection.epoch(), Instant::now(), SystemTime::now());
         loop {
-            let answer = connection.ask(
-                self.subject.clone(),
-                HeaderMap::new(),
-                text.into(),
-                is_confirmation,
-            );
+            let answer =
+                connection.ask(self.subject.clone(), HeaderMap::new(), text.into(), |_| {
+                    Some(())
+                });
             let answer = answer.await;
-            if matches!(answer, Ok(true)) {
+            if answer.is_ok() {
                 // The next message is handed out only after this ack.
                 self.deliveries.0.lock().none_out_at = started_at;
                 return true;
@@ -247,12 +244,11 @@ impl Ack {
             }
             if start.elapsed() >= CONFIRM_WITHIN {
                 let hint = match answer {
-                    // Nobody listens to acks at all.
-                    Ok(_) => {
+                    Err(NoAnswer::Nobody) => {
                         "; where JetStream is imported from another account, export and import the service \
                          $JS.ACK.> as well"
                     }
-                    Err(_) => "",
+                    _ => "",
                 };
                 warn!(
                     "{} may be redelivered: NATS does not confirm its ack{hint}",

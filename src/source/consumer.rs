@@ -13,7 +13,7 @@ use log::info;
 use serde_json::{Value, json};
 
 use crate::{
-    nats::{ApiError, Connection, Failure, refused},
+    nats::{Connection, Failure, NoAnswer, refused},
     subject::Prefix,
 };
 
@@ -115,7 +115,7 @@ impl Consumer {
                 return Ok(Some(format!(
                     "cannot look at the stream {stream}, so its limits may drop a message that is being \
                      relayed; allow {} for this NATS user",
-                    self.connection.api().subject(format_args!("{request}"))
+                    self.connection.api_subject(&request)
                 )));
             }
         };
@@ -230,17 +230,17 @@ impl Consumer {
     }
 
     /// Parses an answer of the JetStream API about the consumer.
-    fn read(&self, answer: Result<bytes::Bytes, ApiError>) -> Result<Info, ConsumerError> {
+    fn read(&self, answer: Result<bytes::Bytes, NoAnswer>) -> Result<Info, ConsumerError> {
         let Self { stream, name, .. } = self;
         let answer = match answer {
             Ok(answer) => answer,
-            Err(ApiError::NobodyAnswers) => {
-                return Err(match self.connection.api().silence("NATS_STREAM") {
+            Err(NoAnswer::Nobody) => {
+                return Err(match self.connection.silence("NATS_STREAM") {
                     Failure::Temporary(reason) => ConsumerError::Temporary(reason),
                     Failure::Permanent(reason) => ConsumerError::NobodyAnswers(anyhow!(reason)),
                 });
             }
-            Err(ApiError::NoAnswer(reason)) => return Err(ConsumerError::Temporary(reason)),
+            Err(error) => return Err(ConsumerError::Temporary(error.to_string())),
         };
         let error = match serde_json::from_slice(&answer) {
             Ok(Response::Ok(info)) => return Ok(info),

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     monitor::Monitor,
-    nats::{Connection, ConnectionEvent, ConnectionEvents},
+    nats::{Connection, ConnectionEvents},
     text::count,
 };
 
@@ -27,8 +27,6 @@ pub struct Core {
     events: ConnectionEvents,
     subject: String,
     queue_group: Option<String>,
-    /// Whether streams have to confirm published messages, which requires an inbox.
-    needs_inbox: bool,
     subscriber: Option<Subscriber>,
     /// Whether we have ended the subscription.
     is_stopped: bool,
@@ -51,7 +49,6 @@ impl Core {
         events: ConnectionEvents,
         subject: String,
         queue_group: Option<String>,
-        needs_inbox: bool,
         monitor: Arc<Monitor>,
     ) -> Self {
         Self {
@@ -59,7 +56,6 @@ impl Core {
             events,
             subject,
             queue_group,
-            needs_inbox,
             subscriber: None,
             is_stopped: false,
             waiting: Buffer::default(),
@@ -76,9 +72,7 @@ impl Core {
         };
         // It fails only if the client has crashed, which the events report.
         self.subscriber = subscriber.ok();
-        self.events
-            .confirm(&self.connection, self.needs_inbox)
-            .await
+        self.events.confirm(&self.connection).await
     }
 
     pub(super) async fn next(&mut self) -> anyhow::Result<Option<Delivery>> {
@@ -136,13 +130,7 @@ impl Core {
     async fn step(&mut self) -> anyhow::Result<Option<Message>> {
         tokio::select! {
             biased;
-            event = self.events.next() => match event {
-                ConnectionEvent::Fatal(reason) => return Err(reason),
-                ConnectionEvent::InboxRefused(reason) if self.needs_inbox => return Err(reason),
-                ConnectionEvent::InboxRefused(_)
-                | ConnectionEvent::LookRefused
-                | ConnectionEvent::Connected => {}
-            },
+            connected = self.events.next() => connected?,
             message = next_of(&mut self.subscriber) => match message {
                 Some(message) => return Ok(Some(message)),
                 // We have ended it, or the client has crashed, which will be noticed in a moment.

@@ -32,7 +32,7 @@ use super::{
 };
 use crate::{
     monitor::Monitor,
-    nats::{Connection, ConnectionEvent, ConnectionEvents},
+    nats::{Connection, ConnectionEvents},
 };
 
 /// How often the server is told that a message is in progress, and is checked for silence.
@@ -76,8 +76,7 @@ impl Durable {
         consumer: Consumer,
     ) -> Self {
         let Consumer { stream, name, .. } = &consumer;
-        let request = format_args!("CONSUMER.MSG.NEXT.{stream}.{name}");
-        let subject = connection.api().subject(request);
+        let subject = connection.api_subject(&format!("CONSUMER.MSG.NEXT.{stream}.{name}"));
         Self {
             requests: Requests::new(subject.into(), connection.client().new_inbox()),
             consumer: Arc::new(consumer),
@@ -214,17 +213,12 @@ impl Durable {
     async fn step(&mut self) -> anyhow::Result<()> {
         tokio::select! {
             biased;
-            event = self.events.next() => match event {
-                ConnectionEvent::Fatal(reason) | ConnectionEvent::InboxRefused(reason) => {
-                    return Err(reason);
-                }
-                ConnectionEvent::LookRefused => {}
-                ConnectionEvent::Connected => {
-                    // The server has dropped the request together with the old connection.
-                    self.requests.end();
-                    self.find_unreadable().await;
-                }
-            },
+            connected = self.events.next() => {
+                connected?;
+                // The server has dropped the request together with the old connection.
+                self.requests.end();
+                self.find_unreadable().await;
+            }
             message = next_of(&mut self.subscriber) => match message {
                 Some(message) => self.take_answer(message)?,
                 // The client has crashed, which will be noticed in a moment.

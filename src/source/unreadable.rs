@@ -19,18 +19,18 @@ use super::{
     Ack, Consumer, Delivery,
     ack::{Deliveries, Position},
 };
-use crate::nats::ApiError;
+use crate::nats::NoAnswer;
 
 /// Asks for a message that does not exist, so that a missing permission to ask shows at once.
 ///
 /// # Errors
 /// If there is no answer.
-pub(crate) async fn try_to_look(consumer: &Consumer) -> Result<(), ApiError> {
+pub(crate) async fn try_to_look(consumer: &Consumer) -> Result<(), NoAnswer> {
     ask(consumer, u64::MAX).await.map(drop)
 }
 
 /// Returns the server's answer to the request for the message with this sequence: the message, or an error.
-async fn ask(consumer: &Consumer, sequence: u64) -> Result<Bytes, ApiError> {
+async fn ask(consumer: &Consumer, sequence: u64) -> Result<Bytes, NoAnswer> {
     let request = format!("STREAM.MSG.GET.{}", consumer.stream);
     let question = json!({ "seq": sequence });
     consumer.connection.request(&request, &question).await
