@@ -45,9 +45,6 @@ const PASSED_ON: [HeaderName; 3] = [
     HeaderName::from_static("tracestate"),
 ];
 
-/// How many headers a request adds to those that all have in common.
-const OWN_HEADERS: usize = 8;
-
 /// How long a connection is used, so that the relay follows a name that has moved.
 const LONGEST_USE: Duration = Duration::from_secs(30);
 
@@ -169,7 +166,6 @@ impl Webhook {
         let mut request = Request::new(Method::POST, template.url().clone());
         let headers = request.headers_mut();
         headers.clone_from(template.headers());
-        headers.reserve(OWN_HEADERS);
         for (name, values) in delivery.headers.iter() {
             let Ok(name) = HeaderName::from_bytes(name.as_ref()) else {
                 continue;

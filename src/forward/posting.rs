@@ -142,17 +142,15 @@ impl Forward {
                 Err(failure) => failed.push((address, failure)),
             }
         }
-        let has_succeeded = |is_ipv6| {
-            ended.iter().any(|(address, end)| {
-                end.is_ok() && address.is_some_and(|address| address.is_ipv6() == is_ipv6)
-            })
-        };
+        let is_ipv6 = |address: &Option<IpAddr>| address.is_some_and(|address| address.is_ipv6());
+        let succeeded = ended.iter().filter(|(_, end)| end.is_ok());
+        let succeeded: Vec<_> = succeeded.map(|(address, _)| is_ipv6(address)).collect();
         failed.retain(|(address, failure)| {
-            let is_ipv6 = address.is_some_and(|address| address.is_ipv6());
+            let own = is_ipv6(address);
             // The receiver listens only on addresses of the other IP version.
             let is_futile = failure.kind == FailureKind::Unreachable
-                && !has_succeeded(is_ipv6)
-                && has_succeeded(!is_ipv6);
+                && succeeded.contains(&!own)
+                && !succeeded.contains(&own);
             if is_futile {
                 let subject = &job.delivery.subject;
                 info!(

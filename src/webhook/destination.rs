@@ -67,6 +67,8 @@ impl Destination {
                 .entry(name)
                 .or_insert(HeaderValue::from_static(value));
         }
+        // So that a copy has room for the headers of a message.
+        headers.reserve(8);
         Ok(Self {
             url: url.clone(),
             endpoint,
