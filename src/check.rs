@@ -1,30 +1,32 @@
 //! `--check`: tests which parts of a configuration work. It takes and publishes no messages, sends no requests to
 //! destinations, and creates nothing.
 
-mod destination;
-
 use std::{
+    fmt::Display,
     io::{ErrorKind, Write},
+    net::SocketAddr,
     sync::Arc,
     time::Duration,
 };
 
-use anyhow::anyhow;
-use async_nats::{HeaderMap, Message, jetstream::consumer::Info};
-use tokio::{net::TcpListener, time::timeout};
+use anyhow::{Context, anyhow};
+use reqwest::Url;
+use rustls::{ClientConfig, pki_types::ServerName};
+use tokio::{
+    net::{TcpListener, TcpStream, lookup_host},
+    time::timeout,
+};
+use tokio_rustls::TlsConnector;
 
 use crate::{
     commit::Commit,
-    config::{Config, Mode},
+    config::{self, Config, Destination, Mode},
     monitor::Monitor,
-    nats::{Connection, ConnectionEvents, Failure, NoAnswer, connect_once, show},
-    source::{Consumer, ConsumerError, oldest_age, try_to_look},
+    nats::{Connection, ConnectionEvents, Failure, connect_once, show},
+    source::{Consumer, ConsumerError, try_to_look},
     text::{self, count, reasons},
     tls,
 };
-
-/// How long it may take to find out that nobody listens to acks.
-const ACK_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// How long each step may take.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -37,15 +39,12 @@ struct Report<'a> {
 }
 
 impl Report<'_> {
-    fn add(&mut self, what: &str, found: anyhow::Result<String>) {
-        let (mark, words) = match found {
-            Ok(words) => ("ok", words),
-            Err(reason) => {
-                self.good = false;
-                ("FAILED", reasons(&reason))
-            }
-        };
-        self.line(mark, &format!("{what}: {words}"));
+    fn add(&mut self, what: &str, found: anyhow::Result<impl Display>) {
+        self.good &= found.is_ok();
+        match found {
+            Ok(words) => self.line("ok", &format!("{what}: {words}")),
+            Err(reason) => self.line("FAILED", &format!("{what}: {}", reasons(&reason))),
+        }
     }
 
     fn line(&mut self, mark: &str, words: &str) {
@@ -65,7 +64,7 @@ pub async fn check(config: Config, out: &mut dyn Write) -> anyhow::Result<bool> 
     let config = &Arc::new(config);
     let mut report = Report { out, good: true };
     let monitor = Arc::new(Monitor::new(String::new())?);
-    if let Some((connection, mut events)) = check_servers(config, &monitor, &mut report).await? {
+    if let Some((connection, mut events)) = check_servers(config, &monitor, &mut report).await {
         let commit = Commit::new(connection.clone(), config, &monitor);
         match &config.mode {
             Mode::Core { queue_group } => {
@@ -84,13 +83,25 @@ pub async fn check(config: Config, out: &mut dyn Write) -> anyhow::Result<bool> 
                 check_consumer(&consumer, &mut events, &mut report).await;
             }
         }
-        check_confirming_streams(&commit, &mut events, &mut report).await;
+        for (prefix, stream) in commit.confirming_streams() {
+            let found = tokio::select! {
+                biased;
+                reason = events.fatal() => Err(reason),
+                found = stream.open(prefix) => match found {
+                    Ok(()) => Ok(format!("exists, and stores {prefix}.>")),
+                    Err(Failure::Permanent(reason) | Failure::Temporary(reason)) => {
+                        Err(anyhow!(reason))
+                    }
+                },
+            };
+            report.add(&format!("stream {}", stream.name()), found);
+        }
     }
     if let Some(address) = config.status_listen {
         let found = match TcpListener::bind(address).await {
-            Ok(_) => Ok("available".to_owned()),
+            Ok(_) => Ok("available"),
             Err(error) if error.kind() == ErrorKind::AddrInUse => {
-                Ok("is in use (expected if the relay is already running)".to_owned())
+                Ok("is in use (expected if the relay is already running)")
             }
             Err(error) => Err(error.into()),
         };
@@ -98,7 +109,7 @@ pub async fn check(config: Config, out: &mut dyn Write) -> anyhow::Result<bool> 
     }
     let tls = tls::client_config(&config.webhook)?;
     for destination in &config.webhook.destinations {
-        destination::check(destination, tls.as_ref(), &mut report).await;
+        check_destination(destination, tls.as_ref(), &mut report).await;
     }
     Ok(report.good)
 }
@@ -114,7 +125,7 @@ async fn check_servers(
     config: &Arc<Config>,
     monitor: &Arc<Monitor>,
     report: &mut Report<'_>,
-) -> anyhow::Result<Option<(Connection, ConnectionEvents)>> {
+) -> Option<(Connection, ConnectionEvents)> {
     let welcome = match config.nats.login.is_anonymous() {
         true => "connected, without a login",
         false => "connected, the login is accepted",
@@ -124,11 +135,11 @@ async fn check_servers(
         let connecting = connect_once(config, server, monitor);
         let found = within_timeout(connecting).await.map(|connection| {
             reached.get_or_insert(connection);
-            welcome.to_owned()
+            welcome
         });
         report.add(&format!("NATS {}", show(server)), found);
     }
-    Ok(reached)
+    reached
 }
 
 async fn check_subscription(
@@ -149,14 +160,13 @@ async fn check_subscription(
         }
         None => client.subscribe(subject.clone()).await,
     };
-    let found = match subscribed {
-        Ok(_subscriber) => within_timeout(events.confirm(connection)).await,
-        Err(error) => Err(error.into()),
+    let confirmed = async {
+        let _subscriber = subscribed?;
+        events.confirm(connection).await?;
+        Ok("permitted")
     };
-    report.add(
-        &format!("subscription to {subject}"),
-        found.map(|()| "permitted".to_owned()),
-    );
+    let found = within_timeout(confirmed).await;
+    report.add(&format!("subscription to {subject}"), found);
 }
 
 async fn check_consumer(
@@ -170,96 +180,106 @@ async fn check_consumer(
         reason = events.fatal() => Err(reason),
         found = async { anyhow::Ok((consumer.verify_stream().await?, consumer.verify().await)) } => found,
     };
-    let what = format!("consumer {name} of the stream {stream}");
-    let (warnings, words): (Vec<_>, _) = match found {
-        Ok((warning, Ok(info))) => {
-            let words = format!(
-                "exists and is configured correctly; {}",
-                waiting(consumer, &info).await
-            );
-            let warnings = warning.into_iter().chain(consumer.warnings(&info.config));
-            (warnings.chain(lost_acks(consumer).await).collect(), words)
-        }
-        Ok((warning, Err(ConsumerError::Missing))) => {
-            let words = "does not exist yet; will be created on start".to_owned();
-            (Vec::from_iter(warning), words)
-        }
-        // Without a stream there is nothing else to check.
-        Ok((_, Err(error))) => return report.add(&what, Err(anyhow!(error.reason()))),
-        Err(reason) => return report.add(&what, Err(reason)),
-    };
-    report.add(&what, Ok(words));
-    let found = tokio::select! {
-        biased;
-        reason = events.fatal() => Err(reason),
-        found = try_to_look(consumer) => found.map_err(|error| anyhow!("{error}")),
-    };
-    report.add(
-        &format!("messages of the stream {stream}"),
-        found.map(|()| "readable".to_owned()),
-    );
+    let mut warnings = Vec::new();
+    let found = found.and_then(|(warning, found)| {
+        warnings.extend(warning);
+        let info = match found {
+            Ok(info) => info,
+            Err(ConsumerError::Missing) => {
+                return Ok("does not exist yet; will be created on start".to_owned());
+            }
+            Err(error) => return Err(anyhow!(error.reason())),
+        };
+        warnings.extend(consumer.warnings(&info.config));
+        // Only one message at a time is handed out, so all deliveries since the last ack were of the oldest one.
+        let deliveries = info.delivered.consumer_sequence - info.ack_floor.consumer_sequence;
+        let waiting = match info.num_pending + info.num_ack_pending as u64 {
+            0 => "no message waits".to_owned(),
+            waiting => format!(
+                "waiting: {}, the oldest one handed out {}",
+                count(waiting, "message"),
+                count(deliveries, "time")
+            ),
+        };
+        Ok(format!("exists and is configured correctly; {waiting}"))
+    });
+    // Without a stream or a consumer there is nothing else to check.
+    let goes_on = found.is_ok();
+    report.add(&format!("consumer {name} of the stream {stream}"), found);
+    if goes_on {
+        let found = tokio::select! {
+            biased;
+            reason = events.fatal() => Err(reason),
+            found = try_to_look(consumer) => found.map_err(anyhow::Error::msg),
+        };
+        let what = format!("messages of the stream {stream}");
+        report.add(&what, found.map(|()| "readable"));
+    }
     for warning in warnings {
         report.line("warning", &warning);
     }
 }
 
-/// Returns a warning if nobody listens to acks. It sends an in-progress ack for no message, which changes
-/// nothing and gets no answer.
-async fn lost_acks(consumer: &Consumer) -> Option<String> {
-    let Consumer { stream, name, .. } = consumer;
-    let subject = format!("$JS.ACK.{stream}.{name}.1.0.0.0.0").into();
-    let no_answer = |_: &Message| None::<()>;
-    let answer = consumer
-        .connection
-        .ask(subject, HeaderMap::new(), "+WPI".into(), no_answer);
-    let answer = timeout(ACK_TIMEOUT, answer).await;
-    let is_lost = matches!(answer, Ok(Err(NoAnswer::Nobody)));
-    is_lost.then(|| {
-        format!(
-            "nobody listens to acks of the consumer {name}, so each message comes again and again; where \
-             JetStream is imported from another account, export and import the service $JS.ACK.> as well"
-        )
-    })
-}
-
-/// Describes how many messages wait for a consumer, how long the oldest one has been waiting, and how often it was
-/// handed out.
-async fn waiting(consumer: &Consumer, info: &Info) -> String {
-    let waiting = info.num_pending + info.num_ack_pending as u64;
-    if waiting == 0 {
-        return "no message waits".to_owned();
-    }
-    let age = within_timeout(async { Ok(oldest_age(consumer, info).await) }).await;
-    let since = age.ok().flatten().map_or_else(String::new, |age| {
-        let age = Duration::from_secs(age.as_secs());
-        format!(", the oldest one for {}", humantime::format_duration(age))
-    });
-    // Only one message at a time is handed out, so all deliveries since the last ack were of the oldest one.
-    let deliveries = info.delivered.consumer_sequence - info.ack_floor.consumer_sequence;
-    let delivered = match info.num_ack_pending {
-        0 => "not handed out to a relay yet".to_owned(),
-        _ => format!("handed out {}", count(deliveries, "time")),
-    };
-    format!("waiting: {}{since}, {delivered}", count(waiting, "message"))
-}
-
-/// Checks the streams that have to confirm published messages.
-async fn check_confirming_streams(
-    commit: &Commit,
-    events: &mut ConnectionEvents,
+/// Connects to a destination, or to its proxy if it has one, as a request would, without sending one. If every
+/// address of its name is a destination of its own, each is tried.
+async fn check_destination(
+    destination: &Destination,
+    tls: Option<&ClientConfig>,
     report: &mut Report<'_>,
 ) {
-    for (prefix, stream) in commit.confirming_streams() {
-        let found = tokio::select! {
-            biased;
-            reason = events.fatal() => Err(reason),
-            found = stream.open(prefix) => match found {
-                Ok(()) => Ok(format!("exists, and stores {prefix}.>")),
-                Err(Failure::Permanent(reason) | Failure::Temporary(reason)) => {
-                    Err(anyhow!(reason))
-                }
-            },
-        };
-        report.add(&format!("stream {}", stream.name()), found);
+    let (url, name) = match &destination.secret_proxy {
+        Some(proxy) => {
+            let shown = config::without_secrets(proxy);
+            (
+                proxy,
+                format!("proxy {shown} of the destination {destination}"),
+            )
+        }
+        None => (
+            &destination.secret_url,
+            format!("destination {destination}"),
+        ),
+    };
+    let addresses = within_timeout(async {
+        let found = lookup_host(config::authority(url)).await;
+        Ok(Vec::from_iter(found.context("its name does not resolve")?))
+    });
+    match addresses.await {
+        Ok(addresses) if destination.every_address => {
+            for address in addresses {
+                let found = within_timeout(connect(url, &[address], tls)).await;
+                let name = format!("{name} at {}", address.ip());
+                report.add(&name, found);
+            }
+        }
+        addresses => {
+            let found = within_timeout(async { connect(url, &addresses?, tls).await }).await;
+            report.add(&name, found);
+        }
     }
+}
+
+/// Connects to the host of `url` at one of its `addresses`, including the TLS handshake, and describes the success. A
+/// server that refuses the client certificate may say so only later.
+async fn connect(
+    url: &Url,
+    addresses: &[SocketAddr],
+    tls: Option<&ClientConfig>,
+) -> anyhow::Result<&'static str> {
+    let stream = TcpStream::connect(addresses)
+        .await
+        .context("cannot connect")?;
+    let Some(tls) = tls.filter(|_| url.scheme() == "https") else {
+        return Ok("can be connected to");
+    };
+    // Only in a URL are IPv6 addresses in brackets.
+    let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
+    let name = ServerName::try_from(host.to_owned())?;
+    let connecting = TlsConnector::from(Arc::new(tls.clone())).connect(name, stream);
+    connecting.await.map_err(|error| {
+        let error = error.to_string();
+        let reason = tls::explain(&error, "WEBHOOK").unwrap_or(error);
+        anyhow!(reason).context("TLS failed")
+    })?;
+    Ok("can be connected to, its certificate is trusted")
 }

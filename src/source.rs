@@ -35,7 +35,7 @@ pub use self::{
 pub(crate) use self::{buffer::Buffer, pull::Meaning};
 pub(crate) use self::{
     consumer::{Consumer, ConsumerError},
-    unreadable::{oldest_age, try_to_look},
+    unreadable::try_to_look,
 };
 
 /// A message to relay.

@@ -122,17 +122,14 @@ impl Destination {
         self.secret_proxy.as_ref().map(without_secrets)
     }
 
-    /// Returns whether it uses TLS.
-    #[must_use]
-    pub fn is_https(&self) -> bool {
-        self.secret_url.scheme() == "https"
-    }
-
     /// Returns whether it, or its proxy, uses TLS.
     #[must_use]
     pub fn needs_tls(&self) -> bool {
-        let proxy = self.secret_proxy.as_ref().map(Url::scheme);
-        self.is_https() || proxy == Some("https")
+        let proxy = self.secret_proxy.as_ref();
+        [Some(&self.secret_url), proxy]
+            .iter()
+            .flatten()
+            .any(|url| url.scheme() == "https")
     }
 }
 

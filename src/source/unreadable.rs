@@ -5,12 +5,9 @@
 //! message out again and again, and hold up all others. So after each connect, before it asks for the next message,
 //! the relay examines the message that is handed out but not acked, in its stored form.
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::sync::Arc;
 
-use async_nats::jetstream::{consumer::Info, message::StreamMessage, stream::RawMessage};
+use async_nats::jetstream::{message::StreamMessage, stream::RawMessage};
 use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use serde_json::{Value, json};
@@ -34,21 +31,6 @@ async fn ask(consumer: &Consumer, sequence: u64) -> Result<Bytes, NoAnswer> {
     let request = format!("STREAM.MSG.GET.{}", consumer.stream);
     let question = json!({ "seq": sequence });
     consumer.connection.request(&request, &question).await
-}
-
-/// Returns how long the oldest unacked message has been in the stream, if there is one.
-pub(crate) async fn oldest_age(consumer: &Consumer, info: &Info) -> Option<Duration> {
-    let request = format!("STREAM.MSG.GET.{}", consumer.stream);
-    let next = info.ack_floor.stream_sequence + 1;
-    let question = json!({ "seq": next, "next_by_subj": consumer.prefix.wildcard() });
-    let answer = consumer
-        .connection
-        .request(&request, &question)
-        .await
-        .ok()?;
-    let mut answer: Value = serde_json::from_slice(&answer).ok()?;
-    let message: RawMessage = serde_json::from_value(answer.get_mut("message")?.take()).ok()?;
-    SystemTime::from(message.time).elapsed().ok()
 }
 
 /// Returns the message that is handed out but not acked, if it cannot be read.
