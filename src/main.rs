@@ -1,9 +1,6 @@
 //! Wiring only: arguments, environment, logger, signals, exit code.
 
-use std::{
-    ffi::OsStr,
-    io::{self, Write},
-};
+use std::io::{self, Write};
 
 use futures::{Stream, stream::poll_fn};
 use log::{error, info, warn};
@@ -14,6 +11,8 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc::unbounded_channel,
 };
+
+const VERSION: &str = concat!("nats-webhook-relay ", env!("CARGO_PKG_VERSION"));
 
 /// A file is at its size limit (setrlimit(2)).
 const SIGXFSZ: i32 = 25;
@@ -40,21 +39,17 @@ async fn main() {
 
 /// Does what the arguments say.
 async fn run_as_told() -> End {
-    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
-    match arguments
-        .iter()
-        .map(|argument| argument.to_str())
-        .collect::<Vec<_>>()[..]
-    {
+    let arguments = std::env::args_os().skip(1);
+    let arguments = Vec::from_iter(arguments.map(|it| it.to_string_lossy().into_owned()));
+    match &arguments.join(" ")[..] {
         // In a separate task: whenever something wakes the main future, the runtime first asks the
         // kernel for events, which would be two more system calls for each message.
-        [] => tokio::spawn(relay()).await.unwrap_or(End::Failed),
-        [Some("--help" | "-h")] => print(&help()),
-        [Some("--check")] => check(true).await,
-        [Some("--check=config")] => check(false).await,
-        [Some("--version" | "-V")] => print(&format!("{}\n", version())),
-        _ => {
-            let given = arguments.join(OsStr::new(" "));
+        "" => tokio::spawn(relay()).await.unwrap_or(End::Failed),
+        "--help" | "-h" => print(&help()),
+        "--check" => check(true).await,
+        "--check=config" => check(false).await,
+        "--version" | "-V" => print(&format!("{VERSION}\n")),
+        given => {
             let _ = writeln!(
                 io::stderr(),
                 "nats-webhook-relay does not understand {given:?}; see nats-webhook-relay --help"
@@ -68,20 +63,29 @@ async fn relay() -> End {
     // Before anything slow: a signal without a handler kills the process, or is lost if the process is the
     // first one of a container.
     let stop = stop_requests();
-    let config = match configure() {
-        Ok(config) => config,
-        Err(problems) => {
-            for problem in problems {
-                error!("bad configuration: {problem}");
-            }
-            return End::BadConfiguration;
+    let (environment, config) = read();
+    start_logging(&Log::of(&environment));
+    std::panic::set_hook(Box::new(|panic| error!("a task panicked: {panic}")));
+    info!("{VERSION}");
+    for file in &environment.files {
+        info!("{file}");
+    }
+    for warning in &environment.warnings {
+        warn!("{warning}");
+    }
+    for problem in config.as_ref().err().into_iter().flatten() {
+        error!("bad configuration: {problem}");
+    }
+    let Ok(config) = config else {
+        return End::BadConfiguration;
+    };
+    for destination in &config.webhook.destinations {
+        if let Some(proxy) = destination.proxy() {
+            info!("{destination} is reached through the proxy {proxy}");
         }
-    };
-    let outcome = match stop {
-        Ok(stop) => run(config, stop).await,
-        Err(error) => Err(error.into()),
-    };
-    match outcome {
+    }
+    let ended = async { run(config, stop?).await };
+    match ended.await {
         Ok(()) => {
             info!("stopped");
             End::Good
@@ -102,14 +106,11 @@ async fn check(tries: bool) -> End {
     for warning in &environment.warnings {
         print(&format!("warning {warning}\n"));
     }
-    let config = match config {
-        Ok(config) => config,
-        Err(problems) => {
-            for problem in problems {
-                print(&format!("FAILED  configuration: {problem}\n"));
-            }
-            return End::BadConfiguration;
-        }
+    for problem in config.as_ref().err().into_iter().flatten() {
+        print(&format!("FAILED  configuration: {problem}\n"));
+    }
+    let Ok(config) = config else {
+        return End::BadConfiguration;
     };
     let valid = print("ok      configuration: valid\n");
     if !tries {
@@ -125,29 +126,6 @@ async fn check(tries: bool) -> End {
     }
 }
 
-/// Reads the settings, and starts logging as they say.
-fn configure() -> Result<Config, Vec<String>> {
-    let (environment, config) = read();
-    start_logging(&Log::of(&environment));
-    std::panic::set_hook(Box::new(|panic| error!("a task panicked: {panic}")));
-    info!("{}", version());
-    for file in &environment.files {
-        info!("{file}");
-    }
-    for warning in &environment.warnings {
-        warn!("{warning}");
-    }
-    for destination in config
-        .iter()
-        .flat_map(|config| &config.webhook.destinations)
-    {
-        if let Some(proxy) = destination.proxy() {
-            info!("{destination} is reached through the proxy {proxy}");
-        }
-    }
-    config
-}
-
 /// Reads the environment and the settings in it, or all problems with either.
 fn read() -> (Environment, Result<Config, Vec<String>>) {
     let directory = std::env::current_dir().unwrap_or_default();
@@ -155,10 +133,8 @@ fn read() -> (Environment, Result<Config, Vec<String>>) {
     let config = Config::from_environment(&environment);
     // If everything is set without a dotenv file, nobody misses one.
     if config.is_err() && environment.files.is_empty() {
-        let sentence = format!(
-            "found neither .env.local nor .env in {}",
-            directory.display()
-        );
+        let directory = directory.display();
+        let sentence = format!("found neither .env.local nor .env in {directory}");
         environment.files.push(sentence);
     }
     (environment, config)
@@ -193,10 +169,6 @@ fn ignores_hangup() -> bool {
         .find_map(|line| line.strip_prefix("SigIgn:"))
         .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
     ignored.is_some_and(|mask| mask & 1 == 1)
-}
-
-fn version() -> &'static str {
-    concat!("nats-webhook-relay ", env!("CARGO_PKG_VERSION"))
 }
 
 fn help() -> String {

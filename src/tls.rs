@@ -1,6 +1,6 @@
 //! TLS: which CAs to trust, and explanations of failures.
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use rustls::{
     ClientConfig, RootCertStore,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
@@ -19,7 +19,7 @@ pub fn install_provider() {
 /// configuration names, or else the system's.
 ///
 /// # Errors
-/// If there is no CA to trust.
+/// If there is no CA to trust, or if a file has changed since the settings were read.
 pub fn client_config(config: &config::Webhook) -> anyhow::Result<Option<ClientConfig>> {
     // Without https there is no need to read the system's trust store into memory.
     if !config.destinations.iter().any(Destination::needs_tls) {
@@ -43,13 +43,9 @@ pub fn client_config(config: &config::Webhook) -> anyhow::Result<Option<ClientCo
     let Some((certificate, key)) = &config.tls.certificate else {
         return Ok(Some(builder.with_no_client_auth()));
     };
-    let chain = CertificateDer::pem_file_iter(certificate).and_then(Iterator::collect);
-    let chain = chain.context("cannot read WEBHOOK_CERT")?;
-    let key = PrivateKeyDer::from_pem_file(key).context("cannot read WEBHOOK_KEY")?;
-    builder
-        .with_client_auth_cert(chain, key)
-        .map(Some)
-        .context("cannot use WEBHOOK_CERT")
+    let chain = CertificateDer::pem_file_iter(certificate)?.collect::<Result<_, _>>()?;
+    let key = PrivateKeyDer::from_pem_file(key)?;
+    Ok(Some(builder.with_client_auth_cert(chain, key)?))
 }
 
 /// Explains the text of a common error of the TLS library, with a hint. `kind` is the first part of the variables'
@@ -58,38 +54,34 @@ pub fn client_config(config: &config::Webhook) -> anyhow::Result<Option<ClientCo
 /// It uses the text because the NATS client provides nothing else.
 #[must_use]
 pub fn explain(error: &str, kind: &str) -> Option<String> {
-    let is = |part| error.contains(part);
+    let is = |parts: &[&str]| parts.iter().any(|part| error.contains(part));
     // RFC 8446, 6.2. Before TLS 1.3 the last one may mean that a certificate is missing.
     if let Some((_, alert)) = error.split_once("received fatal alert: ")
-        && [
+        && is(&[
             "Certificate",
             "UnknownCA",
             "DecryptError",
             "AccessDenied",
             "HandshakeFailure",
-        ]
-        .iter()
-        .any(|part| alert.contains(part))
+        ])
     {
         return Some(format!(
             "it refuses the client certificate, or demands one ({alert}); check {kind}_CERT and {kind}_KEY"
         ));
     }
     // A bad signature comes from another CA of the same name.
-    Some(if is("UnknownIssuer") || is("BadSignature") {
+    Some(if is(&["UnknownIssuer", "BadSignature"]) {
         format!(
             "its certificate is signed by a CA that is not trusted; name the PEM file of that CA in {kind}_CA"
         )
-    } else if is("CaUsedAsEndEntity") {
+    } else if is(&["CaUsedAsEndEntity"]) {
         format!(
-            "its certificate is that of a CA, which no server may use; give the server a certificate signed \
-             by the CA, and name the CA in {kind}_CA"
+            "its certificate is that of a CA, which no server may use; give it one signed by that CA, and \
+             name the CA in {kind}_CA"
         )
-    } else if is("certificate expired") || is("Expired") {
-        "its certificate has expired; renew it".to_owned()
-    } else if is("InvalidContentType") || is("tls handshake eof") {
+    } else if is(&["InvalidContentType", "tls handshake eof"]) {
         "it does not speak TLS there; check scheme, host and port".to_owned()
-    } else if is("close_notify") {
+    } else if is(&["close_notify"]) {
         "it hung up without an answer".to_owned()
     } else {
         return None;
@@ -109,7 +101,6 @@ mod tests {
                 CertificateError::UnknownIssuer.into(),
                 "name the PEM file of that CA in WEBHOOK_CA",
             ),
-            (CertificateError::Expired.into(), "has expired; renew it"),
             (
                 alert(AlertDescription::CertificateRequired),
                 "or demands one (CertificateRequired); check WEBHOOK_CERT and WEBHOOK_KEY",
