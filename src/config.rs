@@ -4,25 +4,27 @@ use std::{net::SocketAddr, time::Duration};
 
 use async_nats::jetstream::consumer::DeliverPolicy;
 
-pub mod environment;
+mod environment;
 mod files;
 mod nats;
 mod reader;
 mod variables;
 mod webhook;
 
-use self::{
+#[cfg(any(fuzzing, test))]
+pub(crate) use self::environment::read_value;
+pub use self::{
     environment::Environment,
+    nats::Nats,
+    variables::{Default, Kind, VARIABLES, Variable, help},
+    webhook::{Destination, PassHeaders, Webhook, without_secrets},
+};
+use self::{
     reader::{Reader, any_text, parse_choice, parse_duration},
     variables::{
         CONSUMER, DELIVER_POLICY, DOMAIN, FAILED_PREFIX, INBOX_PREFIX, LOG, LOG_FORMAT, PREFIX,
         QUEUE_GROUP, RELAYED_PREFIX, REPUBLISH_DELAY, SHUTDOWN_TIMEOUT, STATUS_LISTEN, STREAM,
     },
-};
-pub use self::{
-    nats::Nats,
-    variables::{Default, Kind, VARIABLES, Variable, help},
-    webhook::{Destination, PassHeaders, Webhook, without_secrets},
 };
 pub(crate) use self::{
     variables::{FAILED_STREAM, RELAYED_STREAM},
@@ -80,30 +82,19 @@ pub enum Mode {
     },
 }
 
-/// What is logged, and how.
-#[derive(Clone, Debug)]
-pub struct Log {
-    /// The filter, in env_logger's syntax.
-    pub filter: String,
-    /// Whether each line is a JSON object, or text for people.
-    pub is_json: bool,
+/// Returns the filter of the log, in env_logger's syntax, and whether its lines are JSON objects, whether or not the other
+/// settings are valid.
+#[must_use]
+pub fn log(environment: &Environment) -> (String, bool) {
+    read_log(&mut Reader::new(environment))
 }
 
-impl Log {
-    /// Reads what is logged, and how, whether or not the other settings are valid.
-    #[must_use]
-    pub fn of(environment: &Environment) -> Self {
-        Self::read(&mut Reader::new(environment))
-    }
-
-    fn read(reader: &mut Reader<'_>) -> Self {
-        Self {
-            filter: reader.value(LOG, any_text),
-            is_json: reader.value(LOG_FORMAT, |text| {
-                parse_choice(text, &[("text", false), ("json", true)])
-            }),
-        }
-    }
+fn read_log(reader: &mut Reader<'_>) -> (String, bool) {
+    let is_json = |text: &str| parse_choice(text, &[("text", false), ("json", true)]);
+    (
+        reader.value(LOG, any_text),
+        reader.value(LOG_FORMAT, is_json),
+    )
 }
 
 impl Config {
@@ -125,14 +116,7 @@ impl Config {
             failed_stream: reader.optional(FAILED_STREAM, parse_name),
             domain: reader.optional(DOMAIN, parse_name),
             mode,
-            deliver_policy: reader.value(DELIVER_POLICY, |text| {
-                let last = DeliverPolicy::LastPerSubject;
-                let (all, new) = (DeliverPolicy::All, DeliverPolicy::New);
-                parse_choice(
-                    text,
-                    &[("all", all), ("new", new), ("last_per_subject", last)],
-                )
-            }),
+            deliver_policy: reader.value(DELIVER_POLICY, parse_deliver_policy),
             republish_delay: reader.value(REPUBLISH_DELAY, parse_duration),
             shutdown_timeout: reader.value(SHUTDOWN_TIMEOUT, parse_duration),
             status_listen: reader.optional(STATUS_LISTEN, parse_address),
@@ -143,7 +127,7 @@ impl Config {
             reader.note(FAILED_PREFIX, &problem);
         }
         // The logger has been started already; these are only its problems.
-        Log::read(reader);
+        read_log(reader);
         match reader.problems.is_empty() {
             true => Ok(config),
             false => Err(reader.problems.clone()),
@@ -222,6 +206,15 @@ fn parse_word(text: &str, bad: &str) -> Result<String, String> {
         )),
         false => Ok(text.to_owned()),
     }
+}
+
+fn parse_deliver_policy(text: &str) -> Result<DeliverPolicy, String> {
+    use DeliverPolicy::{All, LastPerSubject as Last, New};
+
+    parse_choice(
+        text,
+        &[("all", All), ("new", New), ("last_per_subject", Last)],
+    )
 }
 
 fn parse_address(text: &str) -> Result<SocketAddr, String> {

@@ -58,8 +58,7 @@ use tokio::time::sleep;
 
 pub use self::{
     check::check,
-    config::environment::Environment,
-    config::{Config, Default as VariableDefault, Kind, Log, VARIABLES, Variable, help},
+    config::{Config, Default as VariableDefault, Environment, Kind, VARIABLES, Variable, help},
     monitor::logging::finish as finish_logging,
     text::reasons,
 };
@@ -74,8 +73,9 @@ use self::{
 };
 
 /// Starts logging to standard error, as the settings say.
-pub fn start_logging(log: &Log) {
-    logging::start(&log.filter, log.is_json);
+pub fn start_logging(environment: &Environment) {
+    let (filter, is_json) = config::log(environment);
+    logging::start(&filter, is_json);
 }
 
 /// Runs the relay until it is stopped or cannot continue.

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use futures::{Stream, stream::poll_fn};
 use log::{error, info, warn};
 use nats_webhook_relay::{
-    Config, Environment, Log, finish_logging, help as variables, reasons, run, start_logging,
+    Config, Environment, finish_logging, help as variables, reasons, run, start_logging,
 };
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -64,7 +64,7 @@ async fn relay() -> End {
     // first one of a container.
     let stop = stop_requests();
     let (environment, config) = read();
-    start_logging(&Log::of(&environment));
+    start_logging(&environment);
     std::panic::set_hook(Box::new(|panic| error!("a task panicked: {panic}")));
     info!("{VERSION}");
     for file in &environment.files {

@@ -64,8 +64,7 @@ pub async fn connect(
             let choice = chooser.choose(&servers);
             async move { choice }
         });
-    if config.nats.ignore_discovered || config.nats.has_web_socket() {
-        // A cluster advertises its web sockets without a scheme, and the client treats them as nats://.
+    if config.nats.ignore_discovered {
         options = options.ignore_discovered_servers();
     }
     let client = options.connect(config.nats.servers.as_slice()).await?;

@@ -62,25 +62,27 @@ impl Environment {
     fn fill(&mut self, file: &Path, text: &str) {
         let file = file.display();
         let mut new = BTreeMap::new();
-        for (name, line, entry) in entries(text) {
-            let name = name.to_owned();
+        for (index, line) in text.trim_start_matches('\u{feff}').lines().enumerate() {
+            let Some(name) = name_set_by(line).map(str::to_owned) else {
+                continue;
+            };
             let stem = name.strip_suffix(FILE_SUFFIX).unwrap_or(&name);
             if !is_known(&name) {
                 self.variables.entry(name).or_insert(Ok(String::new()));
             } else if !self.variables.contains_key(stem)
                 && !self.variables.contains_key(&format!("{stem}{FILE_SUFFIX}"))
             {
+                let number = index + 1;
                 let value =
-                    read_entry(entry).map_err(|fault| format!("in {file}, line {line}, {fault}"));
+                    read_value(line).map_err(|fault| format!("in {file}, line {number}, {fault}"));
                 if value != Ok(String::new()) {
                     new.insert(name, value);
                 }
             }
         }
-        let names: Vec<_> = new.keys().map(String::as_str).collect();
-        let names = match names.is_empty() {
+        let names = match new.is_empty() {
             true => "nothing of the relay".to_owned(),
-            false => names.join(", "),
+            false => Vec::from_iter(new.keys().cloned()).join(", "),
         };
         self.files.push(format!("{file} sets {names}"));
         self.variables.extend(new);
@@ -90,14 +92,14 @@ impl Environment {
     pub(crate) fn text(&self, name: &str) -> Result<Option<String>, String> {
         let file_name = format!("{name}{FILE_SUFFIX}");
         let value = self.variables.get(name).cloned().transpose()?;
-        let path = self
-            .variables
-            .get(&file_name)
-            .filter(|_| has_file_form(name));
-        match (value, path.cloned().transpose()?) {
+        let path = match has_file_form(name) {
+            true => self.variables.get(&file_name).cloned().transpose()?,
+            false => None,
+        };
+        match (value, path) {
             (Some(_), Some(_)) => Err(format!("and {file_name} are both set; keep one of them")),
             (value, None) => Ok(value),
-            (None, Some(path)) => read_value(Path::new(&path)).map(Some).map_err(|fault| {
+            (None, Some(path)) => read_secret(Path::new(&path)).map(Some).map_err(|fault| {
                 let shown = shown(Path::new(&path));
                 format!("cannot be taken from {shown}, which {file_name} names: {fault}")
             }),
@@ -143,8 +145,8 @@ impl<N: Into<String>, V: Into<OsString>> FromIterator<(N, V)> for Environment {
     }
 }
 
-/// Returns a file's content as a value, without one trailing newline.
-fn read_value(path: &Path) -> Result<String, String> {
+/// Reads the value that a file holds, without one trailing newline.
+fn read_secret(path: &Path) -> Result<String, String> {
     let content = read_file(path).map_err(|error| error.to_string())?;
     let text = String::from_utf8(content).map_err(|_| "it is not valid UTF-8")?;
     let value = text.strip_suffix('\n').unwrap_or(&text);
@@ -173,20 +175,6 @@ pub(super) fn shown(path: &Path) -> String {
     }
 }
 
-/// Splits a dotenv file at the lines that set a variable: the name, the line number, and the text from there
-/// on. Anything in between, such as the rest of a foreign multi-line value, is skipped.
-fn entries(text: &str) -> impl Iterator<Item = (&str, usize, &str)> {
-    let text = text.trim_start_matches('\u{feff}');
-    let mut start = 0;
-    text.split_inclusive('\n')
-        .enumerate()
-        .filter_map(move |(index, line)| {
-            let entry = &text[start..];
-            start += line.len();
-            Some((name_set_by(line)?, index + 1, entry))
-        })
-}
-
 /// Returns the name of the variable that a line sets, if it sets one.
 fn name_set_by(line: &str) -> Option<&str> {
     let line = line.trim_start();
@@ -197,51 +185,28 @@ fn name_set_by(line: &str) -> Option<&str> {
     (sets && !name.is_empty()).then_some(name)
 }
 
-/// Parses the entry at the beginning of `text`. The value continues on the next line only inside quotes around all of
-/// it. The error quotes nothing, because the line may contain a secret.
-pub(crate) fn read_entry(text: &str) -> Result<String, &'static str> {
-    const BAD: &str =
-        "is not a valid NAME=value; put a value with spaces, quotes, # or $ in single quotes";
-    let line = text.lines().next().unwrap_or_default();
-    let (_, value) = line.split_once('=').ok_or(BAD)?;
-    let value = value.trim_start();
-    let start = line.len() - value.len();
-    let (entry, replaceable) = match value.chars().next() {
-        Some(quote @ ('\'' | '"')) => {
-            let mut is_escaped = false;
-            let closes = |c| {
-                let closes = c == quote && !is_escaped;
-                is_escaped = c == '\\' && quote == '"' && !is_escaped;
-                closes
-            };
-            let inner = &text[start + 1..];
-            let (inner, rest) = inner.split_at(inner.find(closes).ok_or(BAD)?);
-            let rest = rest[1..].lines().next().unwrap_or_default().trim_start();
-            if !rest.is_empty() && !rest.starts_with('#') {
-                return Err(BAD);
-            }
-            let is_literal = quote == '\'';
-            (
-                &text[..start + inner.len() + 2],
-                if is_literal { "" } else { inner },
-            )
-        }
-        _ => (
-            line.trim_end(),
-            value.split(" #").next().unwrap_or_default(),
-        ),
+/// Reads the value in a line of ours. The error quotes nothing, because the line may contain a secret.
+pub(crate) fn read_value(line: &str) -> Result<String, &'static str> {
+    const BAD: &str = "is not a valid NAME=value in one line; put a value with spaces, quotes, # or $ in \
+                       single quotes";
+    const DOLLAR: &str =
+        "has a $ that would be replaced by the value of a variable; put the value in single quotes";
+    let value = line.split_once('=').ok_or(BAD)?.1.trim_start();
+    let replaceable = match value.strip_prefix('\'') {
+        Some(literal) => literal.split_once('\'').map_or("", |(_, rest)| rest),
+        None => value,
+    };
+    // A comment may hold anything; but within double quotes, # begins none.
+    let replaceable = match value.starts_with('"') {
+        true => replaceable,
+        false => replaceable.split(" #").next().unwrap_or_default(),
     };
     // Otherwise a password would silently change.
-    if replaceable
-        .replace(r"\\", "")
-        .replace(r"\$", "")
-        .contains('$')
-    {
-        return Err(
-            "has a $ that would be replaced by the value of a variable; put the value in single quotes",
-        );
+    let unescaped = replaceable.replace(r"\\", "").replace(r"\$", "");
+    if unescaped.contains('$') {
+        return Err(DOLLAR);
     }
-    match dotenvy::from_read_iter(entry.as_bytes()).next() {
+    match dotenvy::from_read_iter(line.as_bytes()).next() {
         // A replacement character stands for bytes that are not UTF-8.
         Some(Ok((_, value))) if !value.contains(char::REPLACEMENT_CHARACTER) => Ok(value),
         _ => Err(BAD),
@@ -291,7 +256,8 @@ mod tests {
             "NATS_PASS=pa$word",
             "export NATS_PASS=${HOME}",
             "NATS_PASS=\"pa$word\"",
-            "NATS_PASS=\"three\nfour$\"",
+            "NATS_PASS=\"a #$word\"",
+            "NATS_PASS='a'$word",
             "NATS_PASS=x#$word",
             "NATS_PASS=\\\\$word",
             "NATS_PASS=x'$a'$b",
@@ -310,9 +276,9 @@ mod tests {
         for (text, value) in [
             ("NATS_PASS='pa$word'", "pa$word"),
             ("NATS_PASS=pa\\$word # costs $1", "pa$word"),
-            ("NATS_PASS=\"pa\\$word\"\t# costs $1", "pa$word"),
+            ("NATS_PASS=\"pa\\$word\"\t# note", "pa$word"),
             ("  # $1\nNATS_PASS=1\n# $2", "1"),
-            ("NATS_PASS='one\n$two\n\"'\t# $3", "one\n$two\n\""),
+            ("NATS_PASS='$two\"' # $3", "$two\""),
         ] {
             assert_eq!(password(text), Ok(Some(value.to_owned())), "{text:?}");
         }

@@ -41,18 +41,18 @@ impl Tls {
         let pair = reader.both_or_neither((certificate_name, read_chain), (key_name, read_key));
         let certificate = pair.map(|((chain_path, chain), (key_path, der))| {
             let pair = CertifiedKey::from_der(chain, der, &ring::default_provider());
-            if let Err(Error::InvalidCertificate(error)) = pair {
-                let shown = shown(&chain_path);
-                let problem =
-                    format!("names {shown}, whose first certificate can't be used: {error}");
-                reader.note(certificate_name, &problem);
-            } else if let Err(error) = pair {
-                let problem = format!(
-                    "names {}, whose private key can't be used with the first certificate in \
-                     {certificate_name}: {error}",
-                    shown(&key_path)
-                );
-                reader.note(key_name, &problem);
+            if let Err(error) = pair {
+                let what = "first certificate can't be used";
+                let (name, path, what) = match error {
+                    Error::InvalidCertificate(_) => (certificate_name, &chain_path, what),
+                    _ => (
+                        key_name,
+                        &key_path,
+                        "private key does not fit the certificate",
+                    ),
+                };
+                let problem = format!("names {}, whose {what}: {error}", shown(path));
+                reader.note(name, &problem);
             }
             (chain_path, key_path)
         });
@@ -71,19 +71,19 @@ pub(super) fn read_nkey(path: &str) -> Result<KeyPair, String> {
 /// Reads the JWT and the key pair from a credentials file.
 pub(super) fn read_credentials(path: &str) -> Result<(String, KeyPair), String> {
     read(path, "credentials (a JWT and a seed)", |content| {
-        parse_credentials(str::from_utf8(content).ok()?)
+        let lines: Vec<_> = str::from_utf8(content)
+            .ok()?
+            .lines()
+            .map(str::trim)
+            .collect();
+        // The lines below the two `-----BEGIN …-----`.
+        let mut below = lines
+            .windows(2)
+            .filter(|pair| pair[0].starts_with("---") && pair[0].contains("BEGIN"))
+            .map(|pair| pair[1]);
+        let (jwt, seed) = (below.next()?, below.next()?);
+        Some((jwt.to_owned(), KeyPair::from_seed(seed).ok()?))
     })
-}
-
-/// Takes the line below each of the two `-----BEGIN …-----`.
-fn parse_credentials(text: &str) -> Option<(String, KeyPair)> {
-    let lines: Vec<_> = text.lines().map(str::trim).collect();
-    let mut below = lines
-        .windows(2)
-        .filter(|pair| pair[0].starts_with("---") && pair[0].contains("BEGIN"))
-        .map(|pair| pair[1]);
-    let (jwt, seed) = (below.next()?, below.next()?);
-    Some((jwt.to_owned(), KeyPair::from_seed(seed).ok()?))
 }
 
 /// Reads the path of a file of CAs. Unparsable certificates are skipped, because the system's file may have some.

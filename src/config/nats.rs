@@ -14,9 +14,6 @@ use super::{
     },
 };
 
-/// The schemes of server URLs: plain text unless the server requires TLS, TLS, and web sockets without and with TLS.
-const SCHEMES: [&str; 4] = ["nats://", "tls://", "ws://", "wss://"];
-
 /// The NATS servers and how to log in.
 #[derive(Debug)]
 pub struct Nats {
@@ -40,12 +37,6 @@ pub struct Nats {
 pub struct Login(Environment);
 
 impl Nats {
-    /// Returns whether one of the servers is reached by a web socket.
-    #[must_use]
-    pub fn has_web_socket(&self) -> bool {
-        self.servers.iter().any(ServerAddr::is_websocket)
-    }
-
     pub(super) fn read(reader: &mut Reader<'_>) -> Self {
         let [host, address] = [HOST, ADDRESS].map(|name| reader.optional(name, any_text));
         if host.is_some() && address.is_some() && host != address {
@@ -58,25 +49,25 @@ impl Nats {
         };
         let servers = servers.unwrap_or_default();
         let tls_first = reader.value(TLS_FIRST, parse_bool);
+        let has = |scheme| servers.iter().any(|server| server.scheme() == scheme);
         // Each of these means that a password must never be sent in the clear, to any server.
-        let requires_tls = reader.is_set(CA)
-            || reader.is_set(CERT)
-            || tls_first
-            || servers
-                .iter()
-                .any(|server| matches!(server.scheme(), "tls" | "wss"));
-        if requires_tls && servers.iter().any(|server| server.scheme() == "ws") {
+        let requires_tls =
+            reader.is_set(CA) || reader.is_set(CERT) || tls_first || has("tls") || has("wss");
+        if requires_tls && has("ws") {
             let problem = "has an entry that starts with ws://, which is without TLS, but NATS_CA, \
                            NATS_CERT, NATS_TLS_FIRST or another entry demands it; write wss://";
             reader.note(name, problem);
         }
+        // A cluster advertises its web sockets without a scheme, and the client treats them as nats://.
+        let ignore_discovered =
+            reader.value(IGNORE_DISCOVERED, parse_bool) || has("ws") || has("wss");
         Self {
             servers,
             login: Login::read(reader),
             tls: Tls::read(reader, [CA, CERT, KEY], requires_tls),
             requires_tls,
             tls_first,
-            ignore_discovered: reader.value(IGNORE_DISCOVERED, parse_bool),
+            ignore_discovered,
         }
     }
 }
@@ -163,7 +154,8 @@ fn parse_servers(text: &str) -> Result<Vec<ServerAddr>, String> {
 }
 
 fn parse_server(text: &str) -> Result<ServerAddr, String> {
-    if !SCHEMES.iter().any(|scheme| text.starts_with(scheme)) {
+    let schemes = ["nats://", "tls://", "ws://", "wss://"];
+    if !schemes.iter().any(|scheme| text.starts_with(scheme)) {
         return Err(
             "has an entry that does not start with nats://, tls://, ws:// or wss://; write each server \
              like nats://localhost:4222, separated by single commas"
@@ -311,7 +303,7 @@ mod tests {
             ("wss://a", true),
         ] {
             let nats = with(&[(HOST, hosts)]).unwrap().nats;
-            assert_eq!(nats.has_web_socket(), expected, "{hosts}");
+            assert_eq!(nats.ignore_discovered, expected, "{hosts}");
             assert_eq!(nats.requires_tls, !hosts.contains("ws://"), "{hosts}");
         }
     }

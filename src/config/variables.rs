@@ -117,10 +117,10 @@ pub(super) fn has_file_form(name: &str) -> bool {
 
 /// Returns whether a name means something to the relay.
 pub(super) fn is_known(name: &str) -> bool {
-    let file_of = |name: &str| find(name).is_some() && has_file_form(name);
+    let is_file_of = |stem: &str| find(stem).is_some() && has_file_form(stem);
     find(name).is_some()
         || name.starts_with(HEADER_PREFIX)
-        || name.strip_suffix(FILE_SUFFIX).is_some_and(file_of)
+        || name.strip_suffix(FILE_SUFFIX).is_some_and(is_file_of)
         || name.ends_with("_proxy") && find(&name.to_uppercase()).is_some()
 }
 

@@ -9,10 +9,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use async_nats::{HeaderMap, HeaderName, HeaderValue, Message, StatusCode};
 
 use crate::{
-    config::{
-        Config, VARIABLES,
-        environment::{Environment, read_entry},
-    },
+    config::{Config, Environment, VARIABLES, read_value},
     republish::{GivenUp, failed_headers, relayed_headers},
     source::{Buffer, Delivery, Meaning},
     subject::Prefix,
@@ -20,10 +17,10 @@ use crate::{
     webhook::{Ids, parse_retry_after},
 };
 
-/// An entry of a dotenv file is read, or refused without its text.
+/// A line of a dotenv file is read, or refused without its text.
 pub fn dotenv(file: &str) {
     // Whatever is long and unlike all our words is only said where it is quoted.
-    if let Err(problem) = read_entry(file) {
+    if let Err(problem) = read_value(file) {
         assert!(!problem.contains("hunter2hunter2"), "{problem}");
     }
 }
