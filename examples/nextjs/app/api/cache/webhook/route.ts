@@ -7,7 +7,7 @@ import { Webhook, WebhookVerificationError } from "standardwebhooks";
 const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 
 export async function POST(request: Request) {
-  // A 500 makes the relay try again, so no edit is lost to a wrong setting. A malformed secret throws,
+  // A 500 makes the relay try again: in durable mode a wrong setting loses no edit. A malformed secret throws,
   // which is a 500 too.
   const secret = process.env.WEBHOOK_SECRET;
   if (!secret) return new Response("WEBHOOK_SECRET is not set", { status: 500 });
