@@ -340,11 +340,14 @@ impl Account<'_> {
             let as_cut = episode.began - YOUNG..episode.began + YOUNG;
             episode.holds_network() && back.contains(&at) && self.was_posted(id, as_cut)
         });
+        // Messages of two relays at different servers of a cluster reach a subscriber by different routes.
+        let has_routes = self.evidence.cast.servers > 1 && self.evidence.cast.relays > 1;
+        let was_just_posted = || self.was_posted(id, at - YOUNG..at);
         // Once for each replay.
         let mut replayed = self.replayed();
         is_of_server
             || was_held_up
-            || self.evidence.may_drop() && self.was_posted(id, at - YOUNG..at)
+            || (has_routes || self.evidence.may_drop()) && was_just_posted()
             || replayed.any(|(index, replayed)| {
                 let is_then = replayed.at <= at && replayed.from <= *sequence;
                 is_then && (at - replayed.at < MOMENT || used.insert(index))

@@ -315,12 +315,18 @@ impl Stage {
         });
     }
 
-    /// Waits until message `n` or a later one has come through; whether it has in time.
+    /// Waits until message `n` or a later one has come through, as long as others do: after a replay there are many.
+    /// Returns whether it has.
     pub async fn reached(&mut self, n: usize, patience: Duration) -> bool {
         let start = Instant::now();
+        let (mut last, mut count) = (start, 0);
         while !self.endpoint.has_reached(n) {
             self.look_after_relays().await;
-            if start.elapsed() > patience {
+            let now = self.endpoint.webhook.count();
+            if now > count {
+                (last, count) = (Instant::now(), now);
+            }
+            if last.elapsed() > patience || start.elapsed() > 5 * patience {
                 return false;
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
