@@ -21,10 +21,7 @@ pub use self::{
 };
 use self::{
     reader::{Reader, any_text, parse_choice, parse_duration},
-    variables::{
-        CONSUMER, DELIVER_POLICY, DOMAIN, FAILED_PREFIX, INBOX_PREFIX, LOG, LOG_FORMAT, PREFIX,
-        QUEUE_GROUP, RELAYED_PREFIX, REPUBLISH_DELAY, SHUTDOWN_TIMEOUT, STATUS_LISTEN, STREAM,
-    },
+    variables::*,
 };
 pub(crate) use self::{
     variables::{FAILED_STREAM, RELAYED_STREAM},

@@ -4,9 +4,6 @@ use std::{collections::BTreeMap, ffi::OsString, fs, io, path::Path};
 
 use super::variables::{FILE_SUFFIX, VARIABLES, has_file_form, is_known};
 
-/// The dotenv files, in order of precedence.
-const DOTENV_FILES: [&str; 2] = [".env.local", ".env"];
-
 /// Every variable that is set. An empty value counts as unset.
 #[derive(Clone, Default)]
 pub struct Environment {
@@ -40,7 +37,7 @@ impl Environment {
                 ));
             }
         }
-        for file in DOTENV_FILES.map(|file| directory.join(file)) {
+        for file in [".env.local", ".env"].map(|file| directory.join(file)) {
             // A directory may be a Python virtual environment.
             if file.is_dir() || !file.exists() {
                 continue;

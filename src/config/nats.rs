@@ -9,9 +9,7 @@ use super::{
     environment::Environment,
     files::{Tls, read_credentials, read_nkey},
     reader::{Reader, any_text, parse_bool},
-    variables::{
-        ADDRESS, CA, CERT, CREDS, HOST, IGNORE_DISCOVERED, KEY, NKEY, PASS, TLS_FIRST, TOKEN, USER,
-    },
+    variables::*,
 };
 
 /// The NATS servers and how to log in.
@@ -178,10 +176,7 @@ fn parse_server(text: &str) -> Result<ServerAddr, String> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::config::{
-        tests::{assert_refused, problems, with},
-        variables::{CA, CERT, KEY},
-    };
+    use crate::config::tests::{assert_refused, problems, with};
 
     #[test]
     fn there_is_one_way_to_log_in_but_credentials_may_have_company() {

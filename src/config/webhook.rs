@@ -14,11 +14,7 @@ use super::{
     Mode,
     files::Tls,
     reader::{Reader, any_text, parse_bool, parse_duration},
-    variables::{
-        DESTINATION, EVERY_ADDRESS, FILE_SUFFIX, GIVE_UP_ON, HEADER_PREFIX, HTTP_PROXY,
-        HTTPS_PROXY, MAX_ATTEMPTS, NO_PROXY, PASS_HEADERS, SECRET, TIMEOUT, WEBHOOK_CA,
-        WEBHOOK_CERT, WEBHOOK_KEY,
-    },
+    variables::*,
 };
 
 /// Where and how to POST.
@@ -125,11 +121,8 @@ impl Destination {
     /// Returns whether it, or its proxy, uses TLS.
     #[must_use]
     pub fn needs_tls(&self) -> bool {
-        let proxy = self.secret_proxy.as_ref();
-        [Some(&self.secret_url), proxy]
-            .iter()
-            .flatten()
-            .any(|url| url.scheme() == "https")
+        let urls = [Some(&self.secret_url), self.secret_proxy.as_ref()];
+        urls.iter().flatten().any(|url| url.scheme() == "https")
     }
 }
 
@@ -336,10 +329,7 @@ impl PassHeaders {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::config::{
-        tests::{assert_refused, problems, with},
-        variables::*,
-    };
+    use crate::config::tests::{assert_refused, problems, with};
 
     #[test]
     fn headers_and_several_destinations_are_taken() {
