@@ -93,23 +93,27 @@ pub fn relayed_headers(
     id: String,
     max_payload: usize,
 ) -> Result<HeaderMap, String> {
-    let own = carried_over(delivery);
-    let mut with_id = own.clone();
-    with_id.insert(NATS_MESSAGE_ID, id);
-    [with_id, own]
-        .into_iter()
-        .find(|headers| fits(headers, delivery, max_payload))
-        .ok_or_else(|| {
-            let what = match delivery.payload.len() > max_payload {
-                true => "its payload has",
-                false => "with its headers it has",
-            };
-            format!("{what} more than the {max_payload} bytes that NATS accepts")
-        })
+    let mut headers = carried_over(delivery);
+    let own_length = length(&headers, delivery);
+    if own_length > max_payload {
+        let what = match delivery.payload.len() > max_payload {
+            true => "its payload has",
+            false => "with its headers it has",
+        };
+        return Err(format!(
+            "{what} more than the {max_payload} bytes that NATS accepts"
+        ));
+    }
+    // If there are no others, `NATS/1.0` and an empty line are added as well.
+    let added = "NATS/1.0\r\n\r\nNats-Msg-Id: \r\n".len() + id.len();
+    if own_length + added <= max_payload {
+        headers.insert(NATS_MESSAGE_ID, id);
+    }
+    Ok(headers)
 }
 
 /// Returns the headers of a failed message: its own, its id, and the reason. If the message would become
-/// larger than the server accepts, the reason is shortened, and then more and more headers are left out.
+/// larger than the server accepts, the id is left out and the reason shortened, and then more is left out.
 #[must_use]
 pub fn failed_headers(
     delivery: &Delivery,
@@ -118,28 +122,21 @@ pub fn failed_headers(
     max_payload: usize,
 ) -> HeaderMap {
     let own = carried_over(delivery);
-    for (length, id) in [
-        (text::LONGEST_NOTE, Some(id)),
-        (100, Some(id)),
-        (20, Some(id)),
-        (20, None),
-    ] {
+    let with_reason = |length| {
         let mut headers = own.clone();
-        if let Some(id) = id {
-            headers.insert(NATS_MESSAGE_ID, id);
-        }
         headers.insert(RELAY_ERROR, &*text::one_line(&given_up.reason, length));
         headers.insert(RELAY_ATTEMPTS, given_up.attempts.to_string());
         if let Some(status) = given_up.status {
             headers.insert(RELAY_STATUS, status.to_string());
         }
-        if fits(&headers, delivery, max_payload) {
-            return headers;
-        }
-    }
-    // Their publisher may have written them more compactly than the client does.
-    Some(own)
-        .filter(|headers| fits(headers, delivery, max_payload))
+        headers
+    };
+    let mut all = with_reason(text::LONGEST_NOTE);
+    all.insert(NATS_MESSAGE_ID, id);
+    // The publisher may have written its own more compactly than the client does.
+    [all, with_reason(20), own.clone()]
+        .into_iter()
+        .find(|headers| length(headers, delivery) <= max_payload)
         .unwrap_or_default()
 }
 
@@ -166,57 +163,27 @@ fn carried_over(delivery: &Delivery) -> HeaderMap {
     headers
 }
 
-/// Families of headers with which a publisher instructs a stream or a server (ADR-4, ADR-41, ADR-50, ADR-51).
-const SHED_FAMILIES: [&str; 4] = [
-    "Nats-Expected-",
-    "Nats-Batch-",
-    "Nats-Schedule",
-    "Nats-Trace-",
-];
-
-/// Headers that are not carried over.
-const SHED: [&str; 19] = [
-    // The published message gets a new one, with its prefix.
-    "Nats-Msg-Id",
-    // With these a publisher instructs a stream (ADR-4, ADR-43, ADR-44, ADR-49).
-    "Nats-Rollup",
-    "Nats-TTL",
-    "Nats-Incr",
-    "Nats-Required-Api-Level",
-    // With these a stream describes the message's history (ADR-28, ADR-31, ADR-43, ADR-49).
-    "Nats-Marker-Reason",
-    "Nats-Counter-Sources",
-    "Nats-Stream-Source",
-    "Nats-Stream",
-    "Nats-Sequence",
-    "Nats-Subject",
-    "Nats-Time-Stamp",
-    "Nats-Last-Sequence",
-    "Nats-Num-Pending",
-    "Nats-UpTo-Sequence",
-    "Nats-Msg-Size",
-    // With these a relay has said why it gave up on a message that was published again.
-    RELAY_ERROR,
-    RELAY_STATUS,
-    RELAY_ATTEMPTS,
-];
-
+/// With these a relay says why it gave up on a message; it may have been published again since.
 const RELAY_ERROR: &str = "Relay-Error";
 const RELAY_STATUS: &str = "Relay-Status";
 const RELAY_ATTEMPTS: &str = "Relay-Attempts";
 
-/// Returns whether a header is not carried over, regardless of case.
+/// Returns whether a header is not carried over, regardless of case: those of an earlier failure, and all that NATS
+/// itself reads or writes (ADR-4, ADR-28, ADR-31, ADR-41, ADR-43, ADR-44, ADR-49, ADR-50, ADR-51).
 fn is_shed(name: &str) -> bool {
-    let begins = |family: &&str| {
-        name.get(..family.len())
-            .is_some_and(|start| start.eq_ignore_ascii_case(family))
-    };
-    SHED_FAMILIES.iter().any(begins) || SHED.iter().any(|shed| name.eq_ignore_ascii_case(shed))
+    let start = name.get(..NATS_HEADERS.len());
+    start.is_some_and(|start| start.eq_ignore_ascii_case(NATS_HEADERS))
+        || [RELAY_ERROR, RELAY_STATUS, RELAY_ATTEMPTS]
+            .iter()
+            .any(|shed| name.eq_ignore_ascii_case(shed))
 }
 
-/// Returns whether the server accepts the payload with these headers. They are written as `NATS/1.0`, a line for each,
+/// The names of the headers of NATS begin with this.
+const NATS_HEADERS: &str = "Nats-";
+
+/// What the server counts as the size of a message with these headers. They are written as `NATS/1.0`, a line for each,
 /// and an empty line (ADR-4), or not at all if there are none.
-fn fits(headers: &HeaderMap, delivery: &Delivery, max_payload: usize) -> bool {
+fn length(headers: &HeaderMap, delivery: &Delivery) -> usize {
     let mut length = delivery.payload.len();
     if !headers.is_empty() {
         length += "NATS/1.0\r\n\r\n".len();
@@ -227,7 +194,7 @@ fn fits(headers: &HeaderMap, delivery: &Delivery, max_payload: usize) -> bool {
             length += name.len() + value.as_str().len() + ": \r\n".len();
         }
     }
-    length <= max_payload
+    length
 }
 
 #[cfg(test)]
@@ -261,21 +228,11 @@ mod tests {
     fn headers_that_instruct_or_describe_a_stream_are_told_from_others() {
         for (name, expected) in [
             ("Nats-Expected-Last-Sequence", true),
-            ("Nats-Rollup", true),
-            ("Nats-TTL", true),
             ("nats-ttl", true),
-            ("Nats-Incr", true),
-            ("Nats-Batch-Id", true),
-            ("Nats-Schedule-TTL", true),
-            ("Nats-Scheduler", true),
-            ("Nats-Stream-Source", true),
-            ("Nats-Stream", true),
             ("RELAY-ERROR", true),
-            ("Nats-Msg-Id", true),
-            ("Nats-Expected", false),
-            ("Nats-Streams", false),
             ("X-Nats-TTL", false),
             ("Relay-Race", false),
+            ("Nats", false),
             ("\u{e9}\u{e9}\u{e9}\u{e9}\u{e9}\u{e9}\u{e9}\u{e9}", false),
         ] {
             assert_eq!(is_shed(name), expected, "{name}");
