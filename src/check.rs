@@ -22,8 +22,8 @@ use crate::{
     commit::Commit,
     config::{self, Config, Destination, Mode},
     monitor::Monitor,
-    nats::{Connection, ConnectionEvents, Failure, connect_once, show},
-    source::{Consumer, ConsumerError, try_to_look},
+    nats::{Connection, ConnectionEvents, connect_once, show},
+    source::{Consumer, try_to_look},
     text::{self, count, reasons},
     tls,
 };
@@ -72,14 +72,7 @@ pub async fn check(config: Config, out: &mut dyn Write) -> anyhow::Result<bool> 
                 check_subscription(config, group, &connection, &mut events, &mut report).await;
             }
             Mode::Durable { stream, consumer } => {
-                let consumer = Consumer {
-                    connection,
-                    stream: stream.clone(),
-                    name: consumer.clone(),
-                    prefix: config.prefix.clone(),
-                    relayed_prefix: config.relayed_prefix.clone(),
-                    deliver_policy: config.deliver_policy,
-                };
+                let consumer = Consumer::new(connection, stream, consumer, config);
                 check_consumer(&consumer, &mut events, &mut report).await;
             }
         }
@@ -87,13 +80,9 @@ pub async fn check(config: Config, out: &mut dyn Write) -> anyhow::Result<bool> 
             let found = tokio::select! {
                 biased;
                 reason = events.fatal() => Err(reason),
-                found = stream.open(prefix) => match found {
-                    Ok(()) => Ok(format!("exists, and stores {prefix}.>")),
-                    Err(Failure::Permanent(reason) | Failure::Temporary(reason)) => {
-                        Err(anyhow!(reason))
-                    }
-                },
+                found = stream.open(prefix) => found.map_err(Into::into),
             };
+            let found = found.map(|()| format!("exists, and stores {prefix}.>"));
             report.add(&format!("stream {}", stream.name()), found);
         }
     }
@@ -178,19 +167,15 @@ async fn check_consumer(
     let found = tokio::select! {
         biased;
         reason = events.fatal() => Err(reason),
-        found = async { anyhow::Ok((consumer.verify_stream().await?, consumer.verify().await)) } => found,
+        found = async { Ok((consumer.verify_stream().await?, consumer.verify().await?)) } => found,
     };
     let mut warnings = Vec::new();
-    let found = found.and_then(|(warning, found)| {
+    let found = found.map(|(warning, found)| {
         warnings.extend(warning);
-        let info = match found {
-            Ok(info) => info,
-            Err(ConsumerError::Missing) => {
-                return Ok("does not exist yet; will be created on start".to_owned());
-            }
-            Err(error) => return Err(anyhow!(error.reason())),
+        let Some(info) = found else {
+            return "does not exist yet; will be created on start".to_owned();
         };
-        warnings.extend(consumer.warnings(&info.config));
+        warnings.extend(consumer.warning(&info.config));
         // Only one message at a time is handed out, so all deliveries since the last ack were of the oldest one.
         let deliveries = info.delivered.consumer_sequence - info.ack_floor.consumer_sequence;
         let waiting = match info.num_pending + info.num_ack_pending as u64 {
@@ -201,7 +186,7 @@ async fn check_consumer(
                 count(deliveries, "time")
             ),
         };
-        Ok(format!("exists and is configured correctly; {waiting}"))
+        format!("exists and is configured correctly; {waiting}")
     });
     // Without a stream or a consumer there is nothing else to check.
     let goes_on = found.is_ok();

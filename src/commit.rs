@@ -4,17 +4,13 @@ mod stream;
 
 use std::sync::Arc;
 
-use anyhow::bail;
 use async_nats::HeaderMap;
-use log::warn;
-use tokio::{time::sleep, try_join};
 
-use self::stream::BACKOFF;
 pub use self::stream::ConfirmingStream;
 use crate::{
     config::{Config, FAILED_STREAM, RELAYED_STREAM},
     monitor::Monitor,
-    nats::{Connection, Failure},
+    nats::Connection,
     source::{Delivery, Outcome},
     subject::Prefix,
 };
@@ -22,6 +18,7 @@ use crate::{
 /// Publishes and acknowledges.
 pub struct Commit {
     connection: Connection,
+    monitor: Arc<Monitor>,
     /// Where relayed messages are published.
     pub relayed: Publisher,
     /// Where failed messages are published, if anywhere.
@@ -66,6 +63,7 @@ impl Commit {
             failed: failed_prefix
                 .map(|prefix| publisher(prefix, FAILED_STREAM, &config.failed_stream)),
             connection,
+            monitor: Arc::clone(monitor),
         }
     }
 
@@ -74,13 +72,12 @@ impl Commit {
     /// # Errors
     /// If one of them cannot be used.
     pub async fn open(&self) -> anyhow::Result<()> {
-        let failed = async {
-            match &self.failed {
-                Some(failed) => failed.open().await,
-                None => Ok(()),
-            }
-        };
-        try_join!(self.relayed.open(), failed).map(drop)
+        for (prefix, stream) in self.confirming_streams() {
+            self.connection
+                .until_ready(&self.monitor, || stream.open(prefix))
+                .await?;
+        }
+        Ok(())
     }
 
     /// Publishes a message, if there is one to publish, and then acknowledges the delivery. Both go over one
@@ -146,31 +143,5 @@ impl Commit {
             .into_iter()
             .flatten()
             .filter_map(|publisher| Some((&publisher.prefix, publisher.stream.as_ref()?)))
-    }
-}
-
-impl Publisher {
-    /// Verifies the stream, if there is one; waits while JetStream is not ready.
-    async fn open(&self) -> anyhow::Result<()> {
-        let Some(stream) = &self.stream else {
-            return Ok(());
-        };
-        let mut failures = 0;
-        loop {
-            let reason = match stream.open(&self.prefix).await {
-                Ok(()) => return Ok(()),
-                Err(Failure::Permanent(reason)) => bail!(reason),
-                Err(Failure::Temporary(reason)) => reason,
-            };
-            failures += 1;
-            let wait = BACKOFF.wait(failures);
-            // Without a connection, the log says that already.
-            if stream.connection.is_up() {
-                warn!("JetStream is not ready: {reason}; next attempt in {wait:.1?}");
-                let obstacle = format!("JetStream is not ready: {reason}");
-                stream.monitor.set_obstacle(Some(obstacle));
-            }
-            sleep(wait).await;
-        }
     }
 }

@@ -58,32 +58,28 @@ impl Forward {
         self.commit.open().await
     }
 
-    /// Processes one message to completion: relays it, or gives up on it. Returns whether the server
-    /// acknowledged that; if not, the message may be redelivered and is counted then.
-    pub async fn forward(&self, delivery: &Delivery) -> bool {
+    /// Processes one message to completion: relays it, or gives up on it. If the server has not acknowledged that, the
+    /// message may be redelivered and is counted then.
+    pub async fn forward(&self, delivery: &Delivery) {
         let start = Instant::now();
         // In durable mode it has been waiting since the stream stored it.
         let since = delivery.ack.as_ref().map(|ack| ack.stored());
         let _working = self.monitor.add_received(&delivery.subject, since);
         let ids = Ids::of(delivery);
         match self.try_relay(delivery, &ids, start).await {
-            Ok(is_acknowledged) => is_acknowledged,
+            Ok(()) => {}
             Err(Unrelayed::GivenUp(given_up)) => self.give_up(delivery, &ids, given_up).await,
-            Err(Unrelayed::Abandoned) => {
-                self.monitor.add_unfinished("another relay has it");
-                false
-            }
+            Err(Unrelayed::Abandoned) => self.monitor.add_unfinished("another relay has it"),
         }
     }
 
-    /// POSTs a message until that succeeds, and only then republishes it (promise 1). Returns whether the server
-    /// acknowledged that.
+    /// POSTs a message until that succeeds, and only then republishes it (promise 1).
     async fn try_relay(
         &self,
         delivery: &Delivery,
         ids: &Ids<'_>,
         start: Instant,
-    ) -> Result<bool, Unrelayed> {
+    ) -> Result<(), Unrelayed> {
         let publisher = &self.commit.relayed;
         let subject = relayed_subject(delivery, &self.config.prefix, &publisher.prefix)
             .map_err(GivenUp::unpublishable)?;
@@ -132,12 +128,11 @@ impl Forward {
             self.monitor
                 .add_unfinished("NATS has not confirmed the ack");
         }
-        Ok(is_acknowledged)
+        Ok(())
     }
 
-    /// Logs that a message is not relayed, and why, and publishes it under the failed prefix (promise 4). Returns
-    /// whether the server acknowledged that.
-    async fn give_up(&self, delivery: &Delivery, ids: &Ids<'_>, given_up: GivenUp) -> bool {
+    /// Logs that a message is not relayed, and why, and publishes it under the failed prefix (promise 4).
+    async fn give_up(&self, delivery: &Delivery, ids: &Ids<'_>, given_up: GivenUp) {
         error!(
             subject:% = delivery.subject,
             status = given_up.status,
@@ -148,17 +143,14 @@ impl Forward {
             given_up.reason
         );
         self.monitor.add_given_up(given_up.cause, &given_up.reason);
-        match self.commit_failed(delivery, ids, &given_up).await {
-            Ok(is_acknowledged) => is_acknowledged,
-            Err(error) => {
-                error!(
-                    subject:% = delivery.subject, reason:% = error;
-                    "{} could not be published as a failed message either: {error:#}",
-                    delivery.subject
-                );
-                let committed = self.commit.commit(delivery, None, Outcome::GivenUp);
-                committed.await.unwrap_or(false)
-            }
+        if let Err(error) = self.commit_failed(delivery, ids, &given_up).await {
+            error!(
+                subject:% = delivery.subject, reason:% = error;
+                "{} could not be published as a failed message either: {error:#}",
+                delivery.subject
+            );
+            // Without a message to publish, it can't fail.
+            let _ = self.commit.commit(delivery, None, Outcome::GivenUp).await;
         }
     }
 
@@ -202,7 +194,7 @@ impl Forward {
                 warn!(
                     subject:% = subject, reason;
                     "{subject} is not finished: {reason}; {} stays in the stream",
-                    ack.id
+                    ack.id()
                 );
                 self.monitor.add_unfinished(reason);
             }

@@ -67,7 +67,6 @@ use self::{
     forward::Forward,
     monitor::{Monitor, endpoints, logging},
     nats::ClientCrashed,
-    relay::Relay,
     source::Source,
     webhook::Webhook,
 };
@@ -130,17 +129,10 @@ async fn start_over(
     loop {
         let start = Instant::now();
         let (connection, events) = nats::connect(config, monitor, is_first).await?;
+        let source = Source::new(connection.clone(), events, config, monitor);
         let webhook = Webhook::new(&config.webhook)?;
-        let (config, monitor) = (Arc::clone(config), Arc::clone(monitor));
-        let source = Source::new(connection.clone(), events, &config, &monitor);
-        let forward = Forward::new(
-            connection,
-            webhook,
-            Arc::clone(&config),
-            Arc::clone(&monitor),
-        );
-        let relay = Relay::new(source, forward, config, Arc::clone(&monitor));
-        let reason = match relay.run(stop).await {
+        let forward = Forward::new(connection, webhook, Arc::clone(config), Arc::clone(monitor));
+        let reason = match relay::relay(source, forward, config, monitor, stop).await {
             Err(reason) if reason.is::<ClientCrashed>() => reason,
             ended => return ended,
         };

@@ -12,7 +12,7 @@ use anyhow::anyhow;
 use async_nats::{AuthError, ConnectOptions, ServerAddr};
 
 pub use self::{
-    api::{Failure, refused},
+    api::{ApiError, Failure, JETSTREAM_BACKOFF},
     connection::{ANSWER_TIMEOUT, ClientCrashed, Connection, NoAnswer},
     events::ConnectionEvents,
     servers::show,

@@ -1,194 +1,146 @@
 //! The loop: take a message, forward it, take the next one; and every way of stopping. This is where promise 2 is
 //! kept, in durable mode together with the server (see the crate's documentation).
 
-use std::{future::pending, ops::ControlFlow, pin::pin, sync::Arc, time::Duration};
+use std::{pin::pin, time::Duration};
 
 use futures::{Stream, StreamExt};
 use log::{error, info};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, timeout_at};
 
 use crate::{
-    config::Config,
-    forward::Forward,
-    monitor::Monitor,
-    nats::ClientCrashed,
-    source::{Delivery, Source},
+    config::Config, forward::Forward, monitor::Monitor, nats::ClientCrashed, source::Source,
     text::count,
 };
 
-/// Relays messages from a source.
-pub struct Relay {
-    source: Source,
-    forward: Forward,
-    config: Arc<Config>,
-    monitor: Arc<Monitor>,
-    /// The deadline of a stop; `None` until a stop is requested.
+/// The requests to stop.
+struct Stopping<'a, S> {
+    requests: &'a mut S,
+    /// How long the current message may take after the first one.
+    timeout: Duration,
+    /// Until when that is; `None` until the first one.
     deadline: Option<Instant>,
 }
 
-impl Relay {
-    /// Returns a relay that takes messages from `source` and hands them to `forward`.
-    #[must_use]
-    pub fn new(
-        source: Source,
-        forward: Forward,
-        config: Arc<Config>,
-        monitor: Arc<Monitor>,
-    ) -> Self {
-        Self {
-            source,
-            forward,
-            config,
-            monitor,
-            deadline: None,
-        }
+impl<S: Stream<Item = ()> + Unpin> Stopping<'_, S> {
+    /// Resolves with `None` when no more messages should be taken, and then with the reason for which the current one
+    /// should be abandoned.
+    async fn next(&mut self) -> Option<String> {
+        let Some(deadline) = self.deadline else {
+            self.requests.next().await;
+            self.deadline = Some(Instant::now() + self.timeout);
+            return None;
+        };
+        Some(match timeout_at(deadline, self.requests.next()).await {
+            Ok(_) => "stopped at once".to_owned(),
+            Err(_) => format!("not finished within SHUTDOWN_TIMEOUT, {:?}", self.timeout),
+        })
     }
+}
 
-    /// Relays one message after the other. The first item of `stop` lets the current message finish, and
-    /// those that wait and that no server keeps, within [`Config::shutdown_timeout`]; the second one stops
-    /// it immediately.
-    ///
-    /// # Errors
-    /// If it cannot continue; [`ClientCrashed`] if a new relay with a new client may be able to.
-    pub async fn run(mut self, stop: &mut (impl Stream<Item = ()> + Unpin)) -> anyhow::Result<()> {
-        let ended = self.relay_all(stop).await;
-        self.monitor.set_obstacle(Some("not subscribed".to_owned()));
-        self.source.close().await;
-        match ended {
-            // It was stopping anyway, so there is no reason to start over.
-            Err(reason) if self.deadline.is_some() && reason.is::<ClientCrashed>() => {
-                error!("{reason} while the relay was stopping");
-                Ok(())
-            }
-            ended => ended,
+/// Takes messages from `source` and hands them to `forward`, one after the other. The first item of `stop` lets the
+/// current message finish, and those that wait and that no server keeps, within [`Config::shutdown_timeout`]; the
+/// second one stops it immediately.
+///
+/// # Errors
+/// If it cannot continue; [`ClientCrashed`] if a new client may be able to.
+pub async fn relay(
+    mut source: Source,
+    forward: Forward,
+    config: &Config,
+    monitor: &Monitor,
+    stop: &mut (impl Stream<Item = ()> + Unpin),
+) -> anyhow::Result<()> {
+    let mut stopping = Stopping {
+        requests: stop,
+        timeout: config.shutdown_timeout,
+        deadline: None,
+    };
+    let ended = relay_all(&mut source, &forward, config, monitor, &mut stopping).await;
+    monitor.set_obstacle(Some("not subscribed".to_owned()));
+    source.close().await;
+    match ended {
+        // It was stopping anyway, so there is no reason to start over.
+        Err(reason) if stopping.deadline.is_some() && reason.is::<ClientCrashed>() => {
+            error!("{reason} while the relay was stopping");
+            Ok(())
         }
+        ended => ended,
     }
+}
 
-    async fn relay_all(
-        &mut self,
-        stop: &mut (impl Stream<Item = ()> + Unpin),
-    ) -> anyhow::Result<()> {
-        tokio::select! {
+async fn relay_all<S: Stream<Item = ()> + Unpin>(
+    source: &mut Source,
+    forward: &Forward,
+    config: &Config,
+    monitor: &Monitor,
+    stopping: &mut Stopping<'_, S>,
+) -> anyhow::Result<()> {
+    tokio::select! {
+        biased;
+        _ = stopping.next() => return Ok(()),
+        opened = source.open() => opened?,
+    }
+    tokio::select! {
+        biased;
+        _ = stopping.next() => return Ok(()),
+        opened = forward.open() => opened?,
+        reason = source.attend() => return Err(reason),
+    }
+    let Config {
+        prefix,
+        relayed_prefix,
+        webhook,
+        ..
+    } = config;
+    info!(
+        "listening on {prefix}.>; POST to {}, then republish on {relayed_prefix}.>",
+        webhook.names()
+    );
+    monitor.set_obstacle(None);
+    monitor.started();
+    loop {
+        let delivery = tokio::select! {
             biased;
-            _ = stop.next() => return Ok(()),
-            opened = self.source.open() => opened?,
-        }
-        tokio::select! {
-            biased;
-            _ = stop.next() => return Ok(()),
-            opened = self.forward.open() => opened?,
-            reason = self.source.attend() => return Err(reason),
-        }
-        let Config {
-            prefix,
-            relayed_prefix,
-            ..
-        } = &*self.config;
-        info!(
-            "listening on {prefix}.>; POST to {}, then republish on {relayed_prefix}.>",
-            self.config.webhook.names()
-        );
-        self.monitor.set_obstacle(None);
-        self.monitor.started();
-        loop {
-            let delivery = tokio::select! {
-                biased;
-                _ = stop.next() => match self.deadline {
-                    None => {
-                        let Self { source, config, monitor, .. } = self;
-                        let timeout = config.shutdown_timeout;
-                        let until = begin_to_stop(source, monitor, timeout, None);
-                        self.deadline = Some(until.await);
-                        continue;
-                    }
-                    Some(_) => return Ok(()),
-                },
-                () = reached(self.deadline) => return Ok(()),
-                delivery = self.source.next() => match delivery? {
-                    Some(delivery) => delivery,
-                    None => return Ok(()),
-                },
-            };
-            if self.relay(&delivery, stop).await?.is_break() {
-                return Ok(());
-            }
-        }
-    }
-
-    /// Relays one message. Returns whether to take the next one.
-    async fn relay(
-        &mut self,
-        delivery: &Delivery,
-        stop: &mut (impl Stream<Item = ()> + Unpin),
-    ) -> anyhow::Result<ControlFlow<()>> {
-        let Self {
-            source,
-            forward,
-            config,
-            monitor,
-            deadline,
-        } = self;
-        let mut forwarding = pin!(forward.forward(delivery));
+            reason = stopping.next() => match reason {
+                None => {
+                    monitor.stopping();
+                    source.stop().await;
+                    continue;
+                }
+                Some(_) => return Ok(()),
+            },
+            delivery = source.next() => match delivery? {
+                Some(delivery) => delivery,
+                None => return Ok(()),
+            },
+        };
+        let mut forwarding = pin!(forward.forward(&delivery));
         loop {
             tokio::select! {
                 biased;
-                is_acknowledged = &mut forwarding => {
-                    source.done(is_acknowledged);
-                    return Ok(ControlFlow::Continue(()));
-                }
+                () = &mut forwarding => break,
                 reason = source.attend() => {
-                    forward.abandon(delivery, &reason.to_string());
+                    forward.abandon(&delivery, &reason.to_string());
                     return Err(reason);
                 }
-                _ = stop.next() => match deadline {
+                reason = stopping.next() => match reason {
                     None => {
-                        let timeout = config.shutdown_timeout;
-                        let current = Some(delivery);
-                        let until = begin_to_stop(source, monitor, timeout, current);
-                        *deadline = Some(until.await);
+                        monitor.stopping();
+                        let waiting = match source.stop().await {
+                            0 => String::new(),
+                            waiting => format!(" and {} behind it", count(waiting, "message")),
+                        };
+                        info!(
+                            "stopping: waiting up to {:?} for {}{waiting} (Ctrl-C again to stop now)",
+                            stopping.timeout, delivery.subject
+                        );
                     }
-                    Some(_) => {
-                        forward.abandon(delivery, "stopped at once");
-                        return Ok(ControlFlow::Break(()));
+                    Some(reason) => {
+                        forward.abandon(&delivery, &reason);
+                        return Ok(());
                     }
                 },
-                () = reached(*deadline) => {
-                    let timeout = config.shutdown_timeout;
-                    let reason = format!("not finished within SHUTDOWN_TIMEOUT, {timeout:?}");
-                    forward.abandon(delivery, &reason);
-                    return Ok(ControlFlow::Break(()));
-                }
             }
         }
-    }
-}
-
-/// Stops taking messages, logs what is pending, and returns the deadline.
-async fn begin_to_stop(
-    source: &mut Source,
-    monitor: &Monitor,
-    timeout: Duration,
-    current: Option<&Delivery>,
-) -> Instant {
-    monitor.stopping();
-    source.stop().await;
-    if let Some(delivery) = current {
-        let waiting = match source.waiting() {
-            0 => String::new(),
-            waiting => format!(" and {} behind it", count(waiting, "message")),
-        };
-        info!(
-            "stopping: waiting up to {timeout:?} for {}{waiting} (Ctrl-C again to stop now)",
-            delivery.subject
-        );
-    }
-    Instant::now() + timeout
-}
-
-/// Resolves at the deadline, if there is one.
-async fn reached(deadline: Option<Instant>) {
-    match deadline {
-        Some(deadline) => sleep_until(deadline).await,
-        None => pending().await,
     }
 }

@@ -4,11 +4,9 @@
 //! source going so that nothing is lost; afterwards [`Source::done`] tells the source that it is done.
 
 mod ack;
-mod buffer;
 mod consumer;
 mod core;
 mod durable;
-mod pull;
 mod requests;
 mod unreadable;
 
@@ -26,17 +24,14 @@ use crate::{
     nats::{Connection, ConnectionEvents},
 };
 
+#[cfg(any(fuzzing, test))]
+pub(crate) use self::requests::Meaning;
 pub use self::{
     ack::{Ack, Outcome},
     core::Core,
     durable::Durable,
 };
-#[cfg(any(fuzzing, test))]
-pub(crate) use self::{buffer::Buffer, pull::Meaning};
-pub(crate) use self::{
-    consumer::{Consumer, ConsumerError},
-    unreadable::try_to_look,
-};
+pub(crate) use self::{consumer::Consumer, unreadable::try_to_look};
 
 /// A message to relay.
 pub struct Delivery {
@@ -141,14 +136,7 @@ impl Source {
                 Self::Core(Box::new(core))
             }
             Mode::Durable { stream, consumer } => {
-                let consumer = Consumer {
-                    connection: connection.clone(),
-                    stream,
-                    name: consumer,
-                    prefix: config.prefix.clone(),
-                    relayed_prefix: config.relayed_prefix.clone(),
-                    deliver_policy: config.deliver_policy,
-                };
+                let consumer = Consumer::new(connection.clone(), &stream, &consumer, config);
                 let durable = Durable::new(connection, events, monitor, consumer);
                 Self::Durable(Box::new(durable))
             }
@@ -186,30 +174,15 @@ impl Source {
         }
     }
 
-    /// Notes that the last message handed out has been processed, and whether the server acknowledged that.
-    pub fn done(&mut self, is_acknowledged: bool) {
-        match self {
-            Self::Core(_) => {}
-            Self::Durable(durable) => durable.done(is_acknowledged),
-        }
-    }
-
-    /// Returns how many messages have arrived and are not handed out yet.
-    #[must_use]
-    pub fn waiting(&self) -> u64 {
-        match self {
-            Self::Core(core) => core.waiting(),
-            // They stay in the stream.
-            Self::Durable(_) => 0,
-        }
-    }
-
     /// Asks the server for no more messages. Messages that have arrived are still handed out, unless a server keeps
-    /// them.
-    pub async fn stop(&mut self) {
+    /// them; returns how many these are.
+    pub async fn stop(&mut self) -> u64 {
         match self {
             Self::Core(core) => core.stop().await,
-            Self::Durable(durable) => durable.stop().await,
+            Self::Durable(durable) => {
+                durable.stop().await;
+                0
+            }
         }
     }
 
@@ -222,17 +195,12 @@ impl Source {
     }
 }
 
-/// Returns the next message of a subscription; never resolves without a subscription.
+/// Returns the next message of a subscription; never resolves without a subscription. The client puts as many into it
+/// as the socket yields, so all of them have to be taken at once: if tokio made the task yield in between, as it does
+/// by default, they would pile up in a queue without a limit.
 async fn next_of(subscriber: &mut Option<Subscriber>) -> Option<Message> {
     match subscriber {
-        Some(subscriber) => arrived(subscriber).await,
+        Some(subscriber) => unconstrained(subscriber.next()).await,
         None => pending().await,
     }
-}
-
-/// Returns the next message of a subscription. The client puts as many into it as the socket yields, so all
-/// of them have to be taken at once: if tokio made the task yield in between, as it does by default, they would
-/// pile up in a queue without a limit.
-fn arrived(subscriber: &mut Subscriber) -> impl Future<Output = Option<Message>> {
-    unconstrained(subscriber.next())
 }

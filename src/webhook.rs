@@ -236,7 +236,7 @@ impl<'a> Ids<'a> {
         let own = own.and_then(|(_, values)| Some(values.first()?.as_str()));
         let own = own.filter(|id| !id.is_empty());
         let other = match &delivery.ack {
-            Some(ack) => Cow::from(&ack.id),
+            Some(ack) => Cow::from(ack.id()),
             None => Cow::from(format!("msg_{:032x}", fastrand::u128(..))),
         };
         let webhook = match own.filter(|id| id.len() <= LONGEST_ID && !id.contains(is_unsignable)) {

@@ -1,10 +1,7 @@
 //! A stream that has to confirm the messages published under a prefix. A plain publish is fire and forget; with such
 //! a stream, each message is published again, with the same `Nats-Msg-Id`, until its publish acknowledgement arrives.
 
-use std::{
-    sync::{Arc, OnceLock},
-    time::Duration,
-};
+use std::sync::{Arc, OnceLock};
 
 use anyhow::bail;
 use async_nats::{
@@ -16,23 +13,16 @@ use serde_json::{Value, json};
 use tokio::time::sleep;
 
 use crate::{
-    backoff::Backoff,
     monitor::Monitor,
-    nats::{ANSWER_TIMEOUT, Connection, Failure, NoAnswer, refused},
+    nats::{ANSWER_TIMEOUT, Connection, Failure, JETSTREAM_BACKOFF, NoAnswer},
     source::Delivery,
     subject::Prefix,
 };
 
-/// Growing waits for a stream that does not confirm, because it has no leader or is full.
-pub const BACKOFF: Backoff = Backoff {
-    first: Duration::from_millis(250),
-    longest: Duration::from_secs(5),
-};
-
 /// A stream that has to confirm the messages published under a prefix.
 pub struct ConfirmingStream {
-    pub(super) connection: Connection,
-    pub(super) monitor: Arc<Monitor>,
+    connection: Connection,
+    monitor: Arc<Monitor>,
     /// The variable that names the stream.
     variable: &'static str,
     /// The name of the stream.
@@ -71,23 +61,10 @@ impl ConfirmingStream {
             variable, stream, ..
         } = self;
         let request = format!("STREAM.INFO.{stream}");
-        let answer = match self.connection.request(&request, &json!({})).await {
-            Ok(answer) => answer,
-            Err(NoAnswer::Nobody) => return Err(self.connection.silence(variable)),
-            Err(error) => return Err(Failure::Temporary(error.to_string())),
-        };
-        let config = match serde_json::from_slice(&answer) {
-            Ok(Response::Ok(Info { config, .. })) => config,
-            Ok(Response::Err { error }) => {
-                return Err(match error.error_code() {
-                    ErrorCode::STREAM_NOT_FOUND => Failure::Permanent(format!(
-                        "there is no stream {stream}; create it, or set {variable} to one that exists"
-                    )),
-                    _ => refused(&error, &format!("the stream {stream}"), variable),
-                });
-            }
-            Err(error) => return Err(Failure::Temporary(error.to_string())),
-        };
+        let answer = self.connection.request(&request, &json!({})).await;
+        let Info { config, .. } = answer
+            .and_then(|answer| Ok(serde_json::from_value(answer)?))
+            .map_err(|error| self.connection.failure(error, variable, stream))?;
         for (is_set, effect) in [
             (config.no_ack, "confirms nothing (no_ack)"),
             (config.sealed, "accepts no more messages (sealed)"),
@@ -132,7 +109,7 @@ impl ConfirmingStream {
                 Err(Failure::Permanent(reason)) => bail!(reason),
                 Err(Failure::Temporary(reason)) => reason,
             };
-            let wait = BACKOFF.wait(attempts);
+            let wait = JETSTREAM_BACKOFF.wait(attempts);
             warn!(
                 subject:% = delivery.subject, relayed_subject = subject, attempts, reason;
                 "{}: the stream {} has not confirmed {subject}, attempt {attempts}: {reason}; next \

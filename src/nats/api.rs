@@ -1,27 +1,30 @@
 //! The JetStream API: that of the server, or of another domain that is reached through it, as behind a leaf node.
 
+use std::{fmt, time::Duration};
+
+use anyhow::bail;
 use async_nats::{
-    Client, HeaderMap,
-    jetstream::{self, Context, ErrorCode},
+    HeaderMap,
+    jetstream::{self, ErrorCode, response::Response},
 };
-use bytes::Bytes;
+use log::warn;
 use serde_json::Value;
+use tokio::time::sleep;
 
 use super::{Connection, NoAnswer};
-use crate::config::Config;
+use crate::{backoff::Backoff, config::Config, monitor::Monitor};
+
+/// Growing waits while JetStream is not ready, because it has no leader or a stream is full.
+pub const JETSTREAM_BACKOFF: Backoff = Backoff {
+    first: Duration::from_millis(250),
+    longest: Duration::from_secs(5),
+};
 
 /// Returns the prefix of the subjects of all requests.
 pub(super) fn api_prefix(config: &Config) -> String {
     match &config.domain {
         Some(domain) => format!("$JS.{domain}.API."),
         None => "$JS.API.".to_owned(),
-    }
-}
-
-pub(super) fn context(client: Client, config: &Config) -> Context {
-    match &config.domain {
-        Some(domain) => jetstream::with_domain(client, domain),
-        None => jetstream::new(client),
     }
 }
 
@@ -38,33 +41,102 @@ impl Connection {
         api_prefix(&self.config) + request
     }
 
-    /// Sends a request to the JetStream API, and returns the answer, a [`Response`](jetstream::response::Response) as
-    /// JSON. Uses our own inbox, because a request of the client's that gets no answer leaks an entry in the client.
+    /// Sends a request to the JetStream API, and returns the answer. Uses our own inbox, because a request of the
+    /// client's that gets no answer leaks an entry in the client.
     ///
     /// # Errors
-    /// If there is no answer.
-    pub async fn request(&self, request: &str, question: &Value) -> Result<Bytes, NoAnswer> {
+    /// If it is not carried out.
+    pub async fn request(&self, request: &str, question: &Value) -> Result<Value, ApiError> {
         let subject = self.api_subject(request).into();
         let question = question.to_string().into();
-        self.ask(subject, HeaderMap::new(), question, |answer| {
+        let answer = self.ask(subject, HeaderMap::new(), question, |answer| {
             Some(answer.payload.clone())
-        })
-        .await
+        });
+        match serde_json::from_slice(&answer.await?)? {
+            Response::Ok(answer) => Ok(answer),
+            Response::Err { error } => Err(ApiError::Refused(error)),
+        }
     }
 
-    /// Returns the failure of a request that nobody answers. It is temporary with a domain, because a leaf node can lose
-    /// its hub and find it again. `variable` names the stream.
+    /// Interprets the error of a request about `stream`, which `variable` names.
     #[must_use]
-    pub fn silence(&self, variable: &str) -> Failure {
-        match self.domain() {
-            Some(domain) => Failure::Temporary(format!(
+    pub fn failure(&self, error: ApiError, variable: &str, stream: &str) -> Failure {
+        match (error, self.domain()) {
+            (ApiError::Refused(error), _) => refused(&error, variable, stream),
+            (ApiError::NoAnswer(reason), _) => Failure::Temporary(reason),
+            // A leaf node can lose its hub and find it again.
+            (ApiError::NobodyAnswers, Some(domain)) => Failure::Temporary(format!(
                 "nobody answers for the domain {domain}; check NATS_JS_DOMAIN, and that the leaf node is \
                  connected to it"
             )),
-            None => Failure::Permanent(format!(
+            (ApiError::NobodyAnswers, None) => Failure::Permanent(format!(
                 "JetStream is not enabled on the NATS server; enable it (behind a leaf node: set \
                  NATS_JS_DOMAIN to the domain of the stream), or unset {variable}"
             )),
+        }
+    }
+
+    /// Tries something until JetStream is ready for it; logs why it is not.
+    ///
+    /// # Errors
+    /// If it can never succeed.
+    pub async fn until_ready<T, F: Future<Output = Result<T, Failure>>>(
+        &self,
+        monitor: &Monitor,
+        attempt: impl Fn() -> F,
+    ) -> anyhow::Result<T> {
+        let mut failures = 0;
+        loop {
+            let reason = match attempt().await {
+                Ok(done) => return Ok(done),
+                Err(Failure::Permanent(reason)) => bail!(reason),
+                Err(Failure::Temporary(reason)) => reason,
+            };
+            failures += 1;
+            let wait = JETSTREAM_BACKOFF.wait(failures);
+            // Without a connection, the log says that already.
+            if self.is_up() {
+                let obstacle = format!("JetStream is not ready: {reason}");
+                warn!("{obstacle}; next attempt in {wait:.1?}");
+                monitor.set_obstacle(Some(obstacle));
+            }
+            sleep(wait).await;
+        }
+    }
+}
+
+/// Why the API has not carried out a request.
+#[derive(Debug)]
+pub enum ApiError {
+    /// Nobody listens to such requests.
+    NobodyAnswers,
+    /// There was no answer, or none that can be read; the reason.
+    NoAnswer(String),
+    /// JetStream refuses it.
+    Refused(jetstream::Error),
+}
+
+impl From<NoAnswer> for ApiError {
+    fn from(error: NoAnswer) -> Self {
+        match error {
+            NoAnswer::Nobody => Self::NobodyAnswers,
+            error => Self::NoAnswer(error.to_string()),
+        }
+    }
+}
+
+impl From<serde_json::Error> for ApiError {
+    fn from(error: serde_json::Error) -> Self {
+        Self::NoAnswer(format!("its answer cannot be parsed: {error}"))
+    }
+}
+
+impl fmt::Display for ApiError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NobodyAnswers => f.write_str("nobody answers"),
+            Self::NoAnswer(reason) => f.write_str(reason),
+            Self::Refused(error) => error.fmt(f),
         }
     }
 }
@@ -78,17 +150,28 @@ pub enum Failure {
     Permanent(String),
 }
 
-/// Interprets an error of JetStream about `what`, in the stream that `variable` names (NATS ADR-7).
-#[must_use]
-pub fn refused(error: &jetstream::Error, what: &str, variable: &str) -> Failure {
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (Self::Temporary(reason) | Self::Permanent(reason)) = self;
+        f.write_str(reason)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+/// Interprets an error of JetStream about `stream`, which `variable` names (NATS ADR-7).
+fn refused(error: &jetstream::Error, variable: &str, stream: &str) -> Failure {
     match error.error_code() {
+        ErrorCode::STREAM_NOT_FOUND => Failure::Permanent(format!(
+            "there is no stream {stream}; create it, or set {variable} to one that exists"
+        )),
         ErrorCode::JETSTREAM_NOT_ENABLED | ErrorCode::JETSTREAM_NOT_ENABLED_FOR_ACCOUNT => {
             Failure::Permanent(format!(
                 "JetStream is not enabled: {error}; enable it, or unset {variable}"
             ))
         }
         _ if error.code() >= 500 => Failure::Temporary(error.to_string()),
-        _ => Failure::Permanent(format!("{what} cannot be used: {error}")),
+        _ => Failure::Permanent(format!("the stream {stream} cannot be used: {error}")),
     }
 }
 
@@ -106,7 +189,7 @@ mod tests {
             (
                 400,
                 10003,
-                Failure::Permanent("it cannot be used: no (code 400, error code 10003)".to_owned()),
+                Failure::Permanent("the stream Y cannot be used: no (code 400, error code 10003)".to_owned()),
             ),
             (
                 503,
@@ -127,7 +210,7 @@ mod tests {
         ] {
             let error = json!({ "code": code, "err_code": err_code, "description": "no" });
             let error: jetstream::Error = from_value(error).unwrap();
-            assert_eq!(refused(&error, "it", "X"), expected);
+            assert_eq!(refused(&error, "X", "Y"), expected);
         }
     }
 }

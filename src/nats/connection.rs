@@ -14,7 +14,7 @@ use std::{
 use anyhow::bail;
 use async_nats::{
     Client, HeaderMap, Message, PublishError, StatusCode, Subject, Subscriber,
-    client::PublishErrorKind, connection::State, jetstream::Context,
+    client::PublishErrorKind, connection::State,
 };
 use bytes::Bytes;
 use futures::{FutureExt, StreamExt};
@@ -24,7 +24,6 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::api::context;
 use crate::config::Config;
 
 /// How many of the subjects on which a message was not refused are remembered.
@@ -37,8 +36,6 @@ pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 #[derive(Clone)]
 pub struct Connection {
     client: Client,
-    /// Only one, because each starts a task.
-    jetstream: Context,
     pub(super) config: Arc<Config>,
     refusals: Arc<Refusals>,
     inbox: Arc<Mutex<Inbox>>,
@@ -149,7 +146,6 @@ impl Connection {
         };
         Self {
             inbox: Arc::new(Mutex::new(inbox)),
-            jetstream: context(client.clone(), config),
             client,
             config: Arc::clone(config),
             refusals,
@@ -160,12 +156,6 @@ impl Connection {
     #[must_use]
     pub fn client(&self) -> &Client {
         &self.client
-    }
-
-    /// Returns the client's own JetStream context.
-    #[must_use]
-    pub fn jetstream(&self) -> &Context {
-        &self.jetstream
     }
 
     /// Returns the number of this connection to a server. Data sent on an earlier one may be lost.

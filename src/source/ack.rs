@@ -1,18 +1,19 @@
 //! Acks of JetStream (NATS ADR-15, "Acknowledgements") and how they are written, and whether a delivery is still ours.
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::{Duration, SystemTime},
 };
 
 use anyhow::Context as _;
-use async_nats::{HeaderMap, Message, Subject, jetstream};
+use async_nats::{HeaderMap, Subject};
 use log::warn;
-use parking_lot::Mutex;
 use tokio::time::{Instant, sleep};
 
 use super::Consumer;
-use crate::nats::NoAnswer;
 
 /// How long the server is asked again and again to confirm an ack.
 const CONFIRM_WITHIN: Duration = Duration::from_secs(6);
@@ -28,86 +29,26 @@ const UNDER_WAY: Duration = Duration::from_millis(250);
 
 /// Acknowledges a JetStream delivery.
 pub struct Ack {
-    /// The id of the message for a webhook and for the stream behind the relay: `<stream>-<sequence>-<time>`.
-    /// With the sequence alone, new messages would look like old ones after the stream was created anew.
-    pub id: String,
     /// The position of the message in the stream.
     pub(super) position: Position,
     /// The number of the delivery among all of the consumer.
     number: u64,
     subject: Subject,
     consumer: Arc<Consumer>,
-    deliveries: Deliveries,
     /// When the consumer that handed it out was created.
-    created: Option<i128>,
+    created: i128,
     /// How many deliveries we had received by then, including this one.
     received: u64,
-    /// The last moment at which it was certainly not another relay's, and the connection at that time. By the
-    /// wall clock, because no other clock advances while a laptop sleeps.
-    ours_at: Mutex<(SystemTime, u64)>,
+    is_acknowledged: AtomicBool,
 }
 
 /// The position of a message in its stream. The sequence alone is not unique, because a restored stream
 /// assigns it again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Position {
-    pub(super) sequence: u64,
+    sequence: u64,
     /// When the stream stored it, in nanoseconds since 1970.
-    pub(super) time: i128,
-}
-
-impl Position {
-    fn stored(self) -> SystemTime {
-        SystemTime::UNIX_EPOCH + Duration::from_nanos(self.nanoseconds())
-    }
-
-    /// Returns its time in nanoseconds since 1970, which the server counts in 64 bits.
-    fn nanoseconds(self) -> u64 {
-        u64::try_from(self.time).unwrap_or_default()
-    }
-}
-
-/// What we know about the deliveries to us; shared by all of them.
-#[derive(Clone)]
-pub(super) struct Deliveries(Arc<Mutex<Known>>);
-
-struct Known {
-    /// How many there were.
-    received: u64,
-    /// When the consumer was created, in nanoseconds since 1970.
-    created: Option<i128>,
-    /// Whether it may have been replaced by another one.
-    is_doubtful: bool,
-    /// The last moment at which no further delivery had been handed out.
-    none_out_at: SystemTime,
-}
-
-impl Deliveries {
-    pub(super) fn new() -> Self {
-        Self(Arc::new(Mutex::new(Known {
-            received: 0,
-            created: None,
-            is_doubtful: false,
-            none_out_at: SystemTime::UNIX_EPOCH,
-        })))
-    }
-
-    /// Notes that nothing has been handed out to us, because we have not yet asked for anything.
-    pub(super) fn begin(&self) {
-        self.0.lock().none_out_at = SystemTime::now();
-    }
-
-    /// Notes that the consumer may have been deleted, and created anew.
-    pub(super) fn doubt_consumer(&self) {
-        self.0.lock().is_doubtful = true;
-    }
-
-    /// Notes which consumer the deliveries come from, from now on.
-    pub(super) fn come_from(&self, consumer: &jetstream::consumer::Info) {
-        let mut known = self.0.lock();
-        known.created = Some(consumer.created.unix_timestamp_nanos());
-        known.is_doubtful = false;
-    }
+    time: u64,
 }
 
 /// What became of a message.
@@ -120,87 +61,55 @@ pub enum Outcome {
 }
 
 impl Ack {
-    /// Returns the ack of a message that the consumer handed out, and how many follow it.
+    /// Returns the ack of a message that the consumer handed out, and how many follow it, from its ack subject:
+    /// `$JS.ACK.[<domain>.<account>.]<stream>.<consumer>.<times>.<sequence>.<number>.<time>.<pending>`, with more
+    /// tokens behind it in the future. (async-nats reads only that of its own messages, and copies a client for each.)
     ///
     /// # Errors
-    /// If no consumer has handed it out.
-    pub(super) fn of(
-        message: &Message,
-        consumer: &Arc<Consumer>,
-        deliveries: &Deliveries,
-    ) -> anyhow::Result<(Self, u64)> {
-        let subject = message
-            .reply
-            .clone()
-            .context("a message came without an ack subject")?;
-        // Only the reply matters, so payload and headers need not be copied.
-        let reply_only = jetstream::Message {
-            message: Message {
-                subject: message.subject.clone(),
-                reply: message.reply.clone(),
-                payload: Default::default(),
-                headers: None,
-                status: None,
-                description: None,
-                length: 0,
-            },
-            context: consumer.connection.jetstream().clone(),
+    /// If it is none.
+    pub(super) fn of(subject: Subject, consumer: &Arc<Consumer>) -> anyhow::Result<(Self, u64)> {
+        let first = if subject.split('.').count() < 11 {
+            5
+        } else {
+            7
         };
-        let info = reply_only.info().map_err(|error| {
-            anyhow::anyhow!("an ack subject has an unknown format, {subject}: {error}")
-        })?;
-        let position = Position {
-            sequence: info.stream_sequence,
-            time: info.published.unix_timestamp_nanos(),
+        let mut numbers = subject.split('.').skip(first).map(str::parse);
+        let mut next = || {
+            numbers
+                .next()
+                .and_then(Result::ok)
+                .with_context(|| format!("an ack subject has an unknown format: {subject}"))
         };
-        let number = info.consumer_sequence;
-        let ack = Self::new(subject, position, number, consumer, deliveries);
-        Ok((ack, info.pending))
-    }
-
-    /// Returns the ack of the last message that the consumer handed out, from the server's information about it.
-    pub(super) fn of_last(
-        position: Position,
-        number: u64,
-        consumer: &Arc<Consumer>,
-        deliveries: &Deliveries,
-    ) -> Self {
-        let Consumer { stream, name, .. } = &**consumer;
-        let sequence = position.sequence;
-        let subject = format!("$JS.ACK.{stream}.{name}.1.{sequence}.{number}.0.0");
-        Self::new(subject.into(), position, number, consumer, deliveries)
-    }
-
-    fn new(
-        subject: Subject,
-        position: Position,
-        number: u64,
-        consumer: &Arc<Consumer>,
-        deliveries: &Deliveries,
-    ) -> Self {
-        let mut known = deliveries.0.lock();
-        known.received += 1;
-        Self {
-            id: format!(
-                "{}-{}-{}",
-                consumer.stream,
-                position.sequence,
-                position.nanoseconds()
-            ),
-            position,
+        let (sequence, number, time, pending) = (next()?, next()?, next()?, next()?);
+        let mut deliveries = consumer.deliveries.lock();
+        deliveries.received += 1;
+        let ack = Self {
+            position: Position { sequence, time },
             number,
-            subject,
+            created: deliveries.created,
+            received: deliveries.received,
             consumer: Arc::clone(consumer),
-            deliveries: deliveries.clone(),
-            created: known.created,
-            received: known.received,
-            ours_at: Mutex::new((known.none_out_at, consumer.connection.epoch())),
-        }
+            is_acknowledged: AtomicBool::new(false),
+            subject,
+        };
+        Ok((ack, pending))
+    }
+
+    /// Returns the id of the message for a webhook and for the stream behind the relay: `<stream>-<sequence>-<time>`.
+    /// With the sequence alone, new messages would look like old ones after the stream was created anew.
+    pub fn id(&self) -> String {
+        let Position { sequence, time } = self.position;
+        format!("{}-{sequence}-{time}", self.consumer.stream)
     }
 
     /// Returns when the stream stored the message.
     pub fn stored(&self) -> SystemTime {
-        self.position.stored()
+        SystemTime::UNIX_EPOCH + Duration::from_nanos(self.position.time)
+    }
+
+    /// Returns whether the server has confirmed the ack.
+    pub(super) fn is_acknowledged(&self) -> bool {
+        self.is_acknowledged.load(Relaxed)
     }
 
     /// Returns whether the consumer handed out the same message again right after `earlier`, without having been
@@ -227,32 +136,28 @@ impl Ack {
             // one that we are connected to.
             Outcome::GivenUp => "+TERM",
         };
-        let (epoch, start, started_at) = (connection.epoch(), Instant::now(), SystemTime::now());
+        let now = (SystemTime::now(), connection.epoch());
+        let start = Instant::now();
         loop {
-            let answer =
-                connection.ask(self.subject.clone(), HeaderMap::new(), text.into(), |_| {
-                    Some(())
-                });
-            let answer = answer.await;
-            if answer.is_ok() {
-                // The next message is handed out only after this ack.
-                self.deliveries.0.lock().none_out_at = started_at;
+            let (subject, headers) = (self.subject.clone(), HeaderMap::new());
+            let answer = connection.ask(subject, headers, text.into(), |_| Some(()));
+            if answer.await.is_ok() {
+                let mut deliveries = self.consumer.deliveries.lock();
+                if deliveries.received == self.received {
+                    // The next message is handed out only after this ack.
+                    deliveries.complete_at = now;
+                }
+                self.is_acknowledged.store(true, Relaxed);
                 return true;
             }
-            if connection.epoch() != epoch {
+            if connection.epoch() != now.1 {
                 return false;
             }
             if start.elapsed() >= CONFIRM_WITHIN {
-                let hint = match answer {
-                    Err(NoAnswer::Nobody) => {
-                        "; where JetStream is imported from another account, export and import the service \
-                         $JS.ACK.> as well"
-                    }
-                    _ => "",
-                };
                 warn!(
-                    "{} may be redelivered: NATS does not confirm its ack{hint}",
-                    self.id
+                    "{} may be redelivered: NATS does not confirm its ack; if it never does, JetStream may be \
+                     imported from another account: export and import the service $JS.ACK.> as well",
+                    self.id()
                 );
                 return false;
             }
@@ -263,6 +168,7 @@ impl Ack {
 
     /// Acknowledges a message that was handed out again although it had already been acknowledged.
     pub(super) async fn again(&self) {
+        self.is_acknowledged.store(true, Relaxed);
         self.tell("+ACK").await;
     }
 
@@ -293,49 +199,33 @@ impl Ack {
     /// # Errors
     /// With the reason, if the server cannot tell at the moment.
     pub(super) async fn is_ours(&self) -> Result<bool, String> {
-        let is_doubtful = {
-            let known = self.deliveries.0.lock();
-            // The server hands out another one only if this one is no longer outstanding.
-            known.is_doubtful || known.received != self.received
-        };
+        let deliveries = &self.consumer.deliveries;
         let now = (SystemTime::now(), self.consumer.connection.epoch());
-        let (ours_at, epoch) = *self.ours_at.lock();
-        let is_recent = ours_at.elapsed().is_ok_and(|age| age < MOMENT);
-        // On an earlier connection an ack may have got through without its confirmation.
-        if !is_doubtful && is_recent && epoch == now.1 {
+        let received_since = || deliveries.lock().received - self.received;
+        let (complete_at, epoch) = deliveries.lock().complete_at;
+        let is_recent = complete_at.elapsed().is_ok_and(|age| age < MOMENT);
+        // The server hands out another one only if this one is no longer outstanding. On an earlier connection an
+        // ack may have got through without its confirmation.
+        if received_since() == 0 && is_recent && epoch == now.1 {
             return Ok(true);
         }
-        let info = self.consumer.info().await.map_err(|error| error.reason())?;
-        if Some(info.created.unix_timestamp_nanos()) != self.created {
+        let info = self
+            .consumer
+            .info()
+            .await
+            .map_err(|error| error.to_string())?;
+        if info.created.unix_timestamp_nanos() != self.created {
             return Ok(false);
         }
         let handed_out = info.delivered.consumer_sequence.checked_sub(self.number);
-        let have_all = || handed_out == Some(self.deliveries.0.lock().received - self.received);
-        if !have_all() {
+        if handed_out != Some(received_since()) {
             // The answer may have overtaken a delivery.
             sleep(UNDER_WAY).await;
-            if !have_all() {
+            if handed_out != Some(received_since()) {
                 return Ok(false);
             }
         }
-        *self.ours_at.lock() = now;
+        deliveries.lock().complete_at = now;
         Ok(true)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_time_of_a_position_counts_from_1970() {
-        let position = |time| Position { sequence: 1, time };
-        let (epoch, second) = (SystemTime::UNIX_EPOCH, Duration::from_secs(1));
-        assert_eq!(position(1_000_000_000).stored(), epoch + second);
-        assert_eq!(
-            position(-1).stored(),
-            epoch,
-            "the server counts no such time"
-        );
     }
 }

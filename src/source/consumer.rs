@@ -1,43 +1,29 @@
 //! The JetStream consumer: created if it is missing, else verified.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use anyhow::{anyhow, bail};
 use async_nats::jetstream::{
     ErrorCode,
-    consumer::{self, AckPolicy, DeliverPolicy, Info, ReplayPolicy},
-    response::Response,
+    consumer::{self, AckPolicy, DeliverPolicy, Info},
     stream::{self, DiscardPolicy},
 };
-use log::info;
+use log::{info, warn};
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use crate::{
-    nats::{Connection, Failure, NoAnswer, refused},
+    config::Config,
+    nats::{ApiError, Connection, Failure},
     subject::Prefix,
+    text::count,
 };
 
 /// How long the server waits for a sign of life about a message before it hands it out again. This is
 /// how long a dead replica holds up the others.
 const ACK_WAIT: Duration = Duration::from_secs(5);
 
-/// The shortest ack wait that is worth a warning.
-const LONG_ACK_WAIT: Duration = Duration::from_secs(30);
-
 /// The description of a consumer that a relay has created begins with this; its relayed prefix follows.
 const DESCRIPTION: &str = "nats-webhook-relay republishes under ";
-
-/// Why a consumer cannot be used.
-pub(crate) enum ConsumerError {
-    /// It does not exist.
-    Missing,
-    /// It can never be used.
-    Fatal(anyhow::Error),
-    /// There is no JetStream; it can never be used, unless there was one before.
-    NobodyAnswers(anyhow::Error),
-    /// It cannot be used at the moment.
-    Temporary(String),
-}
 
 /// The consumer that a relay needs.
 pub(crate) struct Consumer {
@@ -50,68 +36,112 @@ pub(crate) struct Consumer {
     /// It consumes everything below this prefix.
     pub(crate) prefix: Prefix,
     /// Its messages are republished under this prefix.
-    pub(crate) relayed_prefix: Prefix,
+    relayed_prefix: Prefix,
     /// The message at which a consumer that the relay creates begins.
-    pub(crate) deliver_policy: DeliverPolicy,
+    deliver_policy: DeliverPolicy,
+    /// What is known about its deliveries to us.
+    pub(super) deliveries: Mutex<Deliveries>,
+}
+
+/// What is known about the deliveries of a consumer to us.
+pub(super) struct Deliveries {
+    /// How many there were.
+    pub(super) received: u64,
+    /// When the consumer was created, in nanoseconds since 1970.
+    pub(super) created: i128,
+    /// The last moment at which certainly everything that was handed out had come to us, and the connection at that
+    /// time. By the wall clock, because no other clock advances while a laptop sleeps.
+    pub(super) complete_at: (SystemTime, u64),
 }
 
 impl Consumer {
-    /// Verifies that the consumer exists and is configured correctly; creates it if it is missing.
-    pub(crate) async fn ensure(&self) -> Result<Info, ConsumerError> {
-        match self.verify().await {
-            Err(ConsumerError::Missing) => self.create().await,
-            verified => verified,
+    /// Returns the consumer of this name, on this stream.
+    pub(crate) fn new(connection: Connection, stream: &str, name: &str, config: &Config) -> Self {
+        Self {
+            connection,
+            stream: stream.to_owned(),
+            name: name.to_owned(),
+            prefix: config.prefix.clone(),
+            relayed_prefix: config.relayed_prefix.clone(),
+            deliver_policy: config.deliver_policy,
+            deliveries: Mutex::new(Deliveries {
+                received: 0,
+                created: 0,
+                complete_at: (SystemTime::UNIX_EPOCH, 0),
+            }),
         }
     }
 
-    /// Verifies that the consumer exists and is configured correctly; returns the server's information about it.
-    pub(crate) async fn verify(&self) -> Result<Info, ConsumerError> {
-        let info = self.info().await?;
-        self.compare(&info.config).map_err(ConsumerError::Fatal)?;
+    /// Notes that nothing has been handed out to us, because nothing has been asked for yet.
+    pub(super) fn begin(&self) {
+        self.deliveries.lock().complete_at = (SystemTime::now(), self.connection.epoch());
+    }
+
+    /// Notes that the consumer may have been deleted, and created anew.
+    pub(super) fn doubt(&self) {
+        self.deliveries.lock().complete_at.0 = SystemTime::UNIX_EPOCH;
+    }
+
+    /// Finds the consumer, or creates it if it is missing; returns the server's information about it. Warns about
+    /// settings that can cost messages or disturb the order.
+    pub(super) async fn ensure(&self) -> Result<Info, Failure> {
+        let stream_warning = self.verify_stream().await?;
+        let info = match self.verify().await? {
+            Some(info) => info,
+            None => self.create().await.map_err(|error| self.failure(error))?,
+        };
+        let waiting = count(info.num_pending + info.num_ack_pending as u64, "message");
+        info!("waiting for the consumer {}: {waiting}", self.name);
+        for warning in stream_warning.into_iter().chain(self.warning(&info.config)) {
+            warn!("{warning}");
+        }
         Ok(info)
     }
 
-    /// Returns the server's information about the consumer.
-    pub(crate) async fn info(&self) -> Result<Info, ConsumerError> {
-        let Self { stream, name, .. } = self;
-        let request = format!("CONSUMER.INFO.{stream}.{name}");
-        self.read(self.connection.request(&request, &json!({})).await)
+    /// Returns the server's information about the consumer once it has verified that it is configured correctly;
+    /// `None` if it is missing.
+    pub(crate) async fn verify(&self) -> Result<Option<Info>, Failure> {
+        match self.info().await {
+            Ok(info) => self.compare(&info.config).map(|()| Some(info)),
+            Err(ApiError::Refused(error))
+                if error.error_code() == ErrorCode::CONSUMER_NOT_FOUND =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(self.failure(error)),
+        }
     }
 
-    /// Verifies that the consumer is still configured correctly; returns the server's information about it, or why
-    /// there is none at the moment.
-    ///
-    /// # Errors
-    /// If it is gone, or was changed so that it cannot be used.
-    pub(crate) async fn verify_again(&self) -> anyhow::Result<Result<Info, String>> {
-        let reason = match self.verify().await {
-            Ok(info) => return Ok(Ok(info)),
-            Err(ConsumerError::Fatal(reason)) => return Err(reason),
-            Err(ConsumerError::Missing) => bail!(
-                "the consumer {} was deleted; the next start creates it anew",
-                self.name
-            ),
-            // A leaf node that has lost its hub, for example.
-            Err(ConsumerError::NobodyAnswers(_)) => "nobody answers".to_owned(),
-            Err(ConsumerError::Temporary(reason)) => reason,
-        };
-        Ok(Err(format!("JetStream is not ready: {reason}")))
+    /// Returns the server's information about the consumer.
+    pub(super) async fn info(&self) -> Result<Info, ApiError> {
+        let request = format!("CONSUMER.INFO.{}.{}", self.stream, self.name);
+        let answer = self.connection.request(&request, &json!({})).await?;
+        Ok(serde_json::from_value(answer)?)
+    }
+
+    fn failure(&self, error: ApiError) -> Failure {
+        match error {
+            // It was there before; a leaf node has lost its hub, for example.
+            ApiError::NobodyAnswers if self.deliveries.lock().created != 0 => {
+                Failure::Temporary(error.to_string())
+            }
+            error => self.connection.failure(error, "NATS_STREAM", &self.stream),
+        }
     }
 
     /// Verifies that the stream stores subjects below the prefix, as far as this NATS user may read its configuration;
     /// returns a warning if its settings can disturb the order.
-    ///
-    /// # Errors
-    /// If the stream stores none of them.
-    pub(crate) async fn verify_stream(&self) -> anyhow::Result<Option<String>> {
+    pub(crate) async fn verify_stream(&self) -> Result<Option<String>, Failure> {
         let stream = &self.stream;
         let request = format!("STREAM.INFO.{stream}");
-        let answer = self.connection.request(&request, &json!({})).await;
-        let config = match answer.map(|answer| serde_json::from_slice(&answer)) {
-            Ok(Ok(Response::Ok(stream::Info { config, .. }))) => config,
+        let config = match self.connection.request(&request, &json!({})).await {
+            Ok(answer) => match serde_json::from_value(answer) {
+                Ok(stream::Info { config, .. }) => config,
+                Err(error) => return Err(self.failure(error.into())),
+            },
             // If it is missing, the request for the consumer reports it.
-            Ok(Ok(Response::Err { .. })) => return Ok(None),
-            Ok(Err(_)) | Err(_) => {
+            Err(ApiError::Refused(_)) => return Ok(None),
+            Err(_) => {
                 return Ok(Some(format!(
                     "cannot look at the stream {stream}, so its limits may drop a message that is being \
                      relayed; allow {} for this NATS user",
@@ -127,12 +157,12 @@ impl Consumer {
                 .iter()
                 .any(|subject| self.prefix.meets(subject))
         {
-            bail!(
+            return Err(Failure::Permanent(format!(
                 "the stream {stream} does not keep {}, but {:?}; add it to its subjects, or set \
                  NATS_STREAM to the stream that does",
                 self.prefix.wildcard(),
                 config.subjects
-            );
+            )));
         }
         let limits = dropping_limits(&config);
         Ok((!limits.is_empty()).then(|| {
@@ -144,50 +174,27 @@ impl Consumer {
         }))
     }
 
-    /// Returns warnings about settings of the consumer that can cost messages or time.
-    pub(crate) fn warnings(&self, config: &consumer::Config) -> Vec<String> {
+    /// Returns a warning if the consumer's settings can cost messages.
+    pub(crate) fn warning(&self, config: &consumer::Config) -> Option<String> {
         let Self { stream, name, .. } = self;
-        let again = "then every message of the stream is POSTed again";
-        let mut warnings = Vec::new();
-        if !config.inactive_threshold.is_zero() {
-            warnings.push(format!(
+        (!config.inactive_threshold.is_zero()).then(|| {
+            format!(
                 "the server deletes the consumer {name} once no relay has used it for {:?} \
-                 (inactive_threshold), and {again}; raise it: nats consumer edit {stream} {name} --force \
-                 --inactive-threshold 87600h",
+                 (inactive_threshold), and then every message of the stream is POSTed again; raise it: nats \
+                 consumer edit {stream} {name} --force --inactive-threshold 87600h",
                 config.inactive_threshold
-            ));
-        }
-        if config.memory_storage {
-            warnings.push(format!(
-                "the server keeps the consumer {name} in memory only (mem_storage) and forgets it when it \
-                 restarts, and {again}; once nothing waits, stop its relays, delete it (nats consumer rm \
-                 {stream} {name} --force), and start them with NATS_DELIVER_POLICY=new"
-            ));
-        }
-        if config.ack_wait >= LONG_ACK_WAIT {
-            warnings.push(format!(
-                "if a relay dies, another takes over its message only after {:?} (ack_wait); shorten it: \
-                 nats consumer edit {stream} {name} --force --wait {ACK_WAIT:?}",
-                config.ack_wait
-            ));
-        }
-        if config.replay_policy == ReplayPolicy::Original {
-            warnings.push(format!(
-                "the consumer {name} hands out messages no faster than they were published (replay_policy \
-                 original)"
-            ));
-        }
-        warnings
+            )
+        })
     }
 
-    async fn create(&self) -> Result<Info, ConsumerError> {
+    async fn create(&self) -> Result<Info, ApiError> {
         let Self { stream, name, .. } = self;
         let config = self.config();
         let request = format!("CONSUMER.CREATE.{stream}.{name}.{}", config.filter_subject);
         let question = json!({ "stream_name": stream, "config": config, "action": "create" });
-        let created = self.read(self.connection.request(&request, &question).await)?;
+        let created = self.connection.request(&request, &question).await?;
         info!("created the consumer {name} on the stream {stream}");
-        Ok(created)
+        Ok(serde_json::from_value(created)?)
     }
 
     fn config(&self) -> consumer::Config {
@@ -204,76 +211,28 @@ impl Consumer {
     }
 
     /// Verifies that an existing consumer preserves the order and gets the right messages, and that it is ours.
-    fn compare(&self, found: &consumer::Config) -> anyhow::Result<()> {
+    fn compare(&self, found: &consumer::Config) -> Result<(), Failure> {
         let Self { stream, name, .. } = self;
         if let Some((field, found, wanted)) = difference(found, &self.prefix.wildcard()) {
-            bail!(
+            return Err(Failure::Permanent(format!(
                 "the consumer {name} of the stream {stream} exists with {field} {found}, but needs \
                  {wanted}; delete it, or set NATS_CONSUMER to another name"
-            );
+            )));
         }
         let description = found.description.as_deref().unwrap_or_default();
-        let wanted = self.relayed_prefix.to_string();
-        // A consumer without such a description was created by somebody else.
-        if let Some(prefix) = description.strip_prefix(DESCRIPTION)
-            && prefix != wanted
-        {
-            bail!(
-                "the consumer {name} of the stream {stream} belongs to a relay that republishes under \
-                 {prefix}, and this one republishes under {wanted}: each would get only a part of the \
-                 messages; set NATS_CONSUMER to another name, or, if you have changed \
-                 NATS_RELAYED_SUBJECT_PREFIX on purpose, take the consumer over: nats consumer edit {stream} \
-                 {name} --force --description '{DESCRIPTION}{wanted}'"
-            );
-        }
-        Ok(())
-    }
-
-    /// Parses an answer of the JetStream API about the consumer.
-    fn read(&self, answer: Result<bytes::Bytes, NoAnswer>) -> Result<Info, ConsumerError> {
-        let Self { stream, name, .. } = self;
-        let answer = match answer {
-            Ok(answer) => answer,
-            Err(NoAnswer::Nobody) => {
-                return Err(match self.connection.silence("NATS_STREAM") {
-                    Failure::Temporary(reason) => ConsumerError::Temporary(reason),
-                    Failure::Permanent(reason) => ConsumerError::NobodyAnswers(anyhow!(reason)),
-                });
+        match description.strip_prefix(DESCRIPTION) {
+            Some(prefix) if prefix != self.relayed_prefix.to_string() => {
+                let wanted = &self.relayed_prefix;
+                Err(Failure::Permanent(format!(
+                    "the consumer {name} of the stream {stream} belongs to a relay that republishes under \
+                     {prefix}, and this one republishes under {wanted}: each would get only a part of the \
+                     messages; set NATS_CONSUMER to another name, or, if you have changed \
+                     NATS_RELAYED_SUBJECT_PREFIX on purpose, take the consumer over: nats consumer edit \
+                     {stream} {name} --force --description '{DESCRIPTION}{wanted}'"
+                )))
             }
-            Err(error) => return Err(ConsumerError::Temporary(error.to_string())),
-        };
-        let error = match serde_json::from_slice(&answer) {
-            Ok(Response::Ok(info)) => return Ok(info),
-            Ok(Response::Err { error }) => error,
-            Err(error) => {
-                return Err(ConsumerError::Temporary(format!(
-                    "its answer cannot be parsed: {error}"
-                )));
-            }
-        };
-        Err(match error.error_code() {
-            ErrorCode::CONSUMER_NOT_FOUND => ConsumerError::Missing,
-            ErrorCode::STREAM_NOT_FOUND => ConsumerError::Fatal(anyhow!(
-                "there is no stream {stream}; create it, or set NATS_STREAM to one that exists"
-            )),
-            _ => {
-                let what = format!("the consumer {name} of the stream {stream}");
-                match refused(&error, &what, "NATS_STREAM") {
-                    Failure::Temporary(reason) => ConsumerError::Temporary(reason),
-                    Failure::Permanent(reason) => ConsumerError::Fatal(anyhow!(reason)),
-                }
-            }
-        })
-    }
-}
-
-impl ConsumerError {
-    /// Describes the reason.
-    pub(crate) fn reason(&self) -> String {
-        match self {
-            Self::Missing => "the consumer is missing".to_owned(),
-            Self::Fatal(reason) | Self::NobodyAnswers(reason) => reason.to_string(),
-            Self::Temporary(reason) => reason.clone(),
+            // A consumer without such a description was created by somebody else.
+            _ => Ok(()),
         }
     }
 }

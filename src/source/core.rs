@@ -1,22 +1,29 @@
 //! Core NATS: at most once. Messages that arrive while a webhook is slow wait in a bounded buffer.
 
-use std::{future::pending, sync::Arc, time::Duration};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
-use async_nats::{Message, Subscriber};
+use async_nats::Subscriber;
+use bytes::Bytes;
 use futures::FutureExt;
 use log::error;
 use tokio::time::{Instant, sleep_until};
 
-use super::{
-    Delivery, arrived,
-    buffer::{BUFFER_BYTES, Buffer},
-    next_of,
-};
+use super::{Delivery, next_of};
 use crate::{
     monitor::Monitor,
     nats::{Connection, ConnectionEvents},
     text::count,
 };
+
+/// The capacity of the buffer in bytes, for subjects, headers and payloads, and the overhead of keeping them.
+const BUFFER_BYTES: usize = 64 * 1024 * 1024;
+
+/// The overhead of a message in addition to its own bytes, in a queue that doubles whenever it is full. It bounds the
+/// number of empty messages.
+const MESSAGE_OVERHEAD: usize = 2 * size_of::<Delivery>() + 64;
+
+/// The overhead of a header value in addition to its own bytes: most of it is for the map.
+const HEADER_OVERHEAD: usize = 256;
 
 /// Drops are reported at most this often.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
@@ -31,16 +38,12 @@ pub struct Core {
     /// Whether we have ended the subscription.
     is_stopped: bool,
     waiting: Buffer,
-    drops: Drops,
+    /// How many messages did not fit into the buffer.
+    dropped: u64,
+    /// How many of these the log has reported.
+    reported: u64,
+    next_report: Instant,
     monitor: Arc<Monitor>,
-}
-
-/// Messages that did not fit into the buffer.
-#[derive(Default)]
-struct Drops {
-    total: u64,
-    unreported: u64,
-    next_report: Option<Instant>,
 }
 
 impl Core {
@@ -59,7 +62,9 @@ impl Core {
             subscriber: None,
             is_stopped: false,
             waiting: Buffer::default(),
-            drops: Drops::default(),
+            dropped: 0,
+            reported: 0,
+            next_report: Instant::now(),
             monitor,
         }
     }
@@ -85,18 +90,14 @@ impl Core {
                 return Ok(None);
             }
             // If nothing waits, a message bypasses the buffer.
-            if let Some(message) = self.step().await? {
-                return Ok(Some(message.into()));
+            if let Some(delivery) = self.step().await? {
+                return Ok(Some(delivery));
             }
         }
     }
 
-    pub(super) fn waiting(&self) -> u64 {
-        self.waiting.len() as u64
-    }
-
-    /// Unsubscribes, so that the other members of the queue group get further messages.
-    pub(super) async fn stop(&mut self) {
+    /// Unsubscribes, so that the other members of the queue group get further messages. Returns how many messages wait.
+    pub(super) async fn stop(&mut self) -> u64 {
         self.is_stopped = true;
         let is_connected = self.connection.is_up();
         if let Some(subscriber) = &mut self.subscriber {
@@ -105,21 +106,21 @@ impl Core {
                 self.end_subscription();
             }
         }
+        self.waiting.queue.len() as u64
     }
 
     /// Takes the messages that have already arrived, and no more.
     fn end_subscription(&mut self) {
-        if let Some(mut subscriber) = self.subscriber.take() {
-            while let Some(Some(message)) = arrived(&mut subscriber).now_or_never() {
-                self.take(message);
-            }
+        while let Some(Some(message)) = next_of(&mut self.subscriber).now_or_never() {
+            self.take(message.into());
         }
+        self.subscriber = None;
     }
 
     pub(super) async fn attend(&mut self) -> anyhow::Error {
         loop {
             match self.step().await {
-                Ok(Some(message)) => self.take(message),
+                Ok(Some(delivery)) => self.take(delivery),
                 Ok(None) => {}
                 Err(reason) => return reason,
             }
@@ -127,40 +128,55 @@ impl Core {
     }
 
     /// Receives a message, or handles another event if one comes first.
-    async fn step(&mut self) -> anyhow::Result<Option<Message>> {
+    async fn step(&mut self) -> anyhow::Result<Option<Delivery>> {
         tokio::select! {
             biased;
             connected = self.events.next() => connected?,
             message = next_of(&mut self.subscriber) => match message {
-                Some(message) => return Ok(Some(message)),
+                Some(message) => return Ok(Some(message.into())),
                 // We have ended it, or the client has crashed, which will be noticed in a moment.
                 None => self.subscriber = None,
             },
-            () = self.drops.report_due() => self.drops.report(),
+            () = sleep_until(self.next_report), if self.dropped > self.reported => self.report(),
         }
         Ok(None)
     }
 
     fn show_waiting(&self) {
-        self.monitor
-            .set_waiting(self.waiting.len() as u64, self.waiting.bytes());
+        let Buffer { queue, bytes } = &self.waiting;
+        self.monitor.set_waiting(queue.len() as u64, *bytes);
     }
 
     /// Takes a message into the buffer, if it fits.
-    fn take(&mut self, message: Message) {
-        if self.waiting.push(message) {
+    fn take(&mut self, delivery: Delivery) {
+        if self.waiting.push(delivery) {
             self.show_waiting();
         } else {
             self.monitor.add_dropped(1);
-            self.drops.add();
+            self.dropped += 1;
         }
+    }
+
+    /// Reports the messages that were dropped since the last report.
+    fn report(&mut self) {
+        error!(
+            "dropped {}, {} since the start: they arrive faster than the webhook accepts them, and {} MiB are \
+             already waiting; use NATS_STREAM to keep such messages",
+            count(self.dropped - self.reported, "message"),
+            self.dropped,
+            BUFFER_BYTES / (1024 * 1024)
+        );
+        self.reported = self.dropped;
+        self.next_report = Instant::now() + REPORT_EVERY;
     }
 
     pub(super) fn close(mut self) {
         self.end_subscription();
-        self.drops.report();
-        if self.waiting.len() > 0 {
-            let waiting = self.waiting.len() as u64;
+        if self.dropped > self.reported {
+            self.report();
+        }
+        let waiting = self.waiting.queue.len() as u64;
+        if waiting > 0 {
             self.monitor.add_dropped(waiting);
             error!(
                 "lost {} not yet relayed, because core mode does not keep them; NATS_STREAM would",
@@ -170,59 +186,88 @@ impl Core {
     }
 }
 
-impl Drops {
-    fn add(&mut self) {
-        self.total += 1;
-        self.unreported += 1;
-        self.next_report.get_or_insert_with(Instant::now);
+/// Waiting messages in the order in which they arrived, bounded in bytes.
+#[derive(Default)]
+struct Buffer {
+    queue: VecDeque<Delivery>,
+    /// The size of the messages with their overhead.
+    bytes: usize,
+}
+
+impl Buffer {
+    /// Keeps a message. Returns whether it fits; a single one always does.
+    fn push(&mut self, mut delivery: Delivery) -> bool {
+        let bytes = self.bytes + cost(&delivery);
+        if bytes > BUFFER_BYTES && !self.queue.is_empty() {
+            return false;
+        }
+        // It came in a larger piece of memory, together with others that may be dropped.
+        delivery.payload = Bytes::copy_from_slice(&delivery.payload);
+        self.queue.push_back(delivery);
+        self.bytes = bytes;
+        true
     }
 
-    /// Resolves once there is something to report and the last report was long enough ago.
-    async fn report_due(&self) {
-        match self.next_report {
-            Some(at) if self.unreported > 0 => sleep_until(at).await,
-            _ => pending().await,
+    /// Returns the message that has waited longest.
+    fn pop(&mut self) -> Option<Delivery> {
+        let delivery = self.queue.pop_front()?;
+        self.bytes -= cost(&delivery);
+        if self.queue.is_empty() {
+            // The memory of a burst is not needed any more.
+            self.queue.shrink_to(1024);
         }
-    }
-
-    fn report(&mut self) {
-        if self.unreported > 0 {
-            error!(
-                "dropped {}, {} since the start: they arrive faster than the webhook accepts \
-                 them, and {} MiB are already waiting; use NATS_STREAM to keep such messages",
-                count(self.unreported, "message"),
-                self.total,
-                BUFFER_BYTES / (1024 * 1024)
-            );
-            self.unreported = 0;
-            self.next_report = Some(Instant::now() + REPORT_EVERY);
-        }
+        Some(delivery)
     }
 }
 
+/// Returns about how much memory a waiting message takes.
+fn cost(delivery: &Delivery) -> usize {
+    let mut bytes = MESSAGE_OVERHEAD + delivery.subject.len() + delivery.payload.len();
+    for (name, values) in delivery.headers.iter() {
+        let name: &str = name.as_ref();
+        for value in values {
+            bytes += HEADER_OVERHEAD + name.len() + value.as_str().len();
+        }
+    }
+    bytes
+}
+
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use tokio::time::timeout;
+    use async_nats::HeaderMap;
 
-    #[tokio::test]
-    async fn drops_are_reported_at_once_and_then_once_a_second() {
-        let mut drops = Drops {
-            next_report: Some(Instant::now()),
-            ..Drops::default()
-        };
-        let due = timeout(Duration::from_millis(20), drops.report_due()).await;
-        assert!(due.is_err(), "there are none");
-        drops.add();
-        drops.add();
-        timeout(REPORT_EVERY, drops.report_due()).await.unwrap();
-        assert_eq!((drops.total, drops.unreported), (2, 2));
-        drops.report();
-        let reported = drops.next_report.unwrap();
-        drops.add();
-        assert_eq!((drops.total, drops.unreported), (3, 1));
-        drops.report_due().await;
-        assert!(Instant::now() >= reported);
+    fn message(payload_bytes: usize) -> Delivery {
+        let mut headers = HeaderMap::new();
+        headers.append("a", "1");
+        Delivery {
+            subject: "s.t".into(),
+            headers,
+            payload: Bytes::from(vec![b'x'; payload_bytes]),
+            ack: None,
+            unrelayable: None,
+        }
+    }
+
+    #[test]
+    fn the_buffer_takes_what_fits_to_the_last_byte() {
+        let mut buffer = Buffer::default();
+        let others = cost(&message(0));
+        assert!(buffer.push(message(1000)));
+        assert_eq!(buffer.bytes, others + 1000);
+        let room = BUFFER_BYTES - buffer.bytes - others;
+        assert!(!buffer.push(message(room + 1)));
+        assert!(buffer.push(message(room)));
+        assert_eq!((buffer.queue.len(), buffer.bytes), (2, BUFFER_BYTES));
+        assert!(!buffer.push(message(0)));
+        let payload_bytes = |delivery: Option<Delivery>| delivery.map(|it| it.payload.len());
+        assert_eq!(payload_bytes(buffer.pop()), Some(1000));
+        assert!(buffer.push(message(1000)));
+        assert_eq!(payload_bytes(buffer.pop()), Some(room));
+        assert_eq!(payload_bytes(buffer.pop()), Some(1000));
+        assert_eq!(payload_bytes(buffer.pop()), None);
+        assert_eq!(buffer.bytes, 0);
+        // A single one always does.
+        assert!(buffer.push(message(BUFFER_BYTES)));
     }
 }

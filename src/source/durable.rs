@@ -13,26 +13,24 @@
 //! - Dropping it loses the messages that it has prefetched. Another relay gets them only after the ack wait,
 //!   whereas we hand them back.
 
-mod opening;
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
-use std::{collections::VecDeque, pin::Pin, sync::Arc, time::Duration};
-
-use anyhow::bail;
-use async_nats::{
-    Message, Subscriber,
-    jetstream::consumer::{Info, ReplayPolicy},
-};
-use futures::{FutureExt, StreamExt};
+use anyhow::{Context as _, bail};
+use async_nats::{Message, Subject, Subscriber, jetstream::consumer::Info};
+use futures::FutureExt;
 use log::{info, warn};
-use tokio::time::{Instant, Sleep, sleep, timeout};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval, timeout};
 
 use super::{
-    Ack, Delivery, ack::Deliveries, consumer::Consumer, next_of, pull::Meaning, requests::Requests,
+    Ack, Delivery,
+    consumer::Consumer,
+    next_of,
+    requests::{Meaning, Requests},
     unreadable,
 };
 use crate::{
     monitor::Monitor,
-    nats::{Connection, ConnectionEvents},
+    nats::{Connection, ConnectionEvents, Failure},
 };
 
 /// How often the server is told that a message is in progress, and is checked for silence.
@@ -50,16 +48,15 @@ pub struct Durable {
     events: ConnectionEvents,
     monitor: Arc<Monitor>,
     consumer: Arc<Consumer>,
-    deliveries: Deliveries,
+    /// The subject on which the server accepts pull requests.
+    pull_subject: Subject,
     requests: Requests,
     subscriber: Option<Subscriber>,
     /// Whether we have ended the subscription.
     is_stopped: bool,
     /// When the consumer was last verified.
     verified: Instant,
-    /// Whether it hands out messages at the pace at which they were published.
-    is_slow: bool,
-    tick: Pin<Box<Sleep>>,
+    tick: Interval,
     /// The deliveries to process next, in this order.
     arrived: VecDeque<Delivery>,
     /// The ack of the message being processed.
@@ -76,26 +73,51 @@ impl Durable {
         consumer: Consumer,
     ) -> Self {
         let Consumer { stream, name, .. } = &consumer;
-        let subject = connection.api_subject(&format!("CONSUMER.MSG.NEXT.{stream}.{name}"));
+        let request = format!("CONSUMER.MSG.NEXT.{stream}.{name}");
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Self {
-            requests: Requests::new(subject.into(), connection.client().new_inbox()),
+            pull_subject: connection.api_subject(&request).into(),
+            requests: Requests::new(connection.client().new_inbox()),
             consumer: Arc::new(consumer),
-            deliveries: Deliveries::new(),
             connection,
             events,
             monitor,
             subscriber: None,
             is_stopped: false,
             verified: Instant::now(),
-            is_slow: false,
-            tick: Box::pin(sleep(TICK)),
+            tick,
             arrived: VecDeque::new(),
             current: None,
             acknowledged: None,
         }
     }
 
+    /// Subscribes to the inbox, and finds or creates the consumer.
+    pub(super) async fn open(&mut self) -> anyhow::Result<()> {
+        let inbox = format!("{}.*", self.requests.inbox());
+        // It fails only if the client has crashed, which the events report.
+        self.subscriber = self.connection.client().subscribe(inbox).await.ok();
+        let ensure = || self.consumer.ensure();
+        let info = tokio::select! {
+            biased;
+            reason = self.events.fatal() => return Err(reason),
+            info = self.connection.until_ready(&self.monitor, ensure) => info?,
+        };
+        self.learn(&info);
+        self.consumer.begin();
+        // If there is no answer, the reason has already been logged.
+        let _ = unreadable::try_to_look(&self.consumer).await;
+        self.find_unreadable().await;
+        Ok(())
+    }
+
     pub(super) async fn next(&mut self) -> anyhow::Result<Option<Delivery>> {
+        if let Some(ended) = self.current.take()
+            && ended.is_acknowledged()
+        {
+            self.acknowledged = Some(ended);
+        }
         loop {
             if self.is_stopped {
                 return Ok(None);
@@ -122,7 +144,7 @@ impl Durable {
             {
                 info!(
                     "{} was handed out again while it was being relayed; acknowledged once more",
-                    ack.id
+                    ack.id()
                 );
                 ack.again().await;
                 self.acknowledged = delivery.ack;
@@ -133,18 +155,9 @@ impl Durable {
         }
     }
 
-    /// Notes that the current message has been processed. If the server has not acknowledged that, the message
-    /// may be redelivered, and is then processed again, because it may not have been republished.
-    pub(super) fn done(&mut self, is_acknowledged: bool) {
-        let ended = self.current.take();
-        if is_acknowledged {
-            self.acknowledged = ended;
-        }
-    }
-
     /// Takes the message that is handed out but not acked, if no client can read it.
     async fn find_unreadable(&mut self) {
-        if let Some(delivery) = unreadable::find(&self.consumer, &self.deliveries).await {
+        if let Some(delivery) = unreadable::find(&self.consumer).await {
             self.wait(delivery);
         }
     }
@@ -160,53 +173,47 @@ impl Durable {
     /// Unsubscribes, so that the server hands out nothing more to us.
     pub(super) async fn stop(&mut self) {
         self.is_stopped = true;
-        if let Some(mut subscriber) = self.subscriber.take() {
+        if let Some(subscriber) = &mut self.subscriber {
             // It fails only if the client has crashed, and the subscription is gone as well.
             let _ = subscriber.unsubscribe().await;
-            while let Some(Some(message)) = subscriber.next().now_or_never() {
-                let _ = self.take_answer(message);
+            while let Some(Some(message)) = next_of(&mut self.subscriber).now_or_never() {
+                let _ = self.take(message);
             }
+            self.subscriber = None;
         }
     }
 
     /// Hands back the unfinished messages, so that another replica can continue at once.
     pub(super) async fn close(mut self) {
         self.stop().await;
-        let arrived = self
-            .arrived
-            .iter()
-            .filter_map(|delivery| delivery.ack.as_ref());
-        let unfinished: Vec<_> = self.current.iter().chain(arrived).collect();
+        let unfinished: Vec<_> = self.unfinished().collect();
         for ack in &unfinished {
             ack.nak().await;
         }
         // Without a connection, there is no point in waiting.
-        let is_flushed = self.connection.is_up()
-            && matches!(
-                timeout(FLUSH_TIMEOUT, self.connection.client().flush()).await,
-                Ok(Ok(()))
-            );
-        for ack in unfinished {
-            match is_flushed {
-                true => info!("{} is handed back to its stream", ack.id),
-                false => info!(
-                    "{} stays in its stream, which hands it out again after the ack wait",
-                    ack.id
-                ),
+        let flush = timeout(FLUSH_TIMEOUT, self.connection.client().flush());
+        if self.connection.is_up() && matches!(flush.await, Ok(Ok(()))) {
+            for ack in unfinished {
+                info!("{} is handed back to its stream", ack.id());
             }
         }
     }
 
+    /// Returns the acks of the messages that we have and have not acknowledged.
+    fn unfinished(&self) -> impl Iterator<Item = &Arc<Ack>> {
+        let arrived = self.arrived.iter().flat_map(|delivery| &delivery.ack);
+        let all = self.current.iter().chain(arrived);
+        all.filter(|ack| !ack.is_acknowledged())
+    }
+
     /// Sends a pull request if none is under way.
     async fn request_next(&mut self) {
-        let Some(request) = self.requests.next() else {
+        let Some((reply, text)) = self.requests.next() else {
             return;
         };
         // It fails only if the client has crashed, which the events report.
-        let client = self.connection.client();
-        let _ = client
-            .publish_with_reply(request.subject, request.reply, request.text)
-            .await;
+        let (client, subject) = (self.connection.client(), self.pull_subject.clone());
+        let _ = client.publish_with_reply(subject, reply, text.into()).await;
     }
 
     /// Handles the next event.
@@ -220,52 +227,30 @@ impl Durable {
                 self.find_unreadable().await;
             }
             message = next_of(&mut self.subscriber) => match message {
-                Some(message) => self.take_answer(message)?,
+                Some(message) => self.take(message)?,
                 // The client has crashed, which will be noticed in a moment.
                 None => self.subscriber = None,
             },
-            () = &mut self.tick => {
-                self.tick.as_mut().reset(Instant::now() + TICK);
-                self.on_tick().await?;
-            }
+            _ = self.tick.tick() => self.on_tick().await?,
         }
         Ok(())
     }
 
     /// Takes a message of the stream, or the server's answer to a pull request.
-    fn take_answer(&mut self, message: Message) -> anyhow::Result<()> {
-        let meaning = Meaning::of(&message, self.requests.inbox(), self.requests.under_way());
-        match meaning {
-            Meaning::Delivery => {
-                // It comes on its own subject, which does not tell which request it answers.
-                self.requests.delivered();
-                self.take(message)?;
-            }
-            Meaning::Ended => self.requests.expired(),
-            Meaning::Failed(reason) => {
-                self.deliveries.doubt_consumer();
-                self.requests.failed(&reason);
-            }
-            Meaning::Unusable(reason) => {
-                bail!(
-                    "the consumer {} cannot be used: {reason}; delete it, or set NATS_CONSUMER to \
-                     another name",
-                    self.consumer.name
-                );
-            }
-            Meaning::Heartbeat => self.requests.answered(),
-            Meaning::Stale | Meaning::Other => {}
-        }
-        Ok(())
-    }
-
     fn take(&mut self, message: Message) -> anyhow::Result<()> {
-        let (ack, pending) = Ack::of(&message, &self.consumer, &self.deliveries)?;
-        self.monitor.set_waiting(pending, 0);
-        self.wait(Delivery {
-            ack: Some(Arc::new(ack)),
-            ..message.into()
-        });
+        match self.requests.take_answer(&message) {
+            Meaning::Delivery => {
+                let subject = message.reply.clone().context("there is no ack subject")?;
+                let (ack, pending) = Ack::of(subject, &self.consumer)?;
+                self.monitor.set_waiting(pending, 0);
+                self.wait(Delivery {
+                    ack: Some(Arc::new(ack)),
+                    ..message.into()
+                });
+            }
+            Meaning::Failed(_) => self.consumer.doubt(),
+            Meaning::Ended | Meaning::Heartbeat | Meaning::Other => {}
+        }
         Ok(())
     }
 
@@ -283,8 +268,7 @@ impl Durable {
         if !self.connection.is_up() {
             return Ok(());
         }
-        let arrived = self.arrived.iter().flat_map(|delivery| &delivery.ack);
-        for ack in self.current.iter().chain(arrived) {
+        for ack in self.unfinished() {
             ack.in_progress().await;
         }
         if self.subscriber.is_some() && self.arrived.is_empty() {
@@ -294,16 +278,13 @@ impl Durable {
             // one batch waits.
             self.request_next().await;
         }
-        let is_suspicious = self.requests.is_suspicious();
         // Somebody may have edited the consumer. Besides, while there is a current message, nothing else
         // tells how many messages wait behind it.
+        let is_suspicious = self.requests.is_suspicious();
         let is_due = is_suspicious || self.is_verification_due();
         let is_verified = is_due && self.verify().await?;
-        if is_suspicious && is_verified {
-            self.requests.start_over(match self.is_slow {
-                true => "with replay_policy original it waits as long as the publisher did",
-                false => "the consumer's max_waiting may be used up",
-            });
+        if is_verified && is_suspicious {
+            self.requests.start_over();
         }
         Ok(())
     }
@@ -317,14 +298,25 @@ impl Durable {
     /// # Errors
     /// If it is not.
     async fn verify(&mut self) -> anyhow::Result<bool> {
-        let found = self.consumer.verify_again().await?;
+        let found = self.consumer.verify().await;
         self.verified = Instant::now();
-        match &found {
-            Ok(info) => self.learn(info),
-            Err(reason) => warn!("{reason}"),
+        let obstacle = match found {
+            Ok(Some(info)) => {
+                self.learn(&info);
+                None
+            }
+            Ok(None) => bail!(
+                "the consumer {} was deleted; the next start creates it anew",
+                self.consumer.name
+            ),
+            Err(Failure::Permanent(reason)) => bail!(reason),
+            Err(Failure::Temporary(reason)) => Some(format!("JetStream is not ready: {reason}")),
+        };
+        let is_verified = obstacle.is_none();
+        if let Some(obstacle) = &obstacle {
+            warn!("{obstacle}");
         }
-        let is_verified = found.is_ok();
-        self.monitor.set_obstacle(found.err());
+        self.monitor.set_obstacle(obstacle);
         Ok(is_verified)
     }
 
@@ -332,7 +324,6 @@ impl Durable {
     fn learn(&mut self, info: &Info) {
         self.monitor.set_waiting(info.num_pending, 0);
         self.requests.limit_batch(info.config.max_batch);
-        self.is_slow = info.config.replay_policy == ReplayPolicy::Original;
-        self.deliveries.come_from(info);
+        self.consumer.deliveries.lock().created = info.created.unix_timestamp_nanos();
     }
 }

@@ -1,10 +1,12 @@
-//! The state of the pull requests of durable mode: one at a time, each for a batch of messages. Sending them and
-//! receiving the answers is up to `durable`.
+//! The pull requests of durable mode: one at a time, each for a batch of messages, and what the server's answers to
+//! them mean. Sending them and receiving the answers is up to `durable`.
+//!
+//! NATS ADR-13 describes the answers, but not all of them; the table in the tests has every one that
+//! nats-server 2.9 to 2.15 can send, as found in its source.
 
 use std::time::Duration;
 
-use async_nats::Subject;
-use bytes::Bytes;
+use async_nats::{Message, StatusCode};
 use log::{debug, warn};
 use tokio::time::Instant;
 
@@ -23,13 +25,8 @@ const HEARTBEAT: Duration = Duration::from_secs(1);
 /// server that had it.
 const SILENCE: Duration = Duration::from_millis(3500);
 
-/// Requests that fail in a row are reported at most this often.
-const REPORT_EVERY: Duration = Duration::from_secs(60);
-
 /// All pull requests of a relay.
 pub(super) struct Requests {
-    /// The subject on which the server accepts them.
-    subject: Subject,
     /// How many messages each asks for.
     batch: u32,
     /// Request `n` is answered on `<inbox>.<n>`.
@@ -41,15 +38,6 @@ pub(super) struct Requests {
     last_answer: Instant,
     /// How many requests in a row have failed.
     failures: u32,
-    /// When that was last reported.
-    reported: Option<Instant>,
-}
-
-/// A request to be sent.
-pub(super) struct PullRequest {
-    pub(super) subject: Subject,
-    pub(super) reply: Subject,
-    pub(super) text: Bytes,
 }
 
 /// The state of the last request.
@@ -63,17 +51,31 @@ enum Request {
     Failed,
 }
 
+/// The meaning of a message from the server.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Meaning {
+    /// It is a message of the stream.
+    Delivery,
+    /// A pull request is still with the server.
+    Heartbeat,
+    /// The current request has expired, as it regularly does; the next one may follow at once.
+    Ended,
+    /// The current request was refused, or has ended early, for this reason. The same may happen to the
+    /// next one at once, so that one has to wait until the consumer has been verified.
+    Failed(String),
+    /// It is the end of an earlier request, or does not come from JetStream.
+    Other,
+}
+
 impl Requests {
-    pub(super) fn new(subject: Subject, inbox: String) -> Self {
+    pub(super) fn new(inbox: String) -> Self {
         Self {
-            subject,
             batch: BATCH,
             inbox,
             last: 0,
             current: Request::Ended,
             last_answer: Instant::now(),
             failures: 0,
-            reported: None,
         }
     }
 
@@ -90,65 +92,57 @@ impl Requests {
         };
     }
 
-    /// Returns the number of the request that is with the server, if one is.
-    pub(super) fn under_way(&self) -> Option<u64> {
-        matches!(self.current, Request::UnderWay(_)).then_some(self.last)
-    }
-
-    /// Returns the next request, if the last one has ended.
-    pub(super) fn next(&mut self) -> Option<PullRequest> {
+    /// Returns the reply subject and the text of the next request (NATS ADR-13), if the last one has ended.
+    pub(super) fn next(&mut self) -> Option<(String, String)> {
         if self.current != Request::Ended {
             return None;
         }
         self.last += 1;
         self.current = Request::UnderWay(self.batch);
         self.last_answer = Instant::now();
-        // NATS ADR-13.
+        let reply = format!("{}.{}", self.inbox, self.last);
         let text = format!(
             r#"{{"batch":{},"expires":{},"idle_heartbeat":{}}}"#,
             self.batch,
             EXPIRES.as_nanos(),
             HEARTBEAT.as_nanos()
         );
-        Some(PullRequest {
-            subject: self.subject.clone(),
-            reply: format!("{}.{}", self.inbox, self.last).into(),
-            text: text.into(),
-        })
+        Some((reply, text))
     }
 
-    /// Notes that the server still has the current request.
-    pub(super) fn answered(&mut self) {
-        self.last_answer = Instant::now();
-    }
-
-    /// Notes that the server has handed out a message, presumably for the current request.
-    pub(super) fn delivered(&mut self) {
-        self.answered();
-        self.failures = 0;
-        self.current = match self.current {
-            Request::UnderWay(left) if left > 1 => Request::UnderWay(left - 1),
-            _ => Request::Ended,
-        };
-    }
-
-    /// Notes that the current request has expired, as requests do.
-    pub(super) fn expired(&mut self) {
-        self.failures = 0;
-        self.end();
+    /// Returns the meaning of a message, and notes what it says about the current request.
+    pub(super) fn take_answer(&mut self, message: &Message) -> Meaning {
+        let is_under_way = matches!(self.current, Request::UnderWay(_));
+        let meaning = Meaning::of(message, &self.inbox, is_under_way.then_some(self.last));
+        match &meaning {
+            // It comes on its own subject, which does not tell which request it answers: presumably the current one.
+            Meaning::Delivery => {
+                self.last_answer = Instant::now();
+                self.failures = 0;
+                self.current = match self.current {
+                    Request::UnderWay(left) if left > 1 => Request::UnderWay(left - 1),
+                    _ => Request::Ended,
+                };
+            }
+            Meaning::Heartbeat => self.last_answer = Instant::now(),
+            Meaning::Ended => {
+                self.failures = 0;
+                self.end();
+            }
+            Meaning::Failed(reason) => {
+                self.current = Request::Failed;
+                self.report(&format!(
+                    "the NATS server refuses to hand out the next one: {reason}"
+                ));
+            }
+            Meaning::Other => {}
+        }
+        meaning
     }
 
     /// Notes that there is no request any more, for whatever reason.
     pub(super) fn end(&mut self) {
         self.current = Request::Ended;
-    }
-
-    /// Notes that the current request was refused.
-    pub(super) fn failed(&mut self, reason: &str) {
-        self.current = Request::Failed;
-        self.report(&format!(
-            "the NATS server refuses to hand out the next one: {reason}"
-        ));
     }
 
     /// Returns whether the consumer should be verified before another request.
@@ -161,118 +155,244 @@ impl Requests {
     }
 
     /// Notes that the consumer is configured correctly, so that another request may follow the suspicious one.
-    /// `silence` says why the server may have said nothing.
-    pub(super) fn start_over(&mut self, silence: &str) {
-        if self.under_way().is_some() {
+    pub(super) fn start_over(&mut self) {
+        if self.current != Request::Failed {
             // Newer servers do not even report this.
-            self.report(&format!(
-                "the NATS server does not answer requests for the next one; {silence}"
-            ));
+            self.report(
+                "the NATS server does not answer requests for the next one; the consumer's max_waiting may be \
+                 used up, or its replay_policy may be original",
+            );
         }
-        self.answered();
         self.end();
     }
 
-    /// Reports a failure if it is not the first in a row. A single failure now and then is normal; after several,
-    /// no messages arrive.
+    /// Reports a failure, ever more rarely, if it is not the first in a row. A single failure now and then is normal;
+    /// after several, no messages arrive.
     fn report(&mut self, reason: &str) {
         self.failures += 1;
-        let is_due = self
-            .reported
-            .is_none_or(|reported| reported.elapsed() >= REPORT_EVERY);
-        if self.failures > 1 && is_due {
+        if self.failures > 1 && self.failures.is_power_of_two() {
             warn!("no messages can arrive: {reason}");
-            self.reported = Some(Instant::now());
         } else {
             debug!("a pull request failed: {reason}");
         }
     }
 }
 
+impl Meaning {
+    /// Returns the meaning of a message, given that request `n` is answered on `<inbox>.<n>`, and that the current
+    /// request, if any, is with the server.
+    pub(crate) fn of(message: &Message, inbox: &str, current: Option<u64>) -> Self {
+        let request = message.subject.strip_prefix(inbox);
+        let Some(request) = request.and_then(|rest| rest.strip_prefix('.')) else {
+            // A publisher can put a status into headers, but not an ack subject into a reply. So the
+            // status of a message that was stored is never taken for the server's.
+            let is_delivery = |reply: &str| reply.starts_with("$JS.ACK.");
+            return match &message.reply {
+                Some(reply) if is_delivery(reply) => Self::Delivery,
+                _ => Self::Other,
+            };
+        };
+        let Some(status) = message.status else {
+            return Self::Other;
+        };
+        let is_current = current.is_some_and(|n| request.parse() == Ok(n));
+        let description = message.description.as_deref().unwrap_or_default();
+        match (status, description) {
+            (StatusCode::IDLE_HEARTBEAT, _) => Self::Heartbeat,
+            _ if !is_current => Self::Other,
+            (StatusCode::TIMEOUT, "Request Timeout") => Self::Ended,
+            // This one comes without a description.
+            (StatusCode::NO_RESPONDERS, "") => Self::Failed(format!("{status} No Responders")),
+            _ => Self::Failed(format!("{status} {description}").trim_end().to_owned()),
+        }
+    }
+}
+
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
-    fn requests() -> Requests {
-        Requests::new("next".into(), "inbox".to_owned())
+    const INBOX: &str = "_INBOX.x";
+
+    /// Returns a message as the client hands it over.
+    fn message(subject: &str, reply: Option<&str>, status: &str) -> Message {
+        let (code, description) = status.split_once(' ').unwrap_or((status, ""));
+        Message {
+            subject: subject.into(),
+            reply: reply.map(Into::into),
+            payload: Default::default(),
+            headers: None,
+            status: (!code.is_empty()).then(|| code.parse().unwrap()),
+            description: (!description.is_empty()).then(|| description.to_owned()),
+            length: 0,
+        }
+    }
+
+    fn answer(request: u64, status: &str) -> Message {
+        message(&format!("{INBOX}.{request}"), None, status)
+    }
+
+    /// Returns the meaning of an answer to the current request.
+    fn meaning(status: &str) -> Meaning {
+        Meaning::of(&answer(7, status), INBOX, Some(7))
+    }
+
+    #[test]
+    fn every_answer_of_the_server_has_a_meaning() {
+        let failures = [
+            // Not the end of the consumer: before 2.10.12 it is also said when the consumer has only moved
+            // to another server of its cluster, https://github.com/nats-io/nats-server/pull/5111.
+            "409 Consumer Deleted",
+            "409 Consumer is push based",
+            "409 Exceeded MaxRequestBatch of 1",
+            "409 Exceeded MaxRequestExpires of 10s",
+            "409 Exceeded MaxRequestMaxBytes of 1",
+            // Only with a heartbeat does 2.15 say nothing instead.
+            "409 Exceeded MaxWaiting",
+            "409 Leadership Change",
+            "409 Server Shutdown",
+            // To a client whose account imports JetStream, and that has unsubscribed.
+            "408 Interest Expired",
+            // To requests that we do not make: with no_wait,
+            "404 No Messages",
+            "408 Requests Pending",
+            // with max_bytes,
+            "409 Batch Completed",
+            "409 Message Size Exceeds MaxBytes",
+            // not JSON, or with a heartbeat above half of the time until they expire,
+            "400 Bad Request - heartbeat value too large",
+            "400 Bad Request - unexpected end of JSON input",
+            // with a priority group, from 2.11 on,
+            "400 Bad Request - Not a Overflow Priority consumer",
+            "400 Bad Request - Not a Pinned Client Priority consumer",
+            "400 Bad Request - Priority must be between 0 and 9",
+            "400 Bad Request - Priority Group missing",
+            "400 Bad Request - Invalid Priority Group",
+            "423 Nats-Pin-Id mismatch",
+            "423 Nats-Wrong-Pin-Id",
+            // with a required API level, from 2.12 on.
+            "412 Required Api Level",
+            // Something new.
+            "418",
+            "409 Gone Fishing",
+        ];
+        let failures = failures.map(|status| (status, Meaning::Failed(status.to_owned())));
+        for (status, current) in failures.into_iter().chain([
+            ("408 Request Timeout", Meaning::Ended),
+            // From the client's own server, if the consumer has no leader or is gone.
+            ("503", Meaning::Failed("503 No Responders".to_owned())),
+        ]) {
+            assert_eq!(meaning(status), current, "{status}");
+            for at in [Some(8), None] {
+                let earlier = Meaning::of(&answer(7, status), INBOX, at);
+                assert_eq!(earlier, Meaning::Other, "{status}");
+            }
+        }
+        let heartbeat = answer(7, "100 Idle Heartbeat");
+        for at in [Some(7), Some(8), None] {
+            assert_eq!(Meaning::of(&heartbeat, INBOX, at), Meaning::Heartbeat);
+        }
+    }
+
+    #[test]
+    fn a_delivery_is_one_by_its_ack_subject_whatever_its_headers_say() {
+        let ack = Some("$JS.ACK.CMS.relay.1.2.3.4.5");
+        for status in [
+            "",
+            "100",
+            "408 Request Timeout",
+            "409 Consumer Deleted",
+            "503",
+        ] {
+            for (subject, reply, expected) in [
+                ("cms.cache.1", ack, Meaning::Delivery),
+                ("cms.cache.1", None, Meaning::Other),
+                ("cms.cache.1", Some("_INBOX.x.7"), Meaning::Other),
+                // Another inbox, which only begins like ours.
+                ("_INBOX.xy.7", None, Meaning::Other),
+                ("_INBOX.x", None, Meaning::Other),
+            ] {
+                let message = message(subject, reply, status);
+                assert_eq!(
+                    Meaning::of(&message, INBOX, Some(7)),
+                    expected,
+                    "{subject} {reply:?} {status}"
+                );
+            }
+        }
+        // What has no status, in the inbox.
+        assert_eq!(meaning(""), Meaning::Other);
+        let forged = message("_INBOX.x.7", ack, "");
+        assert_eq!(Meaning::of(&forged, INBOX, Some(7)), Meaning::Other);
+    }
+
+    /// A message of the stream.
+    fn delivery() -> Message {
+        message("cms.cache.1", Some("$JS.ACK.CMS.relay.1.2.3.4.5"), "")
     }
 
     fn send(requests: &mut Requests) -> Option<String> {
-        requests.next().map(|request| request.reply.to_string())
+        requests.next().map(|(reply, _)| reply)
     }
 
     #[test]
     fn one_request_at_a_time_is_under_way_until_its_batch_is_handed_out() {
-        let mut requests = requests();
+        let mut requests = Requests::new(INBOX.to_owned());
         requests.limit_batch(3);
-        assert_eq!(requests.under_way(), None);
         for n in 1..4 {
-            assert_eq!(send(&mut requests), Some(format!("inbox.{n}")));
+            assert_eq!(send(&mut requests), Some(format!("{INBOX}.{n}")));
             for _ in 0..3 {
                 assert_eq!(send(&mut requests), None);
-                assert_eq!(requests.under_way(), Some(n));
-                requests.delivered();
+                assert_eq!(requests.take_answer(&delivery()), Meaning::Delivery);
             }
-            assert_eq!(requests.under_way(), None);
         }
         // A late delivery is for an earlier request.
-        requests.delivered();
-        assert_eq!(send(&mut requests), Some("inbox.4".to_owned()));
-        requests.expired();
-        assert_eq!(send(&mut requests), Some("inbox.5".to_owned()));
+        requests.take_answer(&delivery());
+        assert_eq!(send(&mut requests), Some(format!("{INBOX}.4")));
+        requests.take_answer(&answer(3, "408 Request Timeout"));
+        assert_eq!(send(&mut requests), None, "that was an earlier one");
+        requests.take_answer(&answer(4, "408 Request Timeout"));
+        assert_eq!(send(&mut requests), Some(format!("{INBOX}.5")));
     }
 
     #[test]
     fn a_request_asks_for_no_more_than_the_consumer_allows() {
-        let mut requests = requests();
+        let mut requests = Requests::new(INBOX.to_owned());
         for (max_batch, batch) in [(0, 64), (-1, 64), (1, 1), (64, 64), (65, 64)] {
             requests.limit_batch(max_batch);
             requests.end();
-            let text = requests.next().map(|request| request.text);
+            let text = requests.next().map(|(_, text)| text);
             let expected =
                 format!(r#"{{"batch":{batch},"expires":4000000000,"idle_heartbeat":1000000000}}"#);
-            assert_eq!(text, Some(expected.into()), "{max_batch}");
+            assert_eq!(text, Some(expected), "{max_batch}");
         }
     }
 
     #[test]
     fn the_consumer_is_verified_after_a_refusal_and_after_silence() {
-        let mut requests = requests();
+        let mut requests = Requests::new(INBOX.to_owned());
         assert!(!requests.is_suspicious());
         send(&mut requests);
         assert!(!requests.is_suspicious());
         requests.last_answer -= SILENCE;
         assert!(requests.is_suspicious());
-        requests.answered();
+        requests.take_answer(&answer(1, "100 Idle Heartbeat"));
         assert!(!requests.is_suspicious());
 
-        requests.failed("no");
+        requests.take_answer(&answer(1, "409 Leadership Change"));
         assert!(requests.is_suspicious());
         assert_eq!(send(&mut requests), None);
-        requests.start_over("why");
+        requests.start_over();
         assert!(!requests.is_suspicious());
-        assert_eq!(send(&mut requests), Some("inbox.2".to_owned()));
+        assert_eq!(send(&mut requests), Some(format!("{INBOX}.2")));
 
         requests.last_answer -= SILENCE;
-        requests.start_over("why");
-        assert_eq!(send(&mut requests), Some("inbox.3".to_owned()));
+        requests.start_over();
+        assert_eq!(send(&mut requests), Some(format!("{INBOX}.3")));
         assert!(!requests.is_suspicious());
-    }
-
-    #[test]
-    fn failures_in_a_row_are_reported_once_a_minute() {
-        let mut requests = requests();
-        let is_reported = |requests: &mut Requests| {
-            let before = requests.reported;
-            requests.failed("no");
-            requests.reported != before
-        };
-        assert!(!is_reported(&mut requests), "one is regular");
-        requests.expired();
-        assert!(!is_reported(&mut requests), "so is another one later");
-        assert!(is_reported(&mut requests));
-        assert!(!is_reported(&mut requests));
-        requests.reported = requests.reported.map(|reported| reported - REPORT_EVERY);
-        assert!(is_reported(&mut requests));
+        assert_eq!(requests.failures, 2);
+        requests.take_answer(&answer(3, "408 Request Timeout"));
+        assert_eq!(requests.failures, 0, "it ended as usual");
     }
 }

@@ -9,40 +9,38 @@ use std::sync::Arc;
 
 use async_nats::jetstream::{message::StreamMessage, stream::RawMessage};
 use base64::{Engine, engine::general_purpose::STANDARD};
-use bytes::Bytes;
 use serde_json::{Value, json};
 
-use super::{
-    Ack, Consumer, Delivery,
-    ack::{Deliveries, Position},
-};
-use crate::nats::NoAnswer;
+use super::{Ack, Consumer, Delivery};
+use crate::nats::ApiError;
 
 /// Asks for a message that does not exist, so that a missing permission to ask shows at once.
 ///
 /// # Errors
 /// If there is no answer.
-pub(crate) async fn try_to_look(consumer: &Consumer) -> Result<(), NoAnswer> {
-    ask(consumer, u64::MAX).await.map(drop)
+pub(crate) async fn try_to_look(consumer: &Consumer) -> Result<(), ApiError> {
+    match stored(consumer, json!({ "seq": u64::MAX })).await {
+        Ok(_) | Err(ApiError::Refused(_)) => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
-/// Returns the server's answer to the request for the message with this sequence: the message, or an error.
-async fn ask(consumer: &Consumer, sequence: u64) -> Result<Bytes, NoAnswer> {
+/// Returns a message of the stream.
+async fn stored(consumer: &Consumer, question: Value) -> Result<RawMessage, ApiError> {
     let request = format!("STREAM.MSG.GET.{}", consumer.stream);
-    let question = json!({ "seq": sequence });
-    consumer.connection.request(&request, &question).await
+    let mut answer = consumer.connection.request(&request, &question).await?;
+    Ok(serde_json::from_value(answer["message"].take())?)
 }
 
 /// Returns the message that is handed out but not acked, if it cannot be read.
-pub(super) async fn find(consumer: &Arc<Consumer>, deliveries: &Deliveries) -> Option<Delivery> {
+pub(super) async fn find(consumer: &Arc<Consumer>) -> Option<Delivery> {
     let info = consumer.info().await.ok()?;
     if info.num_ack_pending == 0 {
         return None;
     }
     let sequence = info.delivered.stream_sequence;
-    let mut answer: Value = serde_json::from_slice(&ask(consumer, sequence).await.ok()?).ok()?;
-    // If it does not exist any more, the answer is an error.
-    let message: RawMessage = serde_json::from_value(answer.get_mut("message")?.take()).ok()?;
+    // It may not exist any more.
+    let message = stored(consumer, json!({ "seq": sequence })).await.ok()?;
     let has_headers = message.headers.is_some();
     let (subject, time) = (message.subject.clone(), message.time);
     let payload = STANDARD.decode(&message.payload).ok()?;
@@ -56,12 +54,11 @@ pub(super) async fn find(consumer: &Arc<Consumer>, deliveries: &Deliveries) -> O
         }
         Ok(_) => return None,
     };
-    let position = Position {
-        sequence,
-        time: time.unix_timestamp_nanos(),
-    };
-    let number = info.delivered.consumer_sequence;
-    let ack = Ack::of_last(position, number, consumer, deliveries);
+    // Such as the server would have sent along with it.
+    let (number, Consumer { stream, name, .. }) = (info.delivered.consumer_sequence, &**consumer);
+    let time = time.unix_timestamp_nanos();
+    let ack = format!("$JS.ACK.{stream}.{name}.1.{sequence}.{number}.{time}.0");
+    let (ack, _) = Ack::of(ack.into(), consumer).ok()?;
     Some(Delivery {
         subject: subject.into(),
         headers: Default::default(),
