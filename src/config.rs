@@ -106,8 +106,8 @@ impl Config {
             webhook: Webhook::read(reader, &mode),
             nats: Nats::read(reader),
             prefix: reader.value(PREFIX, parse_prefix),
-            relayed_prefix: reader.value(RELAYED_PREFIX, parse_own_prefix),
-            failed_prefix: reader.optional(FAILED_PREFIX, parse_own_prefix),
+            relayed_prefix: reader.value(RELAYED_PREFIX, parse_prefix),
+            failed_prefix: reader.optional(FAILED_PREFIX, parse_prefix),
             inbox_prefix: reader.value(INBOX_PREFIX, parse_prefix),
             relayed_stream: reader.optional(RELAYED_STREAM, parse_name),
             failed_stream: reader.optional(FAILED_STREAM, parse_name),
@@ -176,17 +176,6 @@ fn refuse_overlaps(reader: &mut Reader<'_>, config: &Config) {
 fn parse_prefix(text: &str) -> Result<Prefix, String> {
     text.parse()
         .map_err(|problem| format!("{text:?} {problem}"))
-}
-
-/// Parses a prefix to publish under.
-fn parse_own_prefix(text: &str) -> Result<Prefix, String> {
-    let prefix = parse_prefix(text)?;
-    if prefix.is_reserved() {
-        return Err(format!(
-            "{text:?} is reserved for NATS itself; choose another, such as relayed.cache"
-        ));
-    }
-    Ok(prefix)
 }
 
 /// Parses the name of a stream or a consumer (NATS ADR-6).
@@ -317,9 +306,7 @@ mod tests {
             (RELAYED_PREFIX, "cms.cache", "overlaps"),
             (RELAYED_PREFIX, "cms.cache.relayed", "overlaps"),
             (RELAYED_PREFIX, "cms", "overlaps"),
-            (RELAYED_PREFIX, "$JS.API", "is reserved for NATS"),
-            (RELAYED_PREFIX, "_INBOX.x", "is reserved for NATS"),
-            (FAILED_PREFIX, "$SYS", "is reserved for NATS"),
+            (RELAYED_PREFIX, "_INBOX.x", "overlaps"),
             (
                 PREFIX,
                 &"x".repeat(5000),

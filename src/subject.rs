@@ -23,13 +23,6 @@ impl Prefix {
         self.0 == other.0 || self.contains(&other.0) || other.contains(&self.0)
     }
 
-    /// Returns whether NATS reserves the subjects below the prefix: `$JS`, `$SYS` and the like, and inboxes.
-    #[must_use]
-    pub fn is_reserved(&self) -> bool {
-        let first = self.0.split('.').next().unwrap_or_default();
-        first.starts_with('$') || first == "_INBOX"
-    }
-
     /// Returns `subject` with this prefix replaced by `target`; `None` if it is not below this prefix.
     #[must_use]
     pub fn rewrite(&self, subject: &str, target: &Self) -> Option<String> {
@@ -152,20 +145,6 @@ mod tests {
         ] {
             assert_eq!(prefix(a).overlaps(&prefix(b)), expected, "{a} {b}");
             assert_eq!(prefix(b).overlaps(&prefix(a)), expected, "{b} {a}");
-        }
-    }
-
-    #[test]
-    fn the_names_that_nats_reserves_are_known() {
-        for (text, expected) in [
-            ("$JS.API", true),
-            ("$SYS", true),
-            ("_INBOX", true),
-            ("_INBOX.x", true),
-            ("_INBOXES", false),
-            ("a.$JS", false),
-        ] {
-            assert_eq!(prefix(text).is_reserved(), expected, "{text}");
         }
     }
 
