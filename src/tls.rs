@@ -48,6 +48,9 @@ pub fn client_config(config: &config::Webhook) -> anyhow::Result<Option<ClientCo
     Ok(Some(builder.with_client_auth_cert(chain, key)?))
 }
 
+/// Parts of the alerts about a client certificate (RFC 8446, 6.2). Before TLS 1.3 the last one may mean that it is missing.
+const REFUSALS: &str = "Certificate UnknownCA DecryptError AccessDenied HandshakeFailure";
+
 /// Explains the text of a common error of the TLS library, with a hint. `kind` is the first part of the variables'
 /// names: `NATS` or `WEBHOOK`.
 ///
@@ -55,15 +58,8 @@ pub fn client_config(config: &config::Webhook) -> anyhow::Result<Option<ClientCo
 #[must_use]
 pub fn explain(error: &str, kind: &str) -> Option<String> {
     let is = |parts: &[&str]| parts.iter().any(|part| error.contains(part));
-    // RFC 8446, 6.2. Before TLS 1.3 the last one may mean that a certificate is missing.
     if let Some((_, alert)) = error.split_once("received fatal alert: ")
-        && is(&[
-            "Certificate",
-            "UnknownCA",
-            "DecryptError",
-            "AccessDenied",
-            "HandshakeFailure",
-        ])
+        && REFUSALS.split(' ').any(|part| alert.contains(part))
     {
         return Some(format!(
             "it refuses the client certificate, or demands one ({alert}); check {kind}_CERT and {kind}_KEY"
