@@ -73,19 +73,10 @@ pub struct Failure {
     pub status: Option<u16>,
     /// The shortest wait before another attempt, which the destination may ask for.
     pub retry_after: Duration,
-    /// Whether to make another attempt.
-    pub kind: FailureKind,
-}
-
-/// Whether another attempt may succeed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FailureKind {
-    /// It may: there was no connection.
-    Unreachable,
-    /// It may.
-    Temporary,
-    /// It can't.
-    Permanent,
+    /// Whether there was no connection.
+    pub is_unreachable: bool,
+    /// Whether no further attempt can succeed.
+    pub is_permanent: bool,
 }
 
 impl Failure {
@@ -95,7 +86,8 @@ impl Failure {
             reason,
             status: None,
             retry_after: Duration::ZERO,
-            kind: FailureKind::Temporary,
+            is_unreachable: false,
+            is_permanent: false,
         }
     }
 }

@@ -18,7 +18,7 @@ use crate::{
     monitor::{Attempt, Cause, DestinationMetrics},
     republish::{GivenUp, Unrelayed},
     source::Delivery,
-    webhook::{Destination, Endpoint, Failure, FailureKind},
+    webhook::{Destination, Endpoint, Failure},
 };
 
 /// Growing waits between attempts to POST one message.
@@ -148,16 +148,15 @@ impl Forward {
         failed.retain(|(address, failure)| {
             let own = is_ipv6(address);
             // The receiver listens only on addresses of the other IP version.
-            let is_futile = failure.kind == FailureKind::Unreachable
-                && succeeded.contains(&!own)
-                && !succeeded.contains(&own);
+            let is_futile =
+                failure.is_unreachable && succeeded.contains(&!own) && !succeeded.contains(&own);
             if is_futile {
                 let subject = &job.delivery.subject;
                 info!(
                     subject:% = subject;
-                    "{subject} is not POSTed to {}, which refuses connections, as it has succeeded at an address \
-                     of the other IP version; take this one out of the name's addresses",
-                    job.name(*address)
+                    "{subject} has succeeded at an address of the other IP version than {}: {}",
+                    job.name(*address),
+                    failure.reason
                 );
             }
             !is_futile
@@ -180,7 +179,7 @@ impl Forward {
             .await;
         let ended = match &answer {
             Ok(_) => Attempt::Succeeded,
-            Err(failure) if failure.kind == FailureKind::Permanent => Attempt::FailedForGood,
+            Err(failure) if failure.is_permanent => Attempt::FailedForGood,
             Err(_) => Attempt::FailedForNow,
         };
         self.monitor
@@ -212,7 +211,7 @@ impl Forward {
             attempts,
             cause,
         };
-        if failure.kind == FailureKind::Permanent {
+        if failure.is_permanent {
             return Err(given_up(Cause::Refused, reason));
         }
         if Some(attempts) == self.config.webhook.max_attempts {

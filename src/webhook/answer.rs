@@ -17,7 +17,7 @@ use reqwest::{
 };
 use tokio::time::{Instant, timeout_at};
 
-use super::{Destination, Failure, FailureKind, Webhook};
+use super::{Destination, Failure, Webhook};
 use crate::{config, text};
 
 /// The longest `Retry-After` that is honoured.
@@ -74,10 +74,8 @@ impl Webhook {
             ),
             status: Some(status.as_u16()),
             retry_after: retry_after.unwrap_or_default(),
-            kind: match self.gives_up_on(status) {
-                true => FailureKind::Permanent,
-                false => FailureKind::Temporary,
-            },
+            is_unreachable: false,
+            is_permanent: self.gives_up_on(status),
         })
     }
 

@@ -22,7 +22,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-use super::{Failure, FailureKind};
+use super::Failure;
 use crate::{config, text, tls};
 
 const AGENT: &str = concat!("nats-webhook-relay/", env!("CARGO_PKG_VERSION"));
@@ -143,7 +143,7 @@ impl Destination {
             None => String::new(),
         };
         Failure {
-            kind: FailureKind::Unreachable,
+            is_unreachable: true,
             ..Failure::temporary(format!("cannot connect to {server}{through}: {cause}"))
         }
     }
