@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, anyhow};
+use async_nats::{HeaderMap, Message};
 use reqwest::Url;
 use rustls::{ClientConfig, pki_types::ServerName};
 use tokio::{
@@ -22,11 +23,14 @@ use crate::{
     commit::Commit,
     config::{self, Config, Destination, Mode},
     monitor::Monitor,
-    nats::{Connection, ConnectionEvents, connect_once, show},
+    nats::{Connection, ConnectionEvents, NoAnswer, connect_once, show},
     source::{Consumer, try_to_look},
     text::{self, count, reasons},
     tls,
 };
+
+/// How long it may take to find out that nobody listens to acks.
+const ACK_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// How long each step may take.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -199,9 +203,28 @@ async fn check_consumer(
         };
         let what = format!("messages of the stream {stream}");
         report.add(&what, found.map(|()| "readable"));
+        warnings.extend(lost_acks(consumer).await);
     }
     for warning in warnings {
         report.line("warning", &warning);
+    }
+}
+
+/// Returns a warning if nobody listens to acks. It sends an in-progress ack for no message, which changes nothing and
+/// gets no answer.
+async fn lost_acks(consumer: &Consumer) -> Option<String> {
+    let Consumer { stream, name, .. } = consumer;
+    let subject = format!("$JS.ACK.{stream}.{name}.1.0.0.0.0").into();
+    let no_answer = |_: &Message| None::<()>;
+    let answer = consumer
+        .connection
+        .ask(subject, HeaderMap::new(), "+WPI".into(), no_answer);
+    match timeout(ACK_TIMEOUT, answer).await {
+        Ok(Err(NoAnswer::Nobody)) => Some(format!(
+            "nobody listens to acks of the consumer {name}, so each message comes again and again; where \
+             JetStream is imported from another account, export and import the service $JS.ACK.> as well"
+        )),
+        _ => None,
     }
 }
 
@@ -231,9 +254,14 @@ async fn check_destination(
     });
     match addresses.await {
         Ok(addresses) if destination.every_address => {
-            for address in addresses {
-                let found = within_timeout(connect(url, &[address], tls)).await;
-                let name = format!("{name} at {}", address.ip());
+            for (n, address) in addresses.iter().enumerate() {
+                let found = within_timeout(connect(url, &[*address], tls)).await;
+                let name = format!(
+                    "{name} at {}, {} of {}",
+                    address.ip(),
+                    n + 1,
+                    addresses.len()
+                );
                 report.add(&name, found);
             }
         }

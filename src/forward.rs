@@ -5,6 +5,7 @@ mod posting;
 
 use std::{sync::Arc, time::Instant};
 
+use futures::future::{join, join_all};
 use log::{error, info, warn};
 use tokio::time::sleep;
 
@@ -50,12 +51,17 @@ impl Forward {
         }
     }
 
-    /// Verifies the streams that have to confirm published messages.
+    /// Verifies the streams that have to confirm published messages, and logs the addresses of names that have several.
     ///
     /// # Errors
-    /// If one of them cannot be used.
+    /// If one of the streams cannot be used.
     pub async fn open(&self) -> anyhow::Result<()> {
-        self.commit.open().await
+        let destinations = self.webhook.destinations.iter();
+        let names = destinations.filter(|destination| destination.url.every_address);
+        // A name that cannot be resolved now is an attempt's failure, if it still can't be then.
+        let lookups = names.map(|name| name.addresses(self.config.webhook.timeout));
+        let (opened, _) = join(self.commit.open(), join_all(lookups)).await;
+        opened
     }
 
     /// Processes one message to completion: relays it, or gives up on it. If the server has not acknowledged that, the

@@ -113,6 +113,8 @@ async fn every_address_is_told_before_the_message_is_republished() {
         return;
     };
     let relay = name.relay(&nats, &replicas[0]).await;
+    let known = relay.lines("and each has to succeed");
+    assert_eq!(known.len(), 1, "{:#?}", relay.log());
     let port = replicas[0].address().port();
     let every =
         format!("POST to http://frontend.test:{port}/hook at every address of its name, then");
@@ -281,8 +283,8 @@ async fn check_reaches_every_address() {
     let report = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(1), "{report}");
     for (result, address, what) in [
-        ("ok      ", "127.0.0.1", "can be connected to"),
-        ("FAILED  ", "127.0.0.2", "cannot connect: "),
+        ("ok      ", "127.0.0.1, 1 of 2", "can be connected to"),
+        ("FAILED  ", "127.0.0.2, 2 of 2", "cannot connect: "),
     ] {
         let place = format!("at {address}: {what}");
         let is_told = |line: &str| line.starts_with(result) && line.contains(&place);

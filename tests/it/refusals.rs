@@ -199,6 +199,10 @@ async fn acks_that_nobody_takes_are_put_down_to_the_missing_import() {
     nats.publish("cms.cache.x", "x").await;
     let line = relay.logged("does not confirm its ack").await;
     assert!(line.contains("import the service $JS.ACK.>"), "{line}");
+    let durable = [("NATS_STREAM", "CMS"), ("NATS_CONSUMER", "relay")];
+    let (_, report) = Relay::check(&nats, &webhook, &[&LOGIN[..], &durable].concat()).await;
+    let is_warned = |line: &String| line.starts_with("warning nobody listens to acks");
+    assert!(report.iter().any(is_warned), "{report:#?}");
 }
 
 #[tokio::test]
