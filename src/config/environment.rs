@@ -2,7 +2,17 @@
 
 use std::{collections::BTreeMap, ffi::OsString, fs, io, path::Path};
 
-use super::variables::{FILE_SUFFIX, VARIABLES, has_file_form, is_known};
+use super::variables::{
+    ADDRESS, DESTINATION, FILE_SUFFIX, HOST, PASS, USER, VARIABLES, has_file_form, is_known,
+};
+
+/// Names that other programs use for the same settings.
+const ALIASES: [(&str, &str); 4] = [
+    ("NATS_URL", HOST),
+    ("NATS_USERNAME", USER),
+    ("NATS_PASSWORD", PASS),
+    ("WEBHOOK_URL", DESTINATION),
+];
 
 /// Every variable that is set. An empty value counts as unset.
 #[derive(Clone, Default)]
@@ -108,13 +118,20 @@ impl Environment {
         self.variables.keys().map(String::as_str)
     }
 
-    /// Names the set variables that mean nothing to the relay but are one letter away from one that does, each in a
-    /// sentence. Other unknown variables are none of our business: Kubernetes, for one, sets `NATS_PORT` by itself.
+    /// Names the set variables that mean nothing to the relay but are an alias of one that does, or one letter away
+    /// from it, each in a sentence. Other unknown variables are none of our business: Kubernetes, for one, sets
+    /// `NATS_PORT` by itself.
     pub(crate) fn misnamed(&self) -> Vec<String> {
+        let is_set = |name| self.text(name) != Ok(None);
         let meant = |name: &&str| {
             let stem = name.strip_suffix(FILE_SUFFIX).unwrap_or(name);
             let mut names = VARIABLES.iter().map(|variable| variable.name);
-            names.find(|known| strsim::osa_distance(stem, known) <= 1)
+            match ALIASES.iter().find(|(alias, _)| *alias == stem) {
+                // If the right one is set too, the other is for another program, such as the nats command.
+                Some((_, HOST)) if is_set(ADDRESS) => None,
+                Some((_, known)) => Some(*known).filter(|known| !is_set(known)),
+                None => names.find(|known| strsim::osa_distance(stem, known) <= 1),
+            }
         };
         self.names()
             .filter(|name| !is_known(name))
@@ -365,11 +382,18 @@ mod tests {
             ("PATH", None),
             ("http_proxy", None),
             ("NATS_TOKEN_FILE", None),
+            ("NATS_URL", Some(HOST)),
+            ("NATS_PASSWORD_FILE", Some(PASS)),
         ] {
             let environment = Environment::from_iter([(name, "x")]);
             let expected =
                 expected.map(|known| format!("{name} is set but not known; did you mean {known}?"));
             assert_eq!(environment.misnamed(), Vec::from_iter(expected));
+        }
+        // The nats command takes NATS_URL.
+        for known in [HOST, ADDRESS, "NATS_HOST_FILE"] {
+            let environment = Environment::from_iter([("NATS_URL", "x"), (known, "x")]);
+            assert_eq!(environment.misnamed(), Vec::<String>::new(), "{known}");
         }
     }
 }

@@ -59,7 +59,7 @@ impl Webhook {
             signing_keys: reader
                 .optional(SECRET, |text| parse_list(text, parse_signing_key))
                 .unwrap_or_default(),
-            timeout: reader.value(TIMEOUT, parse_duration),
+            timeout: reader.value(TIMEOUT, parse_timeout),
             max_attempts: match mode {
                 // In durable mode, the relay gives up on a message only if its operator wants that.
                 Mode::Durable { .. } if !reader.is_set(MAX_ATTEMPTS) => None,
@@ -219,6 +219,13 @@ fn parse_signing_key(text: &str) -> Result<SecretSlice<u8>, String> {
     match key.filter(|key| (24..=64).contains(&key.len())) {
         Some(key) => Ok(key.into()),
         None => Err("has an entry that is not whsec_ and the base64 of 24 to 64 bytes".into()),
+    }
+}
+
+fn parse_timeout(text: &str) -> Result<Duration, String> {
+    match parse_duration(text)? {
+        Duration::ZERO => Err("is zero, so no attempt could succeed; write it like 15s".into()),
+        timeout => Ok(timeout),
     }
 }
 
@@ -386,6 +393,7 @@ mod tests {
             (TIMEOUT, "15", "is not a valid duration"),
             (TIMEOUT, "-1s", "is not a valid duration"),
             (TIMEOUT, "1day 1s", "is not a valid duration"),
+            (TIMEOUT, "0s", "is zero"),
             (TIMEOUT, "500000000000y", "at most a day"),
             (MAX_ATTEMPTS, "many", "is not a valid count"),
             (MAX_ATTEMPTS, "-1", "is not a valid count"),
