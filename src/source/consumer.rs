@@ -149,8 +149,10 @@ impl Consumer {
                 )));
             }
         };
-        // Messages from other streams have the subjects of those.
-        let is_original = config.mirror.is_none() && config.sources.is_none();
+        // Messages from other streams have the subjects of those, and a transformed one has a new one.
+        let is_original = config.mirror.is_none()
+            && config.sources.is_none()
+            && config.subject_transform.is_none();
         if is_original
             && !config
                 .subjects
@@ -189,17 +191,8 @@ impl Consumer {
 
     async fn create(&self) -> Result<Info, ApiError> {
         let Self { stream, name, .. } = self;
-        let config = self.config();
-        let request = format!("CONSUMER.CREATE.{stream}.{name}.{}", config.filter_subject);
-        let question = json!({ "stream_name": stream, "config": config, "action": "create" });
-        let created = self.connection.request(&request, &question).await?;
-        info!("created the consumer {name} on the stream {stream}");
-        Ok(serde_json::from_value(created)?)
-    }
-
-    fn config(&self) -> consumer::Config {
-        consumer::Config {
-            durable_name: Some(self.name.clone()),
+        let config = consumer::Config {
+            durable_name: Some(name.clone()),
             description: Some(format!("{DESCRIPTION}{}", self.relayed_prefix)),
             deliver_policy: self.deliver_policy,
             ack_policy: AckPolicy::Explicit,
@@ -207,7 +200,12 @@ impl Consumer {
             filter_subject: self.prefix.wildcard(),
             max_ack_pending: 1,
             ..consumer::Config::default()
-        }
+        };
+        let request = format!("CONSUMER.CREATE.{stream}.{name}.{}", config.filter_subject);
+        let question = json!({ "stream_name": stream, "config": config, "action": "create" });
+        let created = self.connection.request(&request, &question).await?;
+        info!("created the consumer {name} on the stream {stream}");
+        Ok(serde_json::from_value(created)?)
     }
 
     /// Verifies that an existing consumer preserves the order and gets the right messages, and that it is ours.
