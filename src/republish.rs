@@ -143,21 +143,12 @@ pub fn failed_headers(
 /// Returns the headers of a message without those that instruct a stream or describe one: the stream behind another
 /// prefix would refuse the message, drop all others, or treat it as a message from one of its own sources.
 fn carried_over(delivery: &Delivery) -> HeaderMap {
-    if !delivery
-        .headers
-        .iter()
-        .any(|(name, _)| is_shed(name.as_ref()))
-    {
-        return delivery.headers.clone();
-    }
     let mut headers = HeaderMap::new();
-    for (name, values) in delivery
-        .headers
-        .iter()
-        .filter(|(name, _)| !is_shed(name.as_ref()))
-    {
-        for value in values {
-            headers.append(name.clone(), value.clone());
+    for (name, values) in delivery.headers.iter() {
+        if !is_shed(name.as_ref()) {
+            for value in values {
+                headers.append(name.clone(), value.clone());
+            }
         }
     }
     headers
@@ -171,15 +162,12 @@ const RELAY_ATTEMPTS: &str = "Relay-Attempts";
 /// Returns whether a header is not carried over, regardless of case: those of an earlier failure, and all that NATS
 /// itself reads or writes (ADR-4, ADR-28, ADR-31, ADR-41, ADR-43, ADR-44, ADR-49, ADR-50, ADR-51).
 fn is_shed(name: &str) -> bool {
-    let start = name.get(..NATS_HEADERS.len());
-    start.is_some_and(|start| start.eq_ignore_ascii_case(NATS_HEADERS))
+    let start = name.get(.."Nats-".len());
+    start.is_some_and(|start| start.eq_ignore_ascii_case("Nats-"))
         || [RELAY_ERROR, RELAY_STATUS, RELAY_ATTEMPTS]
             .iter()
             .any(|shed| name.eq_ignore_ascii_case(shed))
 }
-
-/// The names of the headers of NATS begin with this.
-const NATS_HEADERS: &str = "Nats-";
 
 /// What the server counts as the size of a message with these headers. They are written as `NATS/1.0`, a line for each,
 /// and an empty line (ADR-4), or not at all if there are none.
