@@ -80,14 +80,17 @@ pub async fn check(config: Config, out: &mut dyn Write) -> anyhow::Result<bool> 
                 check_consumer(&consumer, &mut events, &mut report).await;
             }
         }
-        for (prefix, stream) in commit.confirming_streams() {
+        for publisher in commit.publishers() {
+            let Some(stream) = &publisher.stream else {
+                continue;
+            };
             let found = tokio::select! {
                 biased;
                 reason = events.fatal() => Err(reason),
-                found = stream.open(prefix) => found.map_err(Into::into),
+                found = commit.verify(publisher) => found.map_err(Into::into),
             };
-            let found = found.map(|()| format!("exists, and stores {prefix}.>"));
-            report.add(&format!("stream {}", stream.name()), found);
+            let found = found.map(|()| format!("exists, and stores {}.>", publisher.prefix));
+            report.add(&format!("stream {stream}"), found);
         }
     }
     if let Some(address) = config.status_listen {
