@@ -227,17 +227,19 @@ impl<'a> Ids<'a> {
         });
         let own = own.and_then(|(_, values)| Some(values.first()?.as_str()));
         let own = own.filter(|id| !id.is_empty());
-        let other = match &delivery.ack {
-            Some(ack) => Cow::from(ack.id()),
-            None => Cow::from(format!("msg_{:032x}", fastrand::u128(..))),
+        let other = || match &delivery.ack {
+            Some(ack) => ack.id(),
+            None => format!("msg_{:032x}", fastrand::u128(..)),
         };
+        let message = own.map_or_else(|| Cow::from(other()), Cow::from);
         let webhook = match own.filter(|id| id.len() <= LONGEST_ID && !id.contains(is_unsignable)) {
             Some(id) => HeaderValue::try_from(id),
+            None if own.is_some() => HeaderValue::try_from(other().replace(is_unsignable, "_")),
             // A stream's name may have any characters.
-            None => HeaderValue::try_from(other.replace(is_unsignable, "_")),
+            None => HeaderValue::try_from(message.replace(is_unsignable, "_")),
         };
         Self {
-            message: own.map_or(other, Cow::from),
+            message,
             // This never fails, because all of these are visible ASCII.
             webhook: webhook.unwrap_or(HeaderValue::from_static("msg")),
         }
