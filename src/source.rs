@@ -80,15 +80,14 @@ impl Delivery {
             return true;
         };
         loop {
-            let reason = match ack.is_ours().await {
+            match ack.is_ours().await {
                 Ok(is_ours) => return is_ours || self.abandon(),
-                Err(reason) => reason,
-            };
-            warn!(
-                subject:% = self.subject, reason;
-                "{} cannot be published yet, because NATS does not tell whether it is still ours: {reason}",
-                self.subject
-            );
+                Err(reason) => warn!(
+                    subject:% = self.subject, reason;
+                    "{} cannot be published yet, because NATS does not tell whether it is still ours: {reason}",
+                    self.subject
+                ),
+            }
             sleep(ASK_AGAIN).await;
         }
     }
@@ -105,8 +104,7 @@ impl Delivery {
 
 /// Where messages come from.
 ///
-/// An enum rather than a trait: there are two sources, the choice is made once, and this is the only place
-/// that distinguishes them. A trait would make everything that holds a source generic, only to save this `match`.
+/// An enum rather than a trait, which would make everything that holds a source generic.
 pub enum Source {
     /// A core NATS subscription: at most once.
     Core(Box<Core>),
@@ -120,7 +118,7 @@ impl Source {
     pub fn new(
         connection: Connection,
         events: ConnectionEvents,
-        config: &Config,
+        config: &Arc<Config>,
         monitor: &Arc<Monitor>,
     ) -> Self {
         let monitor = Arc::clone(monitor);
@@ -179,10 +177,7 @@ impl Source {
     pub async fn stop(&mut self) -> u64 {
         match self {
             Self::Core(core) => core.stop().await,
-            Self::Durable(durable) => {
-                durable.stop().await;
-                0
-            }
+            Self::Durable(durable) => durable.stop().await,
         }
     }
 

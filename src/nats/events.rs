@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::anyhow;
 use async_nats::{ClientError, Event, ServerError, Statistics};
-use log::{debug, error, info, warn};
+use log::{error, info, warn};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
@@ -204,9 +204,11 @@ impl Observer {
             };
         }
         let stream = request.and_then(|request| request.strip_prefix("STREAM.INFO."));
-        if stream.is_some_and(|stream| self.is_only_input(stream)) {
-            // It can do without reading the configuration of its stream, and logs the consequence.
-            return debug!("no permission to publish on {refused}");
+        if let Some(stream) = stream.filter(|stream| self.is_only_input(stream)) {
+            return warn!(
+                "cannot look at the stream {stream}, so its limits may drop a message that is being relayed; \
+                 allow {refused} for this NATS user"
+            );
         }
         let allow = format!("no permission to publish on {refused}; allow it for this NATS user");
         match refused.starts_with("$JS.") {

@@ -1,10 +1,13 @@
 //! The JetStream consumer: created if it is missing, else verified.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use async_nats::jetstream::{
     ErrorCode,
-    consumer::{self, AckPolicy, DeliverPolicy, Info},
+    consumer::{self, AckPolicy, Info},
     stream::{self, DiscardPolicy},
 };
 use log::{info, warn};
@@ -14,7 +17,6 @@ use serde_json::{Value, json};
 use crate::{
     config::Config,
     nats::{ApiError, Connection, Failure},
-    subject::Prefix,
     text::count,
 };
 
@@ -33,12 +35,7 @@ pub(crate) struct Consumer {
     pub(crate) stream: String,
     /// Its name.
     pub(crate) name: String,
-    /// It consumes everything below this prefix.
-    pub(crate) prefix: Prefix,
-    /// Its messages are republished under this prefix.
-    relayed_prefix: Prefix,
-    /// The message at which a consumer that the relay creates begins.
-    deliver_policy: DeliverPolicy,
+    pub(super) config: Arc<Config>,
     /// What is known about its deliveries to us.
     pub(super) deliveries: Mutex<Deliveries>,
 }
@@ -56,25 +53,23 @@ pub(super) struct Deliveries {
 
 impl Consumer {
     /// Returns the consumer of this name, on this stream.
-    pub(crate) fn new(connection: Connection, stream: &str, name: &str, config: &Config) -> Self {
+    pub(crate) fn new(
+        connection: Connection,
+        stream: &str,
+        name: &str,
+        config: &Arc<Config>,
+    ) -> Self {
         Self {
             connection,
             stream: stream.to_owned(),
             name: name.to_owned(),
-            prefix: config.prefix.clone(),
-            relayed_prefix: config.relayed_prefix.clone(),
-            deliver_policy: config.deliver_policy,
+            config: Arc::clone(config),
             deliveries: Mutex::new(Deliveries {
                 received: 0,
                 created: 0,
                 complete_at: (SystemTime::UNIX_EPOCH, 0),
             }),
         }
-    }
-
-    /// Notes that nothing has been handed out to us, because nothing has been asked for yet.
-    pub(super) fn begin(&self) {
-        self.deliveries.lock().complete_at = (SystemTime::now(), self.connection.epoch());
     }
 
     /// Notes that the consumer may have been deleted, and created anew.
@@ -95,6 +90,8 @@ impl Consumer {
         for warning in stream_warning.into_iter().chain(self.warning(&info.config)) {
             warn!("{warning}");
         }
+        // Nothing has been handed out to us, because nothing has been asked for yet.
+        self.deliveries.lock().complete_at = (SystemTime::now(), self.connection.epoch());
         Ok(info)
     }
 
@@ -134,20 +131,11 @@ impl Consumer {
     pub(crate) async fn verify_stream(&self) -> Result<Option<String>, Failure> {
         let stream = &self.stream;
         let request = format!("STREAM.INFO.{stream}");
-        let config = match self.connection.request(&request, &json!({})).await {
-            Ok(answer) => match serde_json::from_value(answer) {
-                Ok(stream::Info { config, .. }) => config,
-                Err(error) => return Err(self.failure(error.into())),
-            },
-            // If it is missing, the request for the consumer reports it.
-            Err(ApiError::Refused(_)) => return Ok(None),
-            Err(_) => {
-                return Ok(Some(format!(
-                    "cannot look at the stream {stream}, so its limits may drop a message that is being \
-                     relayed; allow {} for this NATS user",
-                    self.connection.api_subject(&request)
-                )));
-            }
+        let answer = self.connection.request(&request, &json!({})).await;
+        let info = answer.and_then(|answer| Ok(serde_json::from_value(answer)?));
+        // If it is missing, the request for the consumer reports it.
+        let Ok(stream::Info { config, .. }) = info else {
+            return Ok(None);
         };
         // Messages from other streams have the subjects of those, and a transformed one has a new one.
         let is_original = config.mirror.is_none()
@@ -157,12 +145,12 @@ impl Consumer {
             && !config
                 .subjects
                 .iter()
-                .any(|subject| self.prefix.meets(subject))
+                .any(|subject| self.config.prefix.meets(subject))
         {
             return Err(Failure::Permanent(format!(
                 "the stream {stream} does not keep {}, but {:?}; add it to its subjects, or set \
                  NATS_STREAM to the stream that does",
-                self.prefix.wildcard(),
+                self.config.prefix.wildcard(),
                 config.subjects
             )));
         }
@@ -193,11 +181,11 @@ impl Consumer {
         let Self { stream, name, .. } = self;
         let config = consumer::Config {
             durable_name: Some(name.clone()),
-            description: Some(format!("{DESCRIPTION}{}", self.relayed_prefix)),
-            deliver_policy: self.deliver_policy,
+            description: Some(format!("{DESCRIPTION}{}", self.config.relayed_prefix)),
+            deliver_policy: self.config.deliver_policy,
             ack_policy: AckPolicy::Explicit,
             ack_wait: ACK_WAIT,
-            filter_subject: self.prefix.wildcard(),
+            filter_subject: self.config.prefix.wildcard(),
             max_ack_pending: 1,
             ..consumer::Config::default()
         };
@@ -211,7 +199,7 @@ impl Consumer {
     /// Verifies that an existing consumer preserves the order and gets the right messages, and that it is ours.
     fn compare(&self, found: &consumer::Config) -> Result<(), Failure> {
         let Self { stream, name, .. } = self;
-        if let Some((field, found, wanted)) = difference(found, &self.prefix.wildcard()) {
+        if let Some((field, found, wanted)) = difference(found, &self.config.prefix.wildcard()) {
             return Err(Failure::Permanent(format!(
                 "the consumer {name} of the stream {stream} exists with {field} {found}, but needs \
                  {wanted}; delete it, or set NATS_CONSUMER to another name"
@@ -219,8 +207,8 @@ impl Consumer {
         }
         let description = found.description.as_deref().unwrap_or_default();
         match description.strip_prefix(DESCRIPTION) {
-            Some(prefix) if prefix != self.relayed_prefix.to_string() => {
-                let wanted = &self.relayed_prefix;
+            Some(prefix) if prefix != self.config.relayed_prefix.to_string() => {
+                let wanted = &self.config.relayed_prefix;
                 Err(Failure::Permanent(format!(
                     "the consumer {name} of the stream {stream} belongs to a relay that republishes under \
                      {prefix}, and this one republishes under {wanted}: each would get only a part of the \

@@ -95,7 +95,7 @@ impl Durable {
 
     /// Subscribes to the inbox, and finds or creates the consumer.
     pub(super) async fn open(&mut self) -> anyhow::Result<()> {
-        let inbox = format!("{}.*", self.requests.inbox());
+        let inbox = format!("{}.*", self.requests.inbox);
         // It fails only if the client has crashed, which the events report.
         self.subscriber = self.connection.client().subscribe(inbox).await.ok();
         let ensure = || self.consumer.ensure();
@@ -105,7 +105,6 @@ impl Durable {
             info = self.connection.until_ready(&self.monitor, ensure) => info?,
         };
         self.learn(&info);
-        self.consumer.begin();
         // If there is no answer, the reason has already been logged.
         let _ = unreadable::try_to_look(&self.consumer).await;
         self.find_unreadable().await;
@@ -128,7 +127,7 @@ impl Durable {
                 self.verify().await?;
             }
             let is_strange =
-                |delivery: &Delivery| !self.consumer.prefix.contains(&delivery.subject);
+                |delivery: &Delivery| !self.consumer.config.prefix.contains(&delivery.subject);
             if self.arrived.front().is_some_and(is_strange) && !self.verify().await? {
                 // The consumer may have been edited; wait until it has been verified.
                 self.step().await?;
@@ -170,8 +169,8 @@ impl Durable {
         }
     }
 
-    /// Unsubscribes, so that the server hands out nothing more to us.
-    pub(super) async fn stop(&mut self) {
+    /// Unsubscribes, so that the server hands out nothing more to us. No message waits; they stay in the stream.
+    pub(super) async fn stop(&mut self) -> u64 {
         self.is_stopped = true;
         if let Some(subscriber) = &mut self.subscriber {
             // It fails only if the client has crashed, and the subscription is gone as well.
@@ -181,6 +180,7 @@ impl Durable {
             }
             self.subscriber = None;
         }
+        0
     }
 
     /// Hands back the unfinished messages, so that another replica can continue at once.

@@ -30,7 +30,7 @@ pub(super) struct Requests {
     /// How many messages each asks for.
     batch: u32,
     /// Request `n` is answered on `<inbox>.<n>`.
-    inbox: String,
+    pub(super) inbox: String,
     /// The number of the last one.
     last: u64,
     current: Request,
@@ -77,11 +77,6 @@ impl Requests {
             last_answer: Instant::now(),
             failures: 0,
         }
-    }
-
-    /// Returns the prefix of the subjects of all answers.
-    pub(super) fn inbox(&self) -> &str {
-        &self.inbox
     }
 
     /// Asks for no more messages at a time than the consumer allows (its `max_batch`, if it has one).
