@@ -64,14 +64,12 @@ impl Webhook {
         let retry_after = header(RETRY_AFTER);
         let retry_after = retry_after.and_then(|text| parse_retry_after(text, SystemTime::now()));
         let target = header(LOCATION).filter(|_| status.is_redirection());
-        let target = target.and_then(|target| self.target(&destination.url.secret_url, target));
+        let (target, hint) = target
+            .and_then(|target| self.redirect(&destination.url.secret_url, target))
+            .unwrap_or((String::new(), hint(status)));
+        let excerpt = self.sent_secrets.excerpt(&body, is_whole);
         Err(Failure {
-            reason: format!(
-                "answered {status}{}{}{}",
-                target.unwrap_or_default(),
-                self.sent_secrets.excerpt(&body, is_whole),
-                hint(status)
-            ),
+            reason: format!("answered {status}{target}{excerpt}{hint}"),
             status: Some(status.as_u16()),
             retry_after: retry_after.unwrap_or_default(),
             is_unreachable: false,
@@ -88,25 +86,34 @@ impl Webhook {
         }
     }
 
-    /// Describes the target of a redirect.
-    fn target(&self, own: &Url, location: &str) -> Option<String> {
+    /// Describes the target of a redirect, which is never followed, with a hint.
+    fn redirect(&self, own: &Url, location: &str) -> Option<(String, &'static str)> {
         let target = own.join(location).ok()?;
         // For example mailto: or data:, no part of which is known to be safe to show.
-        let target = target
-            .has_host()
-            .then(|| config::without_secrets(&target))?;
+        let target = Some(target).filter(Url::has_host)?;
+        let path = |url: &Url| url.path().trim_end_matches('/').to_lowercase();
+        let is_login = |word: &str| path(&target).contains(word);
+        let hint = if own.host() == target.host() && path(own) == path(&target) {
+            "; redirects are not followed; set WEBHOOK_DESTINATION to it"
+        } else if ["login", "signin", "sign-in", "auth", "sso"]
+            .into_iter()
+            .any(is_login)
+        {
+            "; it requires a login: does the route need an exemption?"
+        } else {
+            "; redirects are not followed; check WEBHOOK_DESTINATION, and whether the route needs an exemption"
+        };
+        let target = config::without_secrets(&target);
         let target = self.sent_secrets.redact(&target);
         let target = text::one_line(&target, text::LONGEST_PIECE);
-        Some(format!(" to {target}"))
+        Some((format!(" to {target}"), hint))
     }
 }
 
 /// Returns a hint for a status for which the destination or the settings are at fault.
 fn hint(status: StatusCode) -> &'static str {
     match status.as_u16() {
-        300..=399 => {
-            "; redirects are not followed; check WEBHOOK_DESTINATION, and whether the route requires a login"
-        }
+        300..=399 => "; redirects are not followed; check WEBHOOK_DESTINATION",
         401 | 403 => "; check the secret on both sides",
         404 | 405 => "; check the path in WEBHOOK_DESTINATION, and whether the route is deployed",
         407 => "; check the login in the URL of the proxy",

@@ -207,12 +207,12 @@ async fn what_is_not_the_message_s_fault_is_tried_again_with_a_hint() {
         (
             "308 Moved\r\nlocation: /hook/?token=hunter2",
             "",
-            "/hook/; redirects are not followed; check WEBHOOK_DESTINATION",
+            "/hook/; redirects are not followed; set WEBHOOK_DESTINATION to it",
         ),
         (
             "307 Moved\r\nlocation: https://u:hunter2@id.example/login",
             "",
-            "to https://id.example/login; redirects are not followed",
+            "to https://id.example/login; it requires a login",
         ),
         (
             "304 Not Modified",
