@@ -24,7 +24,7 @@ use crate::{
     config::{self, Config, Destination, Mode},
     monitor::Monitor,
     nats::{Connection, ConnectionEvents, NoAnswer, connect_once, show},
-    source::{Consumer, try_to_look},
+    source::{Consumer, oldest_age, try_to_look},
     text::{self, count, reasons},
     tls,
 };
@@ -174,22 +174,31 @@ async fn check_consumer(
     let found = tokio::select! {
         biased;
         reason = events.fatal() => Err(reason),
-        found = async { Ok((consumer.verify_stream().await?, consumer.verify().await?)) } => found,
+        found = async {
+            let (warning, found) = (consumer.verify_stream().await?, consumer.verify().await?);
+            let age = match &found {
+                Some(info) => oldest_age(consumer, info).await,
+                None => None,
+            };
+            Ok((warning, found, age))
+        } => found,
     };
     let mut warnings = Vec::new();
-    let found = found.map(|(warning, found)| {
+    let found = found.map(|(warning, found, age)| {
         warnings.extend(warning);
         let Some(info) = found else {
             return "does not exist yet; will be created on start".to_owned();
         };
-        warnings.extend(consumer.warning(&info.config));
+        warnings.extend(consumer.warnings(&info.config));
         // Only one message at a time is handed out, so all deliveries since the last ack were of the oldest one.
         let deliveries = info.delivered.consumer_sequence - info.ack_floor.consumer_sequence;
+        let age = Duration::from_secs(age.unwrap_or_default().as_secs());
         let waiting = match info.num_pending + info.num_ack_pending as u64 {
             0 => "no message waits".to_owned(),
             waiting => format!(
-                "waiting: {}, the oldest one handed out {}",
+                "waiting: {}, the oldest one for {}, handed out {}",
                 count(waiting, "message"),
+                humantime::format_duration(age),
                 count(deliveries, "time")
             ),
         };

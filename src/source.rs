@@ -31,7 +31,10 @@ pub use self::{
     core::Core,
     durable::Durable,
 };
-pub(crate) use self::{consumer::Consumer, unreadable::try_to_look};
+pub(crate) use self::{
+    consumer::Consumer,
+    unreadable::{oldest_age, try_to_look},
+};
 
 /// A message to relay.
 pub struct Delivery {

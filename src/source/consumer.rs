@@ -7,7 +7,7 @@ use std::{
 
 use async_nats::jetstream::{
     ErrorCode,
-    consumer::{self, AckPolicy, Info},
+    consumer::{self, AckPolicy, Info, ReplayPolicy},
     stream::{self, DiscardPolicy},
 };
 use log::{info, warn};
@@ -23,6 +23,9 @@ use crate::{
 /// How long the server waits for a sign of life about a message before it hands it out again. This is
 /// how long a dead replica holds up the others.
 const ACK_WAIT: Duration = Duration::from_secs(5);
+
+/// The shortest ack wait that is worth a warning.
+const LONG_ACK_WAIT: Duration = Duration::from_secs(30);
 
 /// The description of a consumer that a relay has created begins with this; its relayed prefix follows.
 const DESCRIPTION: &str = "nats-webhook-relay republishes under ";
@@ -87,7 +90,10 @@ impl Consumer {
         };
         let waiting = count(info.num_pending + info.num_ack_pending as u64, "message");
         info!("waiting for the consumer {}: {waiting}", self.name);
-        for warning in stream_warning.into_iter().chain(self.warning(&info.config)) {
+        for warning in stream_warning
+            .into_iter()
+            .chain(self.warnings(&info.config))
+        {
             warn!("{warning}");
         }
         // Nothing has been handed out to us, because nothing has been asked for yet.
@@ -164,17 +170,40 @@ impl Consumer {
         }))
     }
 
-    /// Returns a warning if the consumer's settings can cost messages.
-    pub(crate) fn warning(&self, config: &consumer::Config) -> Option<String> {
+    /// Returns warnings about settings of the consumer that cause repeats or delays.
+    pub(crate) fn warnings(&self, config: &consumer::Config) -> Vec<String> {
         let Self { stream, name, .. } = self;
-        (!config.inactive_threshold.is_zero()).then(|| {
-            format!(
+        let again = "then every message of the stream is POSTed again";
+        let mut warnings = Vec::new();
+        if !config.inactive_threshold.is_zero() {
+            warnings.push(format!(
                 "the server deletes the consumer {name} once no relay has used it for {:?} \
-                 (inactive_threshold), and then every message of the stream is POSTed again; raise it: nats \
-                 consumer edit {stream} {name} --force --inactive-threshold 87600h",
+                 (inactive_threshold), and {again}; raise it: nats consumer edit {stream} {name} --force \
+                 --inactive-threshold 87600h",
                 config.inactive_threshold
-            )
-        })
+            ));
+        }
+        if config.memory_storage {
+            warnings.push(format!(
+                "the server forgets the consumer {name} when it restarts (mem_storage), and {again}; once \
+                 nothing waits, stop its relays, delete it (nats consumer rm {stream} {name} --force), and \
+                 start them with NATS_DELIVER_POLICY=new"
+            ));
+        }
+        if config.ack_wait >= LONG_ACK_WAIT {
+            warnings.push(format!(
+                "if a relay dies, another takes over its message only after {:?} (ack_wait); shorten it: \
+                 nats consumer edit {stream} {name} --force --wait {ACK_WAIT:?}",
+                config.ack_wait
+            ));
+        }
+        if config.replay_policy == ReplayPolicy::Original {
+            warnings.push(format!(
+                "the consumer {name} hands out messages no faster than they were published (replay_policy \
+                 original)"
+            ));
+        }
+        warnings
     }
 
     async fn create(&self) -> Result<Info, ApiError> {

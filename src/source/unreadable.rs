@@ -5,9 +5,12 @@
 //! message out again and again, and hold up all others. So after each connect, before it asks for the next message,
 //! the relay examines the message that is handed out but not acked, in its stored form.
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
-use async_nats::jetstream::{message::StreamMessage, stream::RawMessage};
+use async_nats::jetstream::{consumer::Info, message::StreamMessage, stream::RawMessage};
 use base64::{Engine, engine::general_purpose::STANDARD};
 use serde_json::{Value, json};
 
@@ -30,6 +33,14 @@ async fn stored(consumer: &Consumer, question: Value) -> Result<RawMessage, ApiE
     let request = format!("STREAM.MSG.GET.{}", consumer.stream);
     let mut answer = consumer.connection.request(&request, &question).await?;
     Ok(serde_json::from_value(answer["message"].take())?)
+}
+
+/// Returns how long the oldest unacked message has been in the stream, if there is one.
+pub(crate) async fn oldest_age(consumer: &Consumer, info: &Info) -> Option<Duration> {
+    let next = info.ack_floor.stream_sequence + 1;
+    let question = json!({ "seq": next, "next_by_subj": consumer.config.prefix.wildcard() });
+    let message = stored(consumer, question).await.ok()?;
+    SystemTime::from(message.time).elapsed().ok()
 }
 
 /// Returns the message that is handed out but not acked, if it cannot be read.

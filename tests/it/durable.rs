@@ -69,17 +69,17 @@ async fn check_says_what_is_stuck() {
     };
     let stuck = line().await;
     assert!(
-        stuck.contains("; waiting: 3 messages, the oldest one handed out "),
+        stuck.contains("; waiting: 3 messages, the oldest one for "),
         "{stuck}"
     );
-    assert!(stuck.ends_with("handed out 1 time"), "{stuck}");
+    assert!(stuck.ends_with(", handed out 1 time"), "{stuck}");
     // Killed, so that nobody hands it back, and it is handed out again.
     relay.signal("KILL");
     relay.ended().await;
     let _relay = Relay::durable(&nats, &webhook, &[]).await;
     webhook.received(2).await;
     let stuck = line().await;
-    assert!(stuck.ends_with("handed out 2 times"), "{stuck}");
+    assert!(stuck.ends_with(", handed out 2 times"), "{stuck}");
 }
 
 #[tokio::test]
@@ -424,18 +424,40 @@ fn good_consumer() -> consumer::pull::Config {
 }
 
 #[tokio::test]
-async fn a_consumer_that_the_server_deletes_is_warned_of() {
+async fn a_consumer_that_costs_messages_or_time_is_warned_of() {
     let hour = Duration::from_secs(3600);
     let webhook = Webhook::ok().await;
-    let nats = NatsServer::with_stream().await;
-    let stream = nats.jetstream().await.get_stream("CMS").await.unwrap();
-    let config = consumer::pull::Config {
-        inactive_threshold: hour,
-        ..good_consumer()
-    };
-    stream.create_consumer(config).await.unwrap();
-    let words = ["inactive_threshold", "nats consumer edit CMS relay"];
-    warned_of(&nats, &webhook, words).await;
+    let good = good_consumer;
+    let bad = [
+        consumer::pull::Config {
+            inactive_threshold: hour,
+            ..good()
+        },
+        consumer::pull::Config {
+            memory_storage: true,
+            ..good()
+        },
+        consumer::pull::Config {
+            ack_wait: Duration::from_secs(60),
+            ..good()
+        },
+        consumer::pull::Config {
+            replay_policy: consumer::ReplayPolicy::Original,
+            ..good()
+        },
+    ];
+    let words = [
+        ["inactive_threshold", "nats consumer edit CMS relay"],
+        ["mem_storage", "nats consumer rm CMS relay"],
+        ["ack_wait", "nats consumer edit CMS relay"],
+        ["replay_policy", "no faster than they were published"],
+    ];
+    for (config, words) in bad.into_iter().zip(words) {
+        let nats = NatsServer::with_stream().await;
+        let stream = nats.jetstream().await.get_stream("CMS").await.unwrap();
+        stream.create_consumer(config).await.unwrap();
+        warned_of(&nats, &webhook, words).await;
+    }
     if !NatsServer::is_at_least((2, 10)) {
         eprintln!("the limits of a stream are not tested: it takes nats-server 2.10");
         return;
@@ -450,7 +472,7 @@ async fn a_consumer_that_the_server_deletes_is_warned_of() {
     });
     jetstream.update_stream(config).await.unwrap();
     // The consumer that it creates inherits that.
-    warned_of(&nats, &webhook, words).await;
+    warned_of(&nats, &webhook, words[0]).await;
 }
 
 /// A relay in durable mode warns in these words, and so does `--check`.
