@@ -240,7 +240,7 @@ impl Commit {
              {wait:.1?}",
             delivery.subject
         );
-        self.monitor.add_unconfirmed();
+        self.monitor.metrics.unconfirmed.inc();
         let what = format!("The stream {stream}, which has to keep {subject},");
         self.monitor.set_failing(what, reason, wait);
         sleep(wait).await;

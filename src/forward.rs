@@ -40,7 +40,8 @@ impl Forward {
         config: Arc<Config>,
         monitor: Arc<Monitor>,
     ) -> Self {
-        let metrics = (0..webhook.destinations.len()).map(|index| monitor.destination(index));
+        let metrics =
+            (0..webhook.destinations.len()).map(|index| monitor.metrics.destination(index));
         Self {
             metrics: metrics.collect(),
             webhook,

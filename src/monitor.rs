@@ -22,21 +22,17 @@ use crate::text;
 /// The main loop beats at least this often; a multiple of its heartbeat.
 const LONGEST_TURN: Duration = Duration::from_secs(10);
 
-/// The most bytes of a subject on the page.
-const LONGEST_SUBJECT: usize = 200;
-
 /// How many messages the page shows.
 const MAX_MESSAGES: usize = 50;
 
-const RELAYED: &str = "relayed";
 const GIVEN_UP: &str = "given up on";
-const LEFT: &str = "left in the stream";
 
 /// Metrics and the state.
 pub struct Monitor {
     /// A line for the page that says where messages come from and where they go.
     about: String,
-    metrics: Metrics,
+    /// What it counts and measures; whoever knows more than that tells the monitor.
+    pub metrics: Metrics,
     state: Mutex<State>,
 }
 
@@ -109,7 +105,7 @@ impl Monitor {
             about,
             metrics: Metrics::new()?,
             state: Mutex::new(State {
-                server: Err(String::new()),
+                server: Err("not connected yet".to_owned()),
                 since: SystemTime::now(),
                 obstacle: Some("not subscribed".to_owned()),
                 is_started: false,
@@ -137,7 +133,7 @@ impl Monitor {
         self.metrics.interruptions.inc();
         self.metrics.connected.set(0.0);
         let mut state = self.state.lock();
-        state.server = Err(String::new());
+        state.server = Err("lost the connection".to_owned());
         state.since = SystemTime::now();
     }
 
@@ -157,7 +153,7 @@ impl Monitor {
     pub fn add_received(&self, subject: &str, since: Option<SystemTime>) -> Working<'_> {
         self.metrics.received.inc();
         self.state.lock().current = Some(Current {
-            subject: text::one_line(subject, LONGEST_SUBJECT).into(),
+            subject: text::one_line(subject, text::LONGEST_PIECE).into(),
             since: since.unwrap_or_else(SystemTime::now),
             taken: Instant::now(),
             attempts: 0,
@@ -173,28 +169,12 @@ impl Monitor {
         }
     }
 
-    /// Returns the metrics of the destination at this index in `WEBHOOK_DESTINATION`.
-    #[must_use]
-    pub fn destination(&self, index: usize) -> DestinationMetrics {
-        self.metrics.destination(index)
-    }
-
     /// Notes that an attempt begins.
     pub fn begin_attempt(&self, attempts: u32) {
         self.change_current(|current| {
             current.attempts = current.attempts.max(attempts);
             current.asked = Some(SystemTime::now());
         });
-    }
-
-    /// Notes that an attempt has ended.
-    pub fn end_attempt(&self, destination: &DestinationMetrics, attempt: Attempt, took: Duration) {
-        match attempt {
-            Attempt::Succeeded => destination.success.inc(),
-            Attempt::FailedForNow => destination.temporary.inc(),
-            Attempt::FailedForGood => destination.permanent.inc(),
-        }
-        destination.duration.observe(took.as_secs_f64());
     }
 
     /// Notes a failure that is tried again after `wait`.
@@ -219,17 +199,12 @@ impl Monitor {
         });
     }
 
-    /// Notes that a stream did not confirm a message.
-    pub fn add_unconfirmed(&self) {
-        self.metrics.unconfirmed.inc();
-    }
-
     /// Notes that the current message was relayed.
     pub fn add_relayed(&self, status: Option<u16>, took: Duration) {
         self.metrics.relayed.inc();
         self.metrics.message_duration.observe(took.as_secs_f64());
         let status = status.map(|status| status.to_string());
-        self.end(RELAYED, status.unwrap_or_default());
+        self.end("relayed", status.unwrap_or_default());
     }
 
     /// Notes that the relay gave up on the current message.
@@ -241,7 +216,10 @@ impl Monitor {
     /// Notes that the current message stays in its stream, for this relay or another one.
     pub fn add_unfinished(&self, reason: &str) {
         self.metrics.unfinished.inc();
-        self.end(LEFT, text::one_line(reason, text::LONGEST_PIECE).into());
+        self.end(
+            "left in the stream",
+            text::one_line(reason, text::LONGEST_PIECE).into(),
+        );
     }
 
     /// Keeps what has become of the current message.
@@ -261,16 +239,6 @@ impl Monitor {
         };
         state.messages.truncate(MAX_MESSAGES - 1);
         state.messages.push_front(ended);
-    }
-
-    /// Notes that messages in the buffer were lost, or did not fit into it.
-    pub fn add_dropped(&self, messages: u64) {
-        self.metrics.dropped.inc_by(messages);
-    }
-
-    /// Notes that NATS refused to publish a message.
-    pub fn add_publish_refused(&self) {
-        self.metrics.publish_refused.inc();
     }
 
     /// Notes what waits.

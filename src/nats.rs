@@ -69,8 +69,7 @@ pub async fn connect(
     }
     let client = options.connect(config.nats.servers.as_slice()).await?;
     let _ = observer.statistics.set(client.statistics());
-    let refusals = Arc::clone(&observer.refusals);
-    Ok((Connection::new(client, config, refusals), events))
+    Ok((Connection::new(client, &observer), events))
 }
 
 /// Tries once to connect to one server, for a check.
@@ -88,8 +87,7 @@ pub async fn connect_once(
         .connect(server)
         .await
         .map_err(|error| anyhow!(explain(&error.to_string(), server, &config.nats)))?;
-    let refusals = Arc::clone(&observer.refusals);
-    Ok((Connection::new(client, config, refusals), events))
+    Ok((Connection::new(client, &observer), events))
 }
 
 /// Returns the options of every connection: login, TLS and the rest.

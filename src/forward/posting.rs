@@ -123,8 +123,7 @@ impl Forward {
         let current = match job.destination.addresses(self.webhook.timeout).await {
             Ok(current) => current,
             Err(failure) => {
-                self.monitor
-                    .end_attempt(job.metrics, Attempt::FailedForNow, start.elapsed());
+                job.metrics.add(Attempt::FailedForNow, start.elapsed());
                 return vec![(None, failure)];
             }
         };
@@ -182,8 +181,7 @@ impl Forward {
             Err(failure) if failure.is_permanent => Attempt::FailedForGood,
             Err(_) => Attempt::FailedForNow,
         };
-        self.monitor
-            .end_attempt(job.metrics, ended, start.elapsed());
+        job.metrics.add(ended, start.elapsed());
         let status = answer?.as_u16();
         Ok(Posted { status, attempts })
     }

@@ -5,13 +5,13 @@ use std::{collections::VecDeque, convert::Infallible, net::SocketAddr, sync::Arc
 use anyhow::Context;
 use http_body_util::Full;
 use hyper::{
-    Method, Request, Response, StatusCode,
+    Request, Response, StatusCode,
     body::{Bytes, Incoming},
     header,
     server::conn::http1,
     service::service_fn,
 };
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use log::{info, warn};
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -89,8 +89,6 @@ async fn serve_client(stream: TcpStream, monitor: Arc<Monitor>) {
         async { Ok::<_, Infallible>(response) }
     });
     let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(TIMEOUT)
         .max_buf_size(MAX_HEAD_BYTES)
         .keep_alive(false)
         .serve_connection(TokioIo::new(stream), service);
@@ -106,9 +104,6 @@ fn answer(request: &Request<Incoming>, monitor: &Monitor) -> Response<Full<Bytes
     };
     let file = |kind, text: &str| (StatusCode::OK, kind, text.to_owned());
     let (status, kind, body) = match request.uri().path() {
-        _ if !matches!(*request.method(), Method::GET | Method::HEAD) => {
-            text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD")
-        }
         "/" => (StatusCode::OK, HTML, monitor.page()),
         "/page.css" => file(CSS, include_str!("page.css")),
         "/page.js" => file(JAVASCRIPT, include_str!("page.js")),
@@ -129,7 +124,6 @@ fn answer(request: &Request<Incoming>, monitor: &Monitor) -> Response<Full<Bytes
         .header(header::CONTENT_TYPE, kind)
         .header(header::CACHE_CONTROL, "no-store")
         .header(header::CONTENT_SECURITY_POLICY, POLICY)
-        .header(header::REFERRER_POLICY, "no-referrer")
         .header(header::X_CONTENT_TYPE_OPTIONS, "nosniff")
         .body(Full::from(body))
         .unwrap_or_default()

@@ -34,7 +34,7 @@ pub enum Cause {
 const CAUSES: [&str; 4] = ["refused", "attempts_used", "not_published", "stopped"];
 
 /// How an attempt ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub enum Attempt {
     Succeeded,
     /// There may be another attempt.
@@ -42,17 +42,24 @@ pub enum Attempt {
     FailedForGood,
 }
 
-pub(super) struct Metrics {
+/// The labels of these, in their order.
+const OUTCOMES: [&str; 3] = ["success", "temporary_failure", "permanent_failure"];
+
+/// All metrics.
+pub struct Metrics {
     registry: Registry,
     pub(super) received: IntCounter,
     pub(super) relayed: IntCounter,
     pub(super) message_duration: Histogram,
     /// One of each cause.
     pub(super) given_up: [IntCounter; CAUSES.len()],
-    pub(super) dropped: IntCounter,
-    pub(super) publish_refused: IntCounter,
+    /// In the buffer of core mode.
+    pub dropped: IntCounter,
+    /// By the server.
+    pub publish_refused: IntCounter,
     pub(super) unfinished: IntCounter,
-    pub(super) unconfirmed: IntCounter,
+    /// By a stream.
+    pub unconfirmed: IntCounter,
     attempts: IntCounterVec,
     attempt_duration: HistogramVec,
     pub(super) waiting_messages: Gauge,
@@ -164,13 +171,12 @@ impl Metrics {
     }
 
     /// Returns the metrics of the destination at this index in `WEBHOOK_DESTINATION`.
-    pub(super) fn destination(&self, index: usize) -> DestinationMetrics {
+    #[must_use]
+    pub fn destination(&self, index: usize) -> DestinationMetrics {
         let index = index.to_string();
-        let counter = |outcome| self.attempts.with_label_values(&[&index[..], outcome]);
         DestinationMetrics {
-            success: counter("success"),
-            temporary: counter("temporary_failure"),
-            permanent: counter("permanent_failure"),
+            attempts: OUTCOMES
+                .map(|outcome| self.attempts.with_label_values(&[&index[..], outcome])),
             duration: self.attempt_duration.with_label_values(&[&index[..]]),
         }
     }
@@ -205,8 +211,15 @@ fn registered<M: Collector + Clone + 'static>(
 
 /// The metrics of one destination.
 pub struct DestinationMetrics {
-    pub(super) success: IntCounter,
-    pub(super) temporary: IntCounter,
-    pub(super) permanent: IntCounter,
-    pub(super) duration: Histogram,
+    /// One of each outcome.
+    attempts: [IntCounter; OUTCOMES.len()],
+    duration: Histogram,
+}
+
+impl DestinationMetrics {
+    /// Notes that an attempt has ended.
+    pub fn add(&self, attempt: Attempt, took: Duration) {
+        self.attempts[attempt as usize].inc();
+        self.duration.observe(took.as_secs_f64());
+    }
 }

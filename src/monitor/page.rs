@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use humantime::format_rfc3339_seconds;
+use humantime::{FormattedDuration, format_duration, format_rfc3339_seconds};
 
 use super::{Current, Ended, Failing, GIVEN_UP, Monitor, State, age, metrics::Metrics};
 use crate::text::count;
@@ -47,8 +47,7 @@ impl State {
             return ("wait", format!("Stopping{}", current.unwrap_or_default()));
         }
         if let Err(reason) = &self.server {
-            let colon = if reason.is_empty() { "" } else { ": " };
-            let text = format!("Waiting for NATS for {}{colon}{reason}", span(self.since));
+            let text = format!("Waiting for NATS for {}: {reason}", span(self.since));
             return ("bad", text);
         }
         if let Some(obstacle) = &self.obstacle {
@@ -89,7 +88,7 @@ impl Failing {
         let Self { what, reason, .. } = self;
         let next = match self.next.saturating_duration_since(Instant::now()) {
             Duration::ZERO => "trying again now".to_owned(),
-            wait => format!("next attempt in {} s", wait.as_secs()),
+            wait => format!("next attempt in {}s", wait.as_secs()),
         };
         let since = span(self.since);
         format!("{what} has been failing for {since}: {reason}; {next}")
@@ -125,14 +124,9 @@ fn row(message: &Ended) -> String {
     row
 }
 
-/// Returns in words for how long something has lasted.
-fn span(since: SystemTime) -> String {
-    match age(since).as_secs() {
-        seconds @ 0..120 => format!("{seconds} s"),
-        seconds @ 120..7200 => format!("{} min", seconds / 60),
-        seconds @ 7200..172_800 => format!("{} h", seconds / 3600),
-        seconds => format!("{} days", seconds / 86_400),
-    }
+/// Returns for how long something has lasted, in whole seconds.
+fn span(since: SystemTime) -> FormattedDuration {
+    format_duration(Duration::from_secs(age(since).as_secs()))
 }
 
 fn escape(text: &str) -> String {

@@ -24,6 +24,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
+use super::events::Observer;
 use crate::config::Config;
 
 /// How many of the subjects on which a message was not refused are remembered.
@@ -138,7 +139,7 @@ impl fmt::Display for ClientCrashed {
 }
 
 impl Connection {
-    pub(super) fn new(client: Client, config: &Arc<Config>, refusals: Arc<Refusals>) -> Self {
+    pub(super) fn new(client: Client, observer: &Observer) -> Self {
         let inbox = Inbox {
             prefix: client.new_inbox(),
             last: 0,
@@ -147,8 +148,8 @@ impl Connection {
         Self {
             inbox: Arc::new(Mutex::new(inbox)),
             client,
-            config: Arc::clone(config),
-            refusals,
+            config: Arc::clone(&observer.config),
+            refusals: Arc::clone(&observer.refusals),
         }
     }
 

@@ -162,13 +162,12 @@ impl Observer {
             }
             Some((_, subject)) => self.observe_refused_publish(subject),
             None => match &text.to_ascii_lowercase()[..] {
-                "maximum control line exceeded" => self.refused(
-                    "the subject of a message is too long for the NATS server; raise max_control_line of \
-                     the server",
-                ),
-                "maximum payload violation" => self.refused(
-                    "a message is larger than the NATS server takes; raise max_payload of the server",
-                ),
+                "maximum control line exceeded" | "maximum payload violation" => {
+                    self.refused(&format!(
+                        "a message is too large for the NATS server ({text}); raise max_control_line or \
+                         max_payload of the server"
+                    ));
+                }
                 // The first subscription is that of an inbox, or core mode's own.
                 "maximum subscriptions exceeded" => {
                     self.inbox_refused(anyhow!("NATS refused the subscription: {text}"));
@@ -227,7 +226,7 @@ impl Observer {
 
     fn refused(&self, line: &str) {
         self.refusals.add(1);
-        self.monitor.add_publish_refused();
+        self.monitor.metrics.publish_refused.inc();
         error!("{line}");
     }
 

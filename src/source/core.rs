@@ -152,7 +152,7 @@ impl Core {
         if self.waiting.push(delivery) {
             self.show_waiting();
         } else {
-            self.monitor.add_dropped(1);
+            self.monitor.metrics.dropped.inc();
             self.dropped += 1;
         }
     }
@@ -177,7 +177,7 @@ impl Core {
         }
         let waiting = self.waiting.queue.len() as u64;
         if waiting > 0 {
-            self.monitor.add_dropped(waiting);
+            self.monitor.metrics.dropped.inc_by(waiting);
             error!(
                 "lost {} not yet relayed, because core mode does not keep them; NATS_STREAM would",
                 count(waiting, "message")

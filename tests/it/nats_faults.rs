@@ -267,7 +267,7 @@ async fn a_message_that_became_too_large_for_the_server_counts_as_refused() {
     scene.nats.reload("max_payload: 1024");
     scene
         .relay
-        .logged("a message is larger than the NATS server takes")
+        .logged("a message is too large for the NATS server")
         .await;
     let metrics = metrics(&address).await;
     assert_eq!(metrics["publish_refused_total"], 1.0);

@@ -111,23 +111,19 @@ async fn readiness_follows_the_connection() {
 }
 
 #[tokio::test]
-async fn the_port_answers_who_takes_a_while_and_nothing_but_get_and_head() {
+async fn the_port_answers_who_takes_a_while() {
     let nats = NatsServer::start().await;
     let relay = Relay::between(&nats, "http://localhost:1", &[STATUS]);
     let address = address(&relay).await;
     let mut clients = Vec::new();
-    for _ in 0..3 {
+    for _ in 0..2 {
         clients.push(TcpStream::connect(&address).await.unwrap());
     }
     // By now all that connected before it have been accepted.
     assert_eq!(get(&address, "/livez").await.0, 200);
-    for (stream, (method, status, text)) in clients.into_iter().zip([
-        ("GET", 200, "ok\n"),
-        ("HEAD", 200, ""),
-        ("POST", 405, "only GET and HEAD\n"),
-    ]) {
+    for (stream, (method, text)) in clients.into_iter().zip([("GET", "ok\n"), ("HEAD", "")]) {
         let answer = ask(stream, method, "/livez").await;
-        assert_eq!(answer, (status, text.to_owned()), "{method}");
+        assert_eq!(answer, (200, text.to_owned()), "{method}");
     }
 }
 

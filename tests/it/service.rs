@@ -84,7 +84,7 @@ async fn readiness_status_watchdog_and_stopping_are_told() {
     manager.heard("; 1 relayed, 0 given up").await;
     nats.publish("cms.cache.x", "bad").await;
     manager
-        .heard("STATUS=Gave up, 0 s ago, on cms.cache.x: ")
+        .heard("STATUS=Gave up, 0s ago, on cms.cache.x: ")
         .await;
     nats.publish("cms.cache.x", "good").await;
     // What is over is forgotten.

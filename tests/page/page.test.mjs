@@ -82,10 +82,10 @@ test("shows hostile subjects as text, in whole lines, and no payload", async () 
 test("tells a webhook that fails, one that hangs, and forgets both", async () => {
   answer = (response) => response.writeHead(503).end("no database");
   await publish("cms.cache.fails");
-  await shows("h1", /^The webhook at http:\/\/127\.0\.0\.1:\d+\/hook has been failing for \d+ s: .*503.*; next attempt in \d+ s$/);
+  await shows("h1", /^The webhook at http:\/\/127\.0\.0\.1:\d+\/hook has been failing for \d+s: .*503.*; next attempt in \d+s$/);
   await publish("cms.cache.waits");
   await shows("dt:text-is(\"waiting\") + dd", /^1$/);
-  await shows("[data-live=now] p", /^Current message: cms\.cache\.fails, \d+ s old, [2-9] attempts$/);
+  await shows("[data-live=now] p", /^Current message: cms\.cache\.fails, \d+s old, [2-9] attempts$/);
   assert.match(await page.title(), /^The webhook at /);
   await isFit("failing");
   answer = () => {};
@@ -98,14 +98,14 @@ test("tells a webhook that fails, one that hangs, and forgets both", async () =>
 
   answer = () => {};
   await publish("cms.cache.hangs");
-  await shows("h1", /^Waiting for the webhook's answer for \d+ s$/);
+  await shows("h1", /^Waiting for the webhook's answer for \d+s$/);
   await picture("hangs");
   answer = (response) => response.end();
   await shows("h1", /^Relaying$/);
 
   answer = (response) => response.writeHead(422).end("what is that?");
   await publish("cms.cache.refused");
-  await shows("h1", /^Gave up, \d+ s ago, on cms\.cache\.refused: .*422.*what is that\?/);
+  await shows("h1", /^Gave up, \d+s ago, on cms\.cache\.refused: .*422.*what is that\?/);
   await picture("refused");
   answer = (response) => response.end();
   await publish("cms.cache.fine");
@@ -140,7 +140,7 @@ test("stays small with 100,000 messages", async () => {
 
 test("tells that NATS is away, and that the relay is", async () => {
   nats.process.kill("SIGKILL");
-  await shows("h1", /^Waiting for NATS for \d+ s: cannot connect to NATS at nats:\/\/.*: Connection refused/);
+  await shows("h1", /^Waiting for NATS for \d+s: cannot connect to NATS at nats:\/\/.*: Connection refused/);
   await picture("nats-away");
   await startNats();
   await shows("h1", /^(Relaying$|Listening)/);
