@@ -59,7 +59,11 @@ pub fn dropped() -> u64 {
 
 /// Starts logging to standard error.
 pub fn start(filter: &str, is_json: bool) {
-    let format = Format::new(is_json);
+    let format = Format {
+        is_json,
+        goes_to_journal: goes_to_journal(),
+        is_coloured: is_coloured(),
+    };
     let mut builder = Builder::new();
     builder.parse_filters(filter);
     let is_silent = is_silent(filter);
@@ -68,7 +72,7 @@ pub fn start(filter: &str, is_json: bool) {
     }
     builder.format(move |out, record| format.write(out, record));
     // In a separate thread, because writing to a full pipe or a stopped terminal blocks.
-    thread::spawn(move || write_lines(format));
+    thread::spawn(write_lines);
     builder.target(Target::Pipe(Box::new(Enqueue))).init();
     if is_silent {
         warn!(
@@ -115,10 +119,10 @@ impl Write for Enqueue {
 }
 
 /// Writes the lines of the queue, forever.
-fn write_lines(format: Format) {
-    let mut reported = 0;
+fn write_lines() {
+    let (mut reported, mut is_writable) = (0, true);
     loop {
-        let (mut lines, dropped) = {
+        let (lines, dropped) = {
             let mut queue = QUEUE.lock();
             queue.is_writing = false;
             CHANGED.notify_all();
@@ -126,29 +130,21 @@ fn write_lines(format: Format) {
             queue.is_writing = true;
             (mem::take(&mut queue.lines), queue.dropped)
         };
-        let length = lines.len();
-        if dropped > reported {
-            let report = format_args!(
-                "{} log lines could not be written and were dropped",
-                dropped - reported
-            );
-            let report = Record::builder().level(Level::Warn).args(report).build();
-            // Writing to a vector never fails.
-            let _ = format.write(&mut lines, &report);
+        if is_writable && dropped > reported {
+            let unreported = dropped - reported;
+            warn!("{unreported} log lines could not be written and were dropped");
+            reported = dropped;
         }
-        match io::stderr().write_all(&lines) {
-            Ok(()) => reported = dropped,
-            Err(_) => {
-                let lost = lines[..length].iter().filter(|byte| **byte == b'\n');
-                QUEUE.lock().dropped += lost.count() as u64;
-            }
+        is_writable = io::stderr().write_all(&lines).is_ok();
+        if !is_writable {
+            let lost = lines.iter().filter(|byte| **byte == b'\n').count();
+            QUEUE.lock().dropped += lost as u64;
         }
         thread::sleep(PAUSE);
     }
 }
 
 /// How lines look.
-#[derive(Clone, Copy)]
 struct Format {
     is_json: bool,
     goes_to_journal: bool,
@@ -156,24 +152,15 @@ struct Format {
 }
 
 impl Format {
-    fn new(is_json: bool) -> Self {
-        Self {
-            is_json,
-            goes_to_journal: goes_to_journal(),
-            is_coloured: is_coloured(),
-        }
-    }
-
     /// Writes a record as one line.
-    fn write(self, out: &mut impl Write, record: &Record<'_>) -> io::Result<()> {
+    fn write(&self, out: &mut impl Write, record: &Record<'_>) -> io::Result<()> {
         let (level, time) = (record.level(), format_rfc3339_millis(SystemTime::now()));
         // The journal's priorities (sd-daemon(3), syslog(3)), and a terminal's colours (ECMA-48, SGR).
         let (priority, colour) = match level {
             Level::Error => (3, "1;31"),
             Level::Warn => (4, "33"),
             Level::Info => (6, "32"),
-            Level::Debug => (7, "34"),
-            Level::Trace => (7, "36"),
+            Level::Debug | Level::Trace => (7, "34"),
         };
         if self.goes_to_journal {
             write!(out, "<{priority}>")?;

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use prometheus::{
     Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts, Registry,
-    TextEncoder, core::Collector,
+    TextEncoder, register_gauge_with_registry, register_histogram_vec_with_registry,
+    register_int_counter_vec_with_registry, register_int_counter_with_registry,
 };
 
 use super::logging;
@@ -84,18 +85,18 @@ impl Metrics {
         ))?;
         let options = |name, help| Opts::new(name, help).namespace(NAMESPACE);
         let counter =
-            |name, help| registered(&registry, IntCounter::with_opts(options(name, help))?);
-        let gauge = |name, help| registered(&registry, Gauge::with_opts(options(name, help))?);
+            |name, help| register_int_counter_with_registry!(options(name, help), registry);
+        let gauge = |name, help| register_gauge_with_registry!(options(name, help), registry);
         let counters = |name, help, labels: &[&str]| {
-            registered(&registry, IntCounterVec::new(options(name, help), labels)?)
+            register_int_counter_vec_with_registry!(options(name, help), labels, registry)
         };
         let histograms = |name, help, labels: &[&str]| {
             let options = HistogramOpts::from(options(name, help)).buckets(BUCKETS.to_vec());
-            registered(&registry, HistogramVec::new(options, labels)?)
+            register_histogram_vec_with_registry!(options, labels, registry)
         };
-        let build = options("build_info", "The version that runs.")
-            .const_label("version", env!("CARGO_PKG_VERSION"));
-        registered(&registry, Gauge::with_opts(build)?)?.set(1.0);
+        let build = options("build_info", "The version that runs.");
+        let build = build.const_label("version", env!("CARGO_PKG_VERSION"));
+        register_gauge_with_registry!(build, registry)?.set(1.0);
         let given_up = counters(
             "messages_given_up_total",
             "Messages taken and not relayed, by reason.",
@@ -199,14 +200,6 @@ impl Metrics {
         counter.inc_by(logging::dropped().saturating_sub(counter.get()));
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
-}
-
-fn registered<M: Collector + Clone + 'static>(
-    registry: &Registry,
-    metric: M,
-) -> prometheus::Result<M> {
-    registry.register(Box::new(metric.clone()))?;
-    Ok(metric)
 }
 
 /// The metrics of one destination.
