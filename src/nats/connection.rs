@@ -111,20 +111,6 @@ impl Refusals {
         self.count.fetch_add(refused, Relaxed);
         self.permitted.lock().clear();
     }
-
-    /// Returns whether the next message may be refused: on this very subject, or where `is_sure` is false, on any.
-    fn are_possible(&self, subject: &Subject, is_sure: bool) -> bool {
-        let permitted = self.permitted.lock();
-        permitted.is_empty() || is_sure && !permitted.contains(&subject[..])
-    }
-
-    fn permit(&self, subject: Subject) {
-        let mut permitted = self.permitted.lock();
-        if permitted.len() >= MAX_PERMITTED {
-            permitted.clear();
-        }
-        permitted.insert(subject.to_string());
-    }
 }
 
 /// The task of the NATS client has panicked, as it does on a lone carriage return in a header value. It can no longer
@@ -198,9 +184,8 @@ impl Connection {
                 inbox.subscription = None;
             }
             let (reply, subscription) = inbox.next(&self.client).await;
-            let sent = self.publish(reply.clone(), None, HeaderMap::new(), Bytes::new());
-            // The client refuses only messages that are too large.
-            let _ = sent.await;
+            // It fails only if the client has crashed.
+            let _ = self.client.publish(reply.clone(), Bytes::new()).await;
             tokio::select! {
                 () = answer_on(&reply, subscription, |_| Some(())) => break,
                 () = refused.notified() => {
@@ -228,14 +213,24 @@ impl Connection {
         is_sure: bool,
     ) -> anyhow::Result<()> {
         let refusals = self.refusals();
-        self.publish(subject.clone(), None, headers, payload)
-            .await?;
-        if self.refusals.are_possible(&subject, is_sure) {
+        let client = &self.client;
+        let published = client.publish_with_headers(subject.clone(), headers, payload);
+        sent(published.await).await?;
+        let permitted = &self.refusals.permitted;
+        let is_known = {
+            let permitted = permitted.lock();
+            !permitted.is_empty() && (!is_sure || permitted.contains(&subject[..]))
+        };
+        if !is_known {
             self.round_trip().await;
             if self.refusals() > refusals {
                 bail!("NATS refuses it");
             }
-            self.refusals.permit(subject);
+            let mut permitted = permitted.lock();
+            if permitted.len() >= MAX_PERMITTED {
+                permitted.clear();
+            }
+            permitted.insert(subject.to_string());
         }
         Ok(())
     }
@@ -244,32 +239,6 @@ impl Connection {
     #[must_use]
     pub fn refusals(&self) -> u64 {
         self.refusals.count.load(Relaxed)
-    }
-
-    /// Publishes a message with a reply subject.
-    ///
-    /// # Errors
-    /// If the client refuses it.
-    pub async fn publish(
-        &self,
-        subject: Subject,
-        reply: Option<Subject>,
-        headers: HeaderMap,
-        payload: Bytes,
-    ) -> Result<(), PublishError> {
-        let client = &self.client;
-        let published = match reply {
-            Some(reply) => {
-                client
-                    .publish_with_reply_and_headers(subject, reply, headers, payload)
-                    .await
-            }
-            None => client.publish_with_headers(subject, headers, payload).await,
-        };
-        match published {
-            Err(error) if error.kind() == PublishErrorKind::Send => crashed().await,
-            published => published,
-        }
     }
 
     /// Publishes a message, and waits for its answer: the first that `read` accepts. One question at a time; another one
@@ -286,7 +255,9 @@ impl Connection {
     ) -> Result<T, NoAnswer> {
         let mut inbox = self.inbox.lock().await;
         let (reply, subscription) = inbox.next(&self.client).await;
-        self.publish(subject, Some(reply.clone()), headers, payload)
+        let client = &self.client;
+        let asked = client.publish_with_reply_and_headers(subject, reply.clone(), headers, payload);
+        sent(asked.await)
             .await
             .map_err(|error| NoAnswer::Refused(error.to_string()))?;
         let read = |answer: &Message| match answer.status {
@@ -305,15 +276,21 @@ async fn answer_on<T>(
     subscription: &mut Subscriber,
     read: impl Fn(&Message) -> Option<T>,
 ) -> T {
-    loop {
-        let Some(message) = subscription.next().await else {
-            return crashed().await;
-        };
+    while let Some(message) = subscription.next().await {
         if message.subject == *reply
             && let Some(answer) = read(&message)
         {
             return answer;
         }
+    }
+    crashed().await
+}
+
+/// Returns whether the client has taken a message, unless it has crashed.
+async fn sent(published: Result<(), PublishError>) -> Result<(), PublishError> {
+    match published {
+        Err(error) if error.kind() == PublishErrorKind::Send => crashed().await,
+        published => published,
     }
 }
 

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use super::{
     api::api_prefix,
     connection::{ClientCrashed, Connection, Refusals},
-    servers::{Progress, is_refusal, refused_login},
+    servers::{Progress, explain, is_refusal, show},
 };
 use crate::{
     config::{Config, Mode},
@@ -107,7 +107,7 @@ impl Observer {
                 let mut progress = self.progress.lock();
                 progress.was_accepted = true;
                 progress.connected = Some(Instant::now());
-                let server = progress.server();
+                let server = progress.server.as_ref().map(show).unwrap_or_default();
                 info!("connected to NATS at {server}");
                 self.monitor.set_connected(server);
                 self.tell(Ok(()));
@@ -130,9 +130,9 @@ impl Observer {
             }
             Event::ClientError(ClientError::Other(kind)) if is_refusal(&kind) => {
                 let progress = self.progress.lock();
-                if !progress.was_accepted {
-                    let refused = refused_login(&kind, &self.config.nats);
-                    self.tell(Err(anyhow!("NATS at {} {refused}", progress.server())));
+                if let (false, Some(server)) = (progress.was_accepted, &progress.server) {
+                    let reason = explain(&kind, server, &self.config.nats);
+                    self.tell(Err(anyhow!("NATS at {} {reason}", show(server))));
                 }
             }
             // A failed attempt to connect is logged with its reason when the next server is chosen.

@@ -26,16 +26,12 @@ pub fn show(server: &ServerAddr) -> String {
     format!("{}://{}:{}", server.scheme(), server.host(), server.port())
 }
 
-/// Describes such an error, in the server's words if there are any, which often are the client's.
-pub(super) fn refused_login(error: &str, nats: &Nats) -> String {
-    let reason = error.rsplit(": nats: ").next().unwrap_or(error);
-    format!("refused the login ({reason}); {}", nats.login.hint())
-}
-
 /// Explains why there is no connection to a server.
 pub(super) fn explain(error: &str, server: &ServerAddr, nats: &Nats) -> String {
     if is_refusal(error) {
-        return refused_login(error, nats);
+        // In the server's words if there are any, which often are the client's.
+        let reason = error.rsplit(": nats: ").next().unwrap_or(error);
+        return format!("refused the login ({reason}); {}", nats.login.hint());
     }
     // The client uses this text for every network failure.
     let error = error.strip_prefix("IO error: ").unwrap_or(error);
@@ -65,20 +61,13 @@ pub(super) struct Progress {
     /// Attempts since the last connection that lasted.
     attempts: usize,
     /// The server of the last attempt.
-    server: Option<ServerAddr>,
+    pub(super) server: Option<ServerAddr>,
     /// When it was connected to.
     pub(super) connected: Option<Instant>,
     /// The number of connections before that attempt.
     connections: u64,
     /// Whether a server has accepted the login before. If not, a refusal is final.
     pub(super) was_accepted: bool,
-}
-
-impl Progress {
-    /// Describes the server of the last attempt.
-    pub(super) fn server(&self) -> String {
-        self.server.as_ref().map(show).unwrap_or_default()
-    }
 }
 
 impl Observer {
