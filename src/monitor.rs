@@ -31,7 +31,7 @@ const GIVEN_UP: &str = "given up on";
 pub struct Monitor {
     /// A line for the page that says where messages come from and where they go.
     about: String,
-    /// What it counts and measures; whoever knows more than that tells the monitor.
+    /// What needs nothing but counting is counted here directly.
     pub metrics: Metrics,
     state: Mutex<State>,
 }

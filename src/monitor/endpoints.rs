@@ -38,11 +38,7 @@ const MAX_HEAD_BYTES: usize = 8 * 1024;
 const POLICY: &str = "default-src 'none'; base-uri 'none'; connect-src 'self'; form-action 'none'; \
                       frame-ancestors 'none'; script-src 'self'; style-src 'self'";
 
-const HTML: &str = "text/html; charset=utf-8";
-const CSS: &str = "text/css; charset=utf-8";
-const JAVASCRIPT: &str = "text/javascript; charset=utf-8";
 const TEXT: &str = "text/plain; charset=utf-8";
-const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// Listens, and serves requests in the background from then on.
 ///
@@ -102,15 +98,18 @@ fn answer(request: &Request<Incoming>, monitor: &Monitor) -> Response<Full<Bytes
         Ok(()) => text(StatusCode::OK, "ok"),
         Err(reason) => text(StatusCode::SERVICE_UNAVAILABLE, &reason),
     };
-    let file = |kind, text: &str| (StatusCode::OK, kind, text.to_owned());
+    let file = |kind, text| (StatusCode::OK, kind, text);
     let (status, kind, body) = match request.uri().path() {
-        "/" => (StatusCode::OK, HTML, monitor.page()),
-        "/page.css" => file(CSS, include_str!("page.css")),
-        "/page.js" => file(JAVASCRIPT, include_str!("page.js")),
+        "/" => file("text/html; charset=utf-8", monitor.page()),
+        "/page.css" => file(
+            "text/css; charset=utf-8",
+            include_str!("page.css").to_owned(),
+        ),
+        "/page.js" => file("text/javascript", include_str!("page.js").to_owned()),
         "/livez" => check(monitor.alive()),
         "/readyz" => check(monitor.ready()),
         "/metrics" => match monitor.metrics() {
-            Ok(metrics) => (StatusCode::OK, PROMETHEUS, metrics),
+            Ok(metrics) => file("text/plain; version=0.0.4; charset=utf-8", metrics),
             Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
         },
         _ => text(
