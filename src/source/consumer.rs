@@ -123,9 +123,9 @@ impl Consumer {
     }
 
     fn failure(&self, error: ApiError) -> Failure {
+        let was_there = self.deliveries.lock().created != 0;
         match error {
-            // It was there before; a leaf node has lost its hub, for example.
-            ApiError::NobodyAnswers if self.deliveries.lock().created != 0 => {
+            ApiError::NobodyAnswers if was_there && self.connection.domain().is_none() => {
                 Failure::Temporary(error.to_string())
             }
             error => self.connection.failure(error, "NATS_STREAM", &self.stream),
