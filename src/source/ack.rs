@@ -61,26 +61,13 @@ pub enum Outcome {
 }
 
 impl Ack {
-    /// Returns the ack of a message that the consumer handed out, and how many follow it, from its ack subject:
-    /// `$JS.ACK.[<domain>.<account>.]<stream>.<consumer>.<times>.<sequence>.<number>.<time>.<pending>`, with more
-    /// tokens behind it in the future. (async-nats reads only that of its own messages, and copies a client for each.)
+    /// Returns the ack of a message that the consumer handed out, and how many follow it.
     ///
     /// # Errors
-    /// If it is none.
+    /// If `subject` is no ack subject.
     pub(super) fn of(subject: Subject, consumer: &Arc<Consumer>) -> anyhow::Result<(Self, u64)> {
-        let first = if subject.split('.').count() < 11 {
-            5
-        } else {
-            7
-        };
-        let mut numbers = subject.split('.').skip(first).map(str::parse);
-        let mut next = || {
-            numbers
-                .next()
-                .and_then(Result::ok)
-                .with_context(|| format!("an ack subject has an unknown format: {subject}"))
-        };
-        let (sequence, number, time, pending) = (next()?, next()?, next()?, next()?);
+        let [sequence, number, time, pending] = numbers(&subject)
+            .with_context(|| format!("an ack subject has an unknown format: {subject}"))?;
         let mut deliveries = consumer.deliveries.lock();
         deliveries.received += 1;
         let ack = Self {
@@ -227,5 +214,35 @@ impl Ack {
         }
         deliveries.lock().complete_at = now;
         Ok(true)
+    }
+}
+
+/// Returns the last four numbers of an ack subject,
+/// `$JS.ACK.[<domain>.<account>.]<stream>.<consumer>.<times>.<sequence>.<number>.<time>.<pending>`. With a domain, more
+/// tokens may follow. (To have async-nats read them takes a copy of the client for each message.)
+fn numbers(subject: &str) -> Option<[u64; 4]> {
+    let has_domain = subject.split('.').count() >= 11;
+    let mut tokens = subject.split('.').skip(if has_domain { 7 } else { 5 });
+    let mut next = || tokens.next()?.parse().ok();
+    Some([next()?, next()?, next()?, next()?])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_ack_subject_is_read_with_and_without_a_domain() {
+        for (subject, expected) in [
+            ("$JS.ACK.CMS.relay.1.2.3.4.5", Some([2, 3, 4, 5])),
+            ("$JS.ACK.hub.hash.CMS.relay.1.2.3.4.5", Some([2, 3, 4, 5])),
+            ("$JS.ACK._.hash.CMS.relay.1.2.3.4.5.x", Some([2, 3, 4, 5])),
+            ("$JS.ACK._.hash.CMS.relay.1.2.3.4.5.x.y", Some([2, 3, 4, 5])),
+            ("$JS.ACK.CMS.relay.1.2.3.4.x", None),
+            ("$JS.ACK.CMS.relay.1.2.3.4", None),
+            ("", None),
+        ] {
+            assert_eq!(numbers(subject), expected, "{subject}");
+        }
     }
 }
