@@ -67,7 +67,7 @@ pub async fn check(config: Config, out: &mut dyn Write) -> anyhow::Result<bool> 
     tls::install_provider();
     let config = &Arc::new(config);
     let mut report = Report { out, good: true };
-    let monitor = Arc::new(Monitor::new(String::new())?);
+    let monitor = Arc::new(Monitor::new(None)?);
     if let Some((connection, mut events)) = check_servers(config, &monitor, &mut report).await {
         let commit = Commit::new(connection.clone(), config, &monitor);
         match &config.mode {

@@ -86,7 +86,8 @@ pub fn start_logging(environment: &Environment) {
 /// If it cannot continue: login refused, permission, stream or consumer missing, status port taken.
 pub async fn run(config: Config, stop: impl Stream<Item = ()> + Unpin) -> anyhow::Result<()> {
     let config = Arc::new(config);
-    let monitor = Arc::new(Monitor::new(about(&config))?);
+    let about = config.status_listen.map(|_| about(&config));
+    let monitor = Arc::new(Monitor::new(about)?);
     if let Some(address) = config.status_listen {
         endpoints::start(address, Arc::clone(&monitor)).await?;
     }

@@ -5,6 +5,7 @@ pub mod endpoints;
 pub mod logging;
 mod metrics;
 mod page;
+mod pictures;
 mod systemd;
 
 use std::{
@@ -15,8 +16,8 @@ use std::{
 
 use parking_lot::Mutex;
 
-use self::metrics::Metrics;
 pub use self::metrics::{Attempt, Cause, DestinationMetrics};
+use self::{metrics::Metrics, pictures::Minutes};
 use crate::text;
 
 /// The main loop beats at least this often; a multiple of its heartbeat.
@@ -25,12 +26,13 @@ const LONGEST_TURN: Duration = Duration::from_secs(10);
 /// How many messages the page shows.
 const MAX_MESSAGES: usize = 50;
 
+const RELAYED: &str = "relayed";
 const GIVEN_UP: &str = "given up on";
 
 /// Metrics and the state.
 pub struct Monitor {
-    /// A line for the page that says where messages come from and where they go.
-    about: String,
+    /// A line for the page that says where messages come from and where they go; without it there is no page.
+    about: Option<String>,
     /// What needs nothing but counting is counted here directly.
     pub metrics: Metrics,
     state: Mutex<State>,
@@ -51,6 +53,7 @@ struct State {
     current: Option<Current>,
     /// The last messages, the latest one first.
     messages: VecDeque<Ended>,
+    minutes: Minutes,
 }
 
 /// The message being processed.
@@ -96,11 +99,12 @@ impl Drop for Working<'_> {
 }
 
 impl Monitor {
-    /// Returns one with all counters at zero, not connected. `about` describes the relay on the page.
+    /// Returns one with all counters at zero, not connected. `about` describes the relay on the
+    /// page, if it has one.
     ///
     /// # Errors
     /// If two metrics have the same name.
-    pub fn new(about: String) -> prometheus::Result<Self> {
+    pub fn new(about: Option<String>) -> prometheus::Result<Self> {
         Ok(Self {
             about,
             metrics: Metrics::new()?,
@@ -113,6 +117,7 @@ impl Monitor {
                 last_turn: Instant::now(),
                 current: None,
                 messages: VecDeque::new(),
+                minutes: Minutes::default(),
             }),
         })
     }
@@ -177,6 +182,14 @@ impl Monitor {
         });
     }
 
+    /// Notes that an attempt to POST to a destination has ended.
+    pub fn end_attempt(&self, destination: &DestinationMetrics, attempt: Attempt, took: Duration) {
+        destination.add(attempt, took);
+        if self.about.is_some() {
+            self.state.lock().minutes.add_attempt(took);
+        }
+    }
+
     /// Notes a failure that is tried again after `wait`.
     pub fn set_failing(&self, what: String, reason: String, wait: Duration) {
         self.change_current(|Current { failing, .. }| {
@@ -204,7 +217,7 @@ impl Monitor {
         self.metrics.relayed.inc();
         self.metrics.message_duration.observe(took.as_secs_f64());
         let status = status.map(|status| status.to_string());
-        self.end("relayed", status.unwrap_or_default());
+        self.end(RELAYED, status.unwrap_or_default());
     }
 
     /// Notes that the relay gave up on the current message.
@@ -237,6 +250,9 @@ impl Monitor {
             attempts: current.attempts,
             took: current.taken.elapsed(),
         };
+        if outcome == RELAYED {
+            state.minutes.add_relayed();
+        }
         state.messages.truncate(MAX_MESSAGES - 1);
         state.messages.push_front(ended);
     }
@@ -296,7 +312,7 @@ mod tests {
 
     #[test]
     fn a_main_loop_that_does_not_come_around_is_not_alive() {
-        let monitor = Monitor::new(String::new()).unwrap();
+        let monitor = Monitor::new(None).unwrap();
         assert_eq!(monitor.alive(), Ok(()));
         monitor.state.lock().last_turn -= LONGEST_TURN + Duration::from_secs(2);
         let reason = monitor.alive().unwrap_err();
@@ -305,7 +321,7 @@ mod tests {
 
     #[test]
     fn readiness_names_what_is_missing() {
-        let monitor = Monitor::new(String::new()).unwrap();
+        let monitor = Monitor::new(None).unwrap();
         let ready = |expected: Result<(), &str>| {
             assert_eq!(monitor.ready(), expected.map_err(ToOwned::to_owned));
         };

@@ -123,7 +123,8 @@ impl Forward {
         let current = match job.destination.addresses(self.webhook.timeout).await {
             Ok(current) => current,
             Err(failure) => {
-                job.metrics.add(Attempt::FailedForNow, start.elapsed());
+                self.monitor
+                    .end_attempt(job.metrics, Attempt::FailedForNow, start.elapsed());
                 return vec![(None, failure)];
             }
         };
@@ -181,7 +182,8 @@ impl Forward {
             Err(failure) if failure.is_permanent => Attempt::FailedForGood,
             Err(_) => Attempt::FailedForNow,
         };
-        job.metrics.add(ended, start.elapsed());
+        self.monitor
+            .end_attempt(job.metrics, ended, start.elapsed());
         let status = answer?.as_u16();
         Ok(Posted { status, attempts })
     }

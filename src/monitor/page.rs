@@ -26,12 +26,13 @@ impl Monitor {
             mood = mood,
             now = escape(&now),
             current = current(state.current.as_ref()),
-            about = escape(&self.about),
+            about = escape(self.about.as_deref().unwrap_or_default()),
             server = escape(server),
             relayed = relayed,
             given_up = given_up,
             dropped = dropped,
             waiting = waiting,
+            pictures = state.minutes.pictures(),
             messages = state.messages.iter().map(row).collect::<String>(),
             version = env!("CARGO_PKG_VERSION")
         )
@@ -42,6 +43,12 @@ impl State {
     /// Returns how good it is what is happening, and a sentence about it.
     pub(super) fn now(&self, metrics: &Metrics) -> (&'static str, String) {
         let current = self.current.as_ref();
+        let [.., waiting] = metrics.counts();
+        let waiting = match waiting {
+            0 => String::new(),
+            1 => "; 1 message waits".to_owned(),
+            waiting => format!("; {waiting} messages wait"),
+        };
         if self.is_stopping {
             let current = current.map(|current| format!(": finishing {}", current.subject));
             return ("wait", format!("Stopping{}", current.unwrap_or_default()));
@@ -56,12 +63,15 @@ impl State {
         if let Some(Current { failing, asked, .. }) = current {
             if !failing.is_empty() {
                 let failing: Vec<_> = failing.iter().map(Failing::sentence).collect();
-                return ("bad", failing.join(". "));
+                return ("bad", failing.join(". ") + &waiting);
             }
             if let Some(asked) = *asked
                 && age(asked) >= LONG
             {
-                let text = format!("Waiting for the webhook's answer for {}", span(asked));
+                let text = format!(
+                    "Waiting for the webhook's answer for {}{waiting}",
+                    span(asked)
+                );
                 return ("wait", text);
             }
         }
@@ -78,7 +88,7 @@ impl State {
             _ if metrics.received.get() == 0 => {
                 ("good", "Listening; there was no message yet".to_owned())
             }
-            _ => ("good", "Relaying".to_owned()),
+            _ => ("good", format!("Relaying{waiting}")),
         }
     }
 }

@@ -156,7 +156,7 @@ mod tests {
     #[test]
     fn every_server_is_tried_at_once_in_the_first_round_and_after_waits_in_later_ones() {
         let config = config();
-        let monitor = Arc::new(Monitor::new(String::new()).unwrap());
+        let monitor = Arc::new(Monitor::new(None).unwrap());
         let (observer, _events) = Observer::new(&config, &monitor, false);
         let servers = config.nats.servers.iter().map(|address| Server {
             addr: address.clone(),
