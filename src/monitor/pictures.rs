@@ -63,7 +63,8 @@ impl Minutes {
     /// Draws them (SVG).
     pub(super) fn pictures(&self) -> String {
         let oldest = this_minute().saturating_sub(MINUTES - 1);
-        let recent = self.0.iter().filter(|minute| minute.number >= oldest);
+        let recent = self.0.iter().rev();
+        let recent = recent.filter(|minute| minute.number >= oldest);
         let most = recent.clone().map(|minute| minute.relayed).max();
         let most = most.unwrap_or_default();
         let slowest = recent.clone().map(|minute| minute.quantile(0.95)).max();
