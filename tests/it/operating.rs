@@ -161,10 +161,14 @@ async fn metrics_count_exactly_what_happened() {
     }
     // one, two twice, refused, used up twice, three, hangs
     webhook.received(8).await;
-    until("two messages wait behind the sixth", async || {
-        let found = metrics(&address).await;
-        (found["waiting_messages"], found["messages_received_total"]) == (2.0, 6.0)
-    })
+    until(
+        "two messages wait behind the sixth, which one destination has",
+        async || {
+            let found = metrics(&address).await;
+            let has_it = found["webhook_attempts_total destination=1 outcome=success"] == 6.0;
+            has_it && (found["waiting_messages"], found["messages_received_total"]) == (2.0, 6.0)
+        },
+    )
     .await;
     let found = metrics(&address).await;
     for (name, expected) in [
