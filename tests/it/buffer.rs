@@ -92,7 +92,11 @@ async fn a_flood_of_small_messages_bounds_memory_too_and_all_are_counted() {
     let nats = NatsServer::with_config("max_pending: 512MB\n").await;
     let client = nats.client().await;
     let webhook = Webhook::script([Answer::Hang]).await;
-    let changes = [STATUS, ("SHUTDOWN_TIMEOUT", "0s")];
+    let changes = [
+        STATUS,
+        ("SHUTDOWN_TIMEOUT", "0s"),
+        ("WEBHOOK_TIMEOUT", "5m"),
+    ];
     let relay = Relay::listening(&nats, &webhook, &changes).await;
     for _ in 0..COUNT {
         let payload = vec![b' '; 256].into();
