@@ -297,7 +297,7 @@ fn measure(
             let one = load.burst(200 / part, 256)?;
             let four = lanes::rate(command, 800 / part)?;
             figures.push(("4 lanes, webhook takes 10 ms, messages/s", four));
-            figures.push(("4 lanes, times as fast as one", four / one));
+            figures.push(("4 lanes, speedup over one", four / one));
         }
     }
     // The relay still runs, and may just be about to acknowledge the last message.

@@ -94,7 +94,7 @@ impl Metrics {
             let options = HistogramOpts::from(options(name, help)).buckets(BUCKETS.to_vec());
             register_histogram_vec_with_registry!(options, labels, registry)
         };
-        let build = options("build_info", "The version that runs.");
+        let build = options("build_info", "The running version.");
         let build = build.const_label("version", env!("CARGO_PKG_VERSION"));
         register_gauge_with_registry!(build, registry)?.set(1.0);
         let given_up = counters(
@@ -107,7 +107,7 @@ impl Metrics {
             relayed: counter("messages_relayed_total", "Messages republished.")?,
             message_duration: histograms(
                 "message_duration_seconds",
-                "How long it took from taking a message to having republished it.",
+                "How long it took from taking a message to republishing it.",
                 &[],
             )?
             .with_label_values::<&str>(&[]),
@@ -115,16 +115,15 @@ impl Metrics {
             given_up: CAUSES.map(|cause| given_up.with_label_values(&[cause])),
             dropped: counter(
                 "messages_dropped_total",
-                "Messages that did not fit into the buffer of core mode, or were in it at the end.",
+                "Messages that did not fit into core mode's buffer, or were in it at a stop.",
             )?,
             publish_refused: counter(
                 "publish_refused_total",
-                "Messages that NATS refused to publish.",
+                "Messages that NATS refused to accept.",
             )?,
             unfinished: counter(
                 "messages_unfinished_total",
-                "Messages that stayed in the stream: abandoned, left at a stop, or acknowledged without \
-                 a confirmation.",
+                "Messages that stayed in the stream: abandoned, left at a stop, or with an unconfirmed ack.",
             )?,
             unconfirmed: counter(
                 "confirmations_missed_total",
