@@ -250,7 +250,7 @@ impl Monitor {
             attempts: current.attempts,
             took: current.taken.elapsed(),
         };
-        if outcome == RELAYED {
+        if outcome == RELAYED && self.about.is_some() {
             state.minutes.add_relayed();
         }
         state.messages.truncate(MAX_MESSAGES - 1);

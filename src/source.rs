@@ -1,7 +1,7 @@
 //! Where messages come from: a core NATS subscription, or a durable JetStream consumer.
 //!
 //! A source hands out one [`Delivery`] at a time. While a delivery is being processed, [`Source::attend`] keeps the
-//! source going so that nothing is lost; afterwards [`Source::done`] tells the source that it is done.
+//! source going so that nothing is lost.
 
 mod ack;
 mod consumer;
@@ -137,8 +137,8 @@ impl Source {
                 Self::Core(Box::new(core))
             }
             Mode::Durable { stream, consumer } => {
-                let consumer = Consumer::new(connection.clone(), &stream, &consumer, config);
-                let durable = Durable::new(connection, events, monitor, consumer);
+                let consumer = Consumer::new(connection, &stream, &consumer, config);
+                let durable = Durable::new(events, monitor, consumer);
                 Self::Durable(Box::new(durable))
             }
         }

@@ -24,12 +24,14 @@ struct Minute {
 }
 
 impl Minute {
-    /// Returns the duration that this part of the attempts did not exceed.
-    fn quantile(&self, part: f64) -> Duration {
+    /// Returns the durations that half of the attempts, and 95 % of them, did not exceed.
+    fn quantiles(&self) -> [Duration; 2] {
         let mut took = self.took.clone();
         took.sort_unstable();
-        let index = (took.len().saturating_sub(1) as f64 * part).round() as usize;
-        took.get(index).copied().unwrap_or_default()
+        [0.5, 0.95].map(|part| {
+            let index = (took.len().saturating_sub(1) as f64 * part).round() as usize;
+            took.get(index).copied().unwrap_or_default()
+        })
     }
 }
 
@@ -65,16 +67,16 @@ impl Minutes {
         let oldest = this_minute().saturating_sub(MINUTES - 1);
         let recent = self.0.iter().rev();
         let recent = recent.filter(|minute| minute.number >= oldest);
-        let most = recent.clone().map(|minute| minute.relayed).max();
+        let recent: Vec<_> = recent.map(|minute| (minute, minute.quantiles())).collect();
+        let most = recent.iter().map(|(minute, _)| minute.relayed).max();
         let most = most.unwrap_or_default();
-        let slowest = recent.clone().map(|minute| minute.quantile(0.95)).max();
+        let slowest = recent.iter().map(|(_, [_, p95])| *p95).max();
         let slowest = slowest.unwrap_or_default();
-        let last = self.0.front().filter(|minute| minute.number >= oldest);
-        let last =
-            [0.5, 0.95].map(|part| last.map_or(Duration::ZERO, |minute| minute.quantile(part)));
+        let last = recent.last().map(|(_, quantiles)| *quantiles);
+        let last = last.unwrap_or_default();
         let (mut bars, mut p50, mut p95) = (String::new(), String::new(), String::new());
         // Writing to a string never fails.
-        for minute in recent {
+        for (minute, quantiles) in recent {
             let x = (minute.number - oldest) * 40;
             let height = 96.0 * f64::from(minute.relayed) / f64::from(most.max(1));
             let y = 100.0 - height;
@@ -82,8 +84,8 @@ impl Minutes {
                 bars,
                 "<rect x=\"{x}\" y=\"{y:.1}\" width=\"36\" height=\"{height:.1}\"/>"
             );
-            for (points, part) in [(&mut p50, 0.5), (&mut p95, 0.95)] {
-                let part = minute.quantile(part).as_secs_f64() / slowest.as_secs_f64().max(1e-6);
+            for (points, took) in [&mut p50, &mut p95].into_iter().zip(quantiles) {
+                let part = took.as_secs_f64() / slowest.as_secs_f64().max(1e-6);
                 let y = 100.0 - 96.0 * part;
                 let _ = write!(points, "{x},{y:.1} {},{y:.1} ", x + 36);
             }

@@ -30,7 +30,7 @@ use super::{
 };
 use crate::{
     monitor::Monitor,
-    nats::{Connection, ConnectionEvents, Failure},
+    nats::{ConnectionEvents, Failure},
 };
 
 /// How often the server is told that a message is in progress, and is checked for silence.
@@ -44,7 +44,6 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A durable consumer.
 pub struct Durable {
-    connection: Connection,
     events: ConnectionEvents,
     monitor: Arc<Monitor>,
     consumer: Arc<Consumer>,
@@ -66,13 +65,13 @@ pub struct Durable {
 }
 
 impl Durable {
-    pub(super) fn new(
-        connection: Connection,
-        events: ConnectionEvents,
-        monitor: Arc<Monitor>,
-        consumer: Consumer,
-    ) -> Self {
-        let Consumer { stream, name, .. } = &consumer;
+    pub(super) fn new(events: ConnectionEvents, monitor: Arc<Monitor>, consumer: Consumer) -> Self {
+        let Consumer {
+            connection,
+            stream,
+            name,
+            ..
+        } = &consumer;
         let request = format!("CONSUMER.MSG.NEXT.{stream}.{name}");
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -80,7 +79,6 @@ impl Durable {
             pull_subject: connection.api_subject(&request).into(),
             requests: Requests::new(connection.client().new_inbox()),
             consumer: Arc::new(consumer),
-            connection,
             events,
             monitor,
             subscriber: None,
@@ -97,12 +95,18 @@ impl Durable {
     pub(super) async fn open(&mut self) -> anyhow::Result<()> {
         let inbox = format!("{}.*", self.requests.inbox);
         // It fails only if the client has crashed, which the events report.
-        self.subscriber = self.connection.client().subscribe(inbox).await.ok();
+        self.subscriber = self
+            .consumer
+            .connection
+            .client()
+            .subscribe(inbox)
+            .await
+            .ok();
         let ensure = || self.consumer.ensure();
         let info = tokio::select! {
             biased;
             reason = self.events.fatal() => return Err(reason),
-            info = self.connection.until_ready(&self.monitor, ensure) => info?,
+            info = self.consumer.connection.until_ready(&self.monitor, ensure) => info?,
         };
         self.learn(&info);
         // If there is no answer, the reason has already been logged.
@@ -191,8 +195,8 @@ impl Durable {
             ack.nak().await;
         }
         // Without a connection, there is no point in waiting.
-        let flush = timeout(FLUSH_TIMEOUT, self.connection.client().flush());
-        if self.connection.is_up() && matches!(flush.await, Ok(Ok(()))) {
+        let flush = timeout(FLUSH_TIMEOUT, self.consumer.connection.client().flush());
+        if self.consumer.connection.is_up() && matches!(flush.await, Ok(Ok(()))) {
             for ack in unfinished {
                 info!("{} is handed back to its stream", ack.id());
             }
@@ -212,7 +216,7 @@ impl Durable {
             return;
         };
         // It fails only if the client has crashed, which the events report.
-        let (client, subject) = (self.connection.client(), self.pull_subject.clone());
+        let (client, subject) = (self.consumer.connection.client(), self.pull_subject.clone());
         let _ = client.publish_with_reply(subject, reply, text.into()).await;
     }
 
@@ -265,7 +269,7 @@ impl Durable {
 
     /// Does the work of a tick.
     async fn on_tick(&mut self) -> anyhow::Result<()> {
-        if !self.connection.is_up() {
+        if !self.consumer.connection.is_up() {
             return Ok(());
         }
         for ack in self.unfinished() {
@@ -290,7 +294,7 @@ impl Durable {
     }
 
     fn is_verification_due(&self) -> bool {
-        self.connection.is_up() && self.verified.elapsed() >= VERIFY_EVERY
+        self.consumer.connection.is_up() && self.verified.elapsed() >= VERIFY_EVERY
     }
 
     /// Returns whether the consumer is still configured correctly; `false` if the server cannot tell at the moment.
