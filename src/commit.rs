@@ -8,10 +8,10 @@ use std::sync::{Arc, OnceLock};
 use anyhow::bail;
 use async_nats::{
     HeaderMap, Message,
-    jetstream::{ErrorCode, publish::PublishAck, response::Response, stream::Info},
+    jetstream::{ErrorCode, publish::PublishAck, response::Response},
 };
 use log::warn;
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::time::sleep;
 
 use crate::{
@@ -105,11 +105,8 @@ impl Commit {
         else {
             return Ok(());
         };
-        let request = format!("STREAM.INFO.{stream}");
-        let answer = self.connection.request(&request, &json!({})).await;
-        let Info { config, .. } = answer
-            .and_then(|answer| Ok(serde_json::from_value(answer)?))
-            .map_err(|error| self.connection.failure(error, variable, stream))?;
+        let config = self.connection.stream_config(stream).await;
+        let config = config.map_err(|error| self.connection.failure(error, variable, stream))?;
         for (is_set, effect) in [
             (config.no_ack, "confirms nothing (no_ack)"),
             (config.sealed, "accepts no more messages (sealed)"),

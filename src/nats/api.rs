@@ -5,10 +5,10 @@ use std::{fmt, time::Duration};
 use anyhow::bail;
 use async_nats::{
     HeaderMap,
-    jetstream::{self, ErrorCode, response::Response},
+    jetstream::{self, ErrorCode, response::Response, stream},
 };
 use log::warn;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::time::sleep;
 
 use super::{Connection, NoAnswer};
@@ -58,21 +58,31 @@ impl Connection {
         }
     }
 
+    /// Returns the configuration of a stream.
+    ///
+    /// # Errors
+    /// If there is none to be had.
+    pub async fn stream_config(&self, stream: &str) -> Result<stream::Config, ApiError> {
+        let request = format!("STREAM.INFO.{stream}");
+        let answer = self.request(&request, &json!({})).await?;
+        Ok(serde_json::from_value::<stream::Info>(answer)?.config)
+    }
+
     /// Interprets the error of a request about `stream`, which `variable` names.
     #[must_use]
     pub fn failure(&self, error: ApiError, variable: &str, stream: &str) -> Failure {
         match (error, self.domain()) {
             (ApiError::Refused(error), _) => refused(&error, variable, stream),
-            (ApiError::NoAnswer(reason), _) => Failure::Temporary(reason),
             // A leaf node can lose its hub and find it again.
-            (ApiError::NobodyAnswers, Some(domain)) => Failure::Temporary(format!(
+            (ApiError::NoAnswer(NoAnswer::Nobody), Some(domain)) => Failure::Temporary(format!(
                 "nobody answers for the domain {domain}; check NATS_JS_DOMAIN, and that the leaf node is \
                  connected to it"
             )),
-            (ApiError::NobodyAnswers, None) => Failure::Permanent(format!(
+            (ApiError::NoAnswer(NoAnswer::Nobody), None) => Failure::Permanent(format!(
                 "JetStream is not enabled on the NATS server; enable it (behind a leaf node: set \
                  NATS_JS_DOMAIN to the domain of the stream), or unset {variable}"
             )),
+            (error, _) => Failure::Temporary(error.to_string()),
         }
     }
 
@@ -108,34 +118,31 @@ impl Connection {
 /// Why the API has not carried out a request.
 #[derive(Debug)]
 pub enum ApiError {
-    /// Nobody listens to such requests.
-    NobodyAnswers,
-    /// There was no answer, or none that can be read; the reason.
-    NoAnswer(String),
+    /// There was no answer.
+    NoAnswer(NoAnswer),
+    /// The answer cannot be parsed.
+    Unreadable(serde_json::Error),
     /// JetStream refuses it.
     Refused(jetstream::Error),
 }
 
 impl From<NoAnswer> for ApiError {
     fn from(error: NoAnswer) -> Self {
-        match error {
-            NoAnswer::Nobody => Self::NobodyAnswers,
-            error => Self::NoAnswer(error.to_string()),
-        }
+        Self::NoAnswer(error)
     }
 }
 
 impl From<serde_json::Error> for ApiError {
     fn from(error: serde_json::Error) -> Self {
-        Self::NoAnswer(format!("its answer cannot be parsed: {error}"))
+        Self::Unreadable(error)
     }
 }
 
 impl fmt::Display for ApiError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NobodyAnswers => f.write_str("nobody answers"),
-            Self::NoAnswer(reason) => f.write_str(reason),
+            Self::NoAnswer(error) => error.fmt(f),
+            Self::Unreadable(error) => write!(f, "its answer cannot be parsed: {error}"),
             Self::Refused(error) => error.fmt(f),
         }
     }

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use crate::{
     config::Config,
-    nats::{ApiError, Connection, Failure},
+    nats::{ApiError, Connection, Failure, NoAnswer},
     text::count,
 };
 
@@ -125,7 +125,9 @@ impl Consumer {
     fn failure(&self, error: ApiError) -> Failure {
         let was_there = self.deliveries.lock().created != 0;
         match error {
-            ApiError::NobodyAnswers if was_there && self.connection.domain().is_none() => {
+            ApiError::NoAnswer(NoAnswer::Nobody)
+                if was_there && self.connection.domain().is_none() =>
+            {
                 Failure::Temporary(error.to_string())
             }
             error => self.connection.failure(error, "NATS_STREAM", &self.stream),
@@ -136,11 +138,8 @@ impl Consumer {
     /// returns a warning if its settings can disturb the order.
     pub(crate) async fn verify_stream(&self) -> Result<Option<String>, Failure> {
         let stream = &self.stream;
-        let request = format!("STREAM.INFO.{stream}");
-        let answer = self.connection.request(&request, &json!({})).await;
-        let info = answer.and_then(|answer| Ok(serde_json::from_value(answer)?));
         // If it is missing, the request for the consumer reports it.
-        let Ok(stream::Info { config, .. }) = info else {
+        let Ok(config) = self.connection.stream_config(stream).await else {
             return Ok(None);
         };
         // Messages from other streams have the subjects of those, and a transformed one has a new one.
