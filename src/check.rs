@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, anyhow};
-use async_nats::{HeaderMap, Message};
+use async_nats::{HeaderMap, Message, jetstream::consumer::Info};
 use reqwest::Url;
 use rustls::{ClientConfig, pki_types::ServerName};
 use tokio::{
@@ -174,36 +174,21 @@ async fn check_consumer(
     let found = tokio::select! {
         biased;
         reason = events.fatal() => Err(reason),
-        found = async {
-            let (warning, found) = (consumer.verify_stream().await?, consumer.verify().await?);
-            let age = match &found {
-                Some(info) => oldest_age(consumer, info).await,
-                None => None,
-            };
-            Ok((warning, found, age))
-        } => found,
+        found = async { Ok((consumer.verify_stream().await?, consumer.verify().await?)) } => found,
     };
     let mut warnings = Vec::new();
-    let found = found.map(|(warning, found, age)| {
-        warnings.extend(warning);
-        let Some(info) = found else {
-            return "does not exist yet; will be created on start".to_owned();
-        };
-        warnings.extend(consumer.warnings(&info.config));
-        // Only one message at a time is handed out, so all deliveries since the last ack were of the oldest one.
-        let deliveries = info.delivered.consumer_sequence - info.ack_floor.consumer_sequence;
-        let age = Duration::from_secs(age.unwrap_or_default().as_secs());
-        let waiting = match info.num_pending + info.num_ack_pending as u64 {
-            0 => "no message waits".to_owned(),
-            waiting => format!(
-                "waiting: {}, the oldest one for {}, handed out {}",
-                count(waiting, "message"),
-                humantime::format_duration(age),
-                count(deliveries, "time")
-            ),
-        };
-        format!("exists and is configured correctly; {waiting}")
-    });
+    let found = match found {
+        Ok((warning, Some(info))) => {
+            warnings.extend(warning.into_iter().chain(consumer.warnings(&info.config)));
+            let waiting = waiting(consumer, &info).await;
+            Ok(format!("exists and is configured correctly; {waiting}"))
+        }
+        Ok((warning, None)) => {
+            warnings.extend(warning);
+            Ok("does not exist yet; will be created on start".to_owned())
+        }
+        Err(reason) => Err(reason),
+    };
     // Without a stream or a consumer there is nothing else to check.
     let goes_on = found.is_ok();
     report.add(&format!("consumer {name} of the stream {stream}"), found);
@@ -220,6 +205,28 @@ async fn check_consumer(
     for warning in warnings {
         report.line("warning", &warning);
     }
+}
+
+/// Describes how many messages wait for a consumer, how long the oldest one has been waiting if that can be looked up,
+/// and how often it was handed out.
+async fn waiting(consumer: &Consumer, info: &Info) -> String {
+    let waiting = info.num_pending + info.num_ack_pending as u64;
+    if waiting == 0 {
+        return "no message waits".to_owned();
+    }
+    let age = oldest_age(consumer, info)
+        .await
+        .map_or_else(String::new, |age| {
+            let age = humantime::format_duration(Duration::from_secs(age.as_secs()));
+            format!("the oldest one for {age}, ")
+        });
+    // Only one message at a time is handed out, so all deliveries since the last ack were of the oldest one.
+    let deliveries = info.delivered.consumer_sequence - info.ack_floor.consumer_sequence;
+    format!(
+        "waiting: {}, {age}handed out {}",
+        count(waiting, "message"),
+        count(deliveries, "time")
+    )
 }
 
 /// Returns a warning if nobody listens to acks. It sends an in-progress ack for no message, which changes nothing and

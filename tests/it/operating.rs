@@ -425,6 +425,16 @@ async fn check_says_what_holds_and_what_does_not() {
         "{lines:#?}"
     );
     assert_eq!(lines[3], "ok      messages of the stream CMS: readable");
+    nats.publish("cms.cache.x", "x").await;
+    let blind = [&durable[..], &[("NATS_USER", "blind")]].concat();
+    let (code, lines) = check(&with(&blind)).await;
+    assert_eq!(code, Some(1), "{lines:#?}");
+    assert!(
+        lines[2].ends_with("waiting: 1 message, handed out 0 times"),
+        "without its age, which this user may not look up: {lines:#?}"
+    );
+    let unreadable = "FAILED  messages of the stream CMS: no permission to publish on";
+    assert!(lines[3].starts_with(unreadable), "{lines:#?}");
 
     for (changes, failures) in [
         (
