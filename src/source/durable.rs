@@ -16,7 +16,10 @@
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, bail};
-use async_nats::{Message, Subject, Subscriber, jetstream::consumer::Info};
+use async_nats::{
+    Message, Subject, Subscriber,
+    jetstream::consumer::{Info, ReplayPolicy},
+};
 use futures::FutureExt;
 use log::{info, warn};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval, timeout};
@@ -53,6 +56,8 @@ pub struct Durable {
     subscriber: Option<Subscriber>,
     /// Whether we have ended the subscription.
     is_stopped: bool,
+    /// Whether the consumer hands out messages no faster than they were published.
+    is_slow: bool,
     /// When the consumer was last verified.
     verified: Instant,
     tick: Interval,
@@ -83,6 +88,7 @@ impl Durable {
             monitor,
             subscriber: None,
             is_stopped: false,
+            is_slow: false,
             verified: Instant::now(),
             tick,
             arrived: VecDeque::new(),
@@ -288,7 +294,10 @@ impl Durable {
         let is_due = is_suspicious || self.is_verification_due();
         let is_verified = is_due && self.verify().await?;
         if is_verified && is_suspicious {
-            self.requests.start_over();
+            self.requests.start_over(match self.is_slow {
+                true => "with replay_policy original it waits as long as the publisher did",
+                false => "the consumer's max_waiting may be used up",
+            });
         }
         Ok(())
     }
@@ -328,6 +337,7 @@ impl Durable {
     fn learn(&mut self, info: &Info) {
         self.monitor.set_waiting(info.num_pending, 0);
         self.requests.limit_batch(info.config.max_batch);
+        self.is_slow = info.config.replay_policy == ReplayPolicy::Original;
         self.consumer.deliveries.lock().created = info.created.unix_timestamp_nanos();
     }
 }

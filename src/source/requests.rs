@@ -150,13 +150,13 @@ impl Requests {
     }
 
     /// Notes that the consumer is configured correctly, so that another request may follow the suspicious one.
-    pub(super) fn start_over(&mut self) {
+    /// `silence` says why the server may have said nothing.
+    pub(super) fn start_over(&mut self, silence: &str) {
         if self.current != Request::Failed {
             // Newer servers do not even report this.
-            self.report(
-                "the NATS server does not answer requests for the next one; the consumer's max_waiting may be \
-                 used up, or its replay_policy may be original",
-            );
+            self.report(&format!(
+                "the NATS server does not answer requests for the next one; {silence}"
+            ));
         }
         self.end();
     }
@@ -378,12 +378,12 @@ mod tests {
         requests.take_answer(&answer(1, "409 Leadership Change"));
         assert!(requests.is_suspicious());
         assert_eq!(send(&mut requests), None);
-        requests.start_over();
+        requests.start_over("why");
         assert!(!requests.is_suspicious());
         assert_eq!(send(&mut requests), Some(format!("{INBOX}.2")));
 
         requests.last_answer -= SILENCE;
-        requests.start_over();
+        requests.start_over("why");
         assert_eq!(send(&mut requests), Some(format!("{INBOX}.3")));
         assert!(!requests.is_suspicious());
         assert_eq!(requests.failures, 2);

@@ -995,6 +995,27 @@ async fn pull_requests_that_are_refused_again_and_again_are_reported() {
 }
 
 #[tokio::test]
+async fn messages_at_the_pace_at_which_they_came_are_told_from_requests_that_nobody_answers() {
+    let nats = NatsServer::with_stream().await;
+    let mut relayed = nats.client().await.subscribe("relayed.>").await.unwrap();
+    publish(&nats, 0..1).await;
+    // Longer than two requests go without an answer.
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    publish(&nats, 1..2).await;
+    let stream = nats.jetstream().await.get_stream("CMS").await.unwrap();
+    let original = consumer::pull::Config {
+        replay_policy: consumer::ReplayPolicy::Original,
+        ..good_consumer()
+    };
+    stream.create_consumer(original).await.unwrap();
+    let webhook = Webhook::ok().await;
+    let relay = Relay::durable(&nats, &webhook, &[]).await;
+    relay.logged("replay_policy").await;
+    expect(&mut relayed, 0..2).await;
+    assert_eq!(relay.lines("max_waiting"), [""; 0], "{:#?}", relay.log());
+}
+
+#[tokio::test]
 async fn a_stop_without_nats_does_not_claim_to_hand_anything_back() {
     let webhook = Webhook::script([Answer::Hang]).await;
     let mut scene = Scene::durable(webhook, &[("SHUTDOWN_TIMEOUT", "100ms")]).await;
