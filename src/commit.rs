@@ -53,7 +53,7 @@ pub struct Publication<'a> {
 }
 
 impl Commit {
-    /// Returns one that publishes and acknowledges on `connection`.
+    /// Creates a `Commit` that publishes and acknowledges on `connection`.
     #[must_use]
     pub fn new(connection: Connection, config: &Config, monitor: &Arc<Monitor>) -> Self {
         Self {
@@ -85,7 +85,7 @@ impl Commit {
         Ok(())
     }
 
-    /// Returns where messages are published.
+    /// Returns all publishers.
     pub fn publishers(&self) -> impl Iterator<Item = &Publisher> {
         [Some(&self.relayed), self.failed.as_ref()]
             .into_iter()
@@ -131,7 +131,7 @@ impl Commit {
     /// Publishes a message, if there is one to publish, and then acknowledges the delivery. Both go over one
     /// connection and in this order, so that a server that has seen the ack has seen the message too. If a
     /// stream has to confirm the message, the ack is sent only once it has. Returns whether the server
-    /// confirmed the ack; if not, the message may be redelivered.
+    /// confirmed the ack; if not, the message may be redelivered, and counts as unfinished.
     ///
     /// # Errors
     /// If the message cannot be published.
@@ -145,6 +145,7 @@ impl Commit {
         loop {
             self.connection.up().await;
             if !delivery.may_be_published().await {
+                self.monitor.add_unfinished("another relay has it");
                 return Ok(false);
             }
             let epoch = self.connection.epoch();
@@ -163,28 +164,30 @@ impl Commit {
                 }
                 let (subject, headers) = (unpublished.subject.into(), unpublished.headers.clone());
                 // Whether the server refuses the message must be known before the ack is sent.
-                let is_sure = delivery.ack.is_some();
+                let must_know = delivery.ack.is_some();
                 self.connection
-                    .publish_for_good(subject, headers, delivery.payload.clone(), is_sure)
+                    .publish(subject, headers, delivery.payload.clone(), must_know)
                     .await?;
-                // Data in flight on a broken connection may be lost, so publish again.
                 if self.connection.epoch() != epoch {
                     continue;
                 }
             }
             let is_acknowledged = match &delivery.ack {
-                Some(ack) => {
-                    publication = None;
-                    ack.confirm(outcome).await
-                }
+                Some(ack) => ack.confirm(outcome).await,
                 None => {
                     self.connection.flush().await;
                     true
                 }
             };
-            if self.connection.epoch() == epoch {
-                return Ok(is_acknowledged);
+            // Data in flight on a broken connection may be lost, so publish again.
+            if self.connection.epoch() != epoch {
+                continue;
             }
+            if !is_acknowledged {
+                self.monitor
+                    .add_unfinished("NATS has not confirmed the ack");
+            }
+            return Ok(is_acknowledged);
         }
     }
 
@@ -214,7 +217,7 @@ impl Commit {
             }
             Err(NoAnswer::TimedOut) => Err(Failure::Temporary(match other.get() {
                 Some(other) => {
-                    format!("not confirmed within {ANSWER_TIMEOUT:?}, but by the stream {other}")
+                    format!("not confirmed within {ANSWER_TIMEOUT:?}; only {other} answered")
                 }
                 None => format!("not confirmed within {ANSWER_TIMEOUT:?}"),
             })),
@@ -244,7 +247,7 @@ impl Commit {
     }
 }
 
-/// Returns what an answer to a published message says about `stream`, if anything. Every stream that gets the message
+/// Interprets an answer to a published message; `None` if it is not about `stream`. Every stream that gets the message
 /// answers, including those of another account or of the leaf node that the relay is connected to; `other` notes the
 /// first of these.
 fn judge(

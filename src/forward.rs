@@ -32,7 +32,7 @@ pub struct Forward {
 }
 
 impl Forward {
-    /// Returns one that POSTs to `webhook` and publishes on `connection`.
+    /// Creates a `Forward` that POSTs to `webhook` and publishes on `connection`.
     #[must_use]
     pub fn new(
         connection: Connection,
@@ -52,21 +52,22 @@ impl Forward {
         }
     }
 
-    /// Verifies the streams that have to confirm published messages, and logs the addresses of names that have several.
+    /// Verifies the streams that have to confirm published messages, and looks up the names whose every address is a
+    /// destination.
     ///
     /// # Errors
     /// If one of the streams cannot be used.
     pub async fn open(&self) -> anyhow::Result<()> {
         let destinations = self.webhook.destinations.iter();
         let names = destinations.filter(|destination| destination.url.every_address);
-        // A name that cannot be resolved now is an attempt's failure, if it still can't be then.
+        // A failed lookup is ignored, because the first attempt will report it.
         let lookups = names.map(|name| name.addresses(self.config.webhook.timeout));
         let (opened, _) = join(self.commit.open(), join_all(lookups)).await;
         opened
     }
 
-    /// Processes one message to completion: relays it, or gives up on it. If the server has not acknowledged that, the
-    /// message may be redelivered and is counted then.
+    /// Processes one message to completion: relays it, or gives up on it. If the server does not
+    /// confirm the ack, the message may be redelivered, and is counted then.
     pub async fn forward(&self, delivery: &Delivery) {
         let start = Instant::now();
         // In durable mode it has been waiting since the stream stored it.
@@ -131,9 +132,6 @@ impl Forward {
                 delivery.subject,
                 Answers(&posted)
             );
-        } else {
-            self.monitor
-                .add_unfinished("NATS has not confirmed the ack");
         }
         Ok(())
     }
@@ -149,15 +147,20 @@ impl Forward {
             delivery.subject,
             given_up.reason
         );
-        self.monitor.add_given_up(given_up.cause, &given_up.reason);
-        if let Err(error) = self.commit_failed(delivery, ids, &given_up).await {
-            error!(
-                subject:% = delivery.subject, reason:% = error;
-                "{} could not be published as a failed message either: {error:#}",
-                delivery.subject
-            );
-            // Without a message to publish, it can't fail.
-            let _ = self.commit.commit(delivery, None, Outcome::GivenUp).await;
+        let committed = match self.commit_failed(delivery, ids, &given_up).await {
+            Err(error) => {
+                error!(
+                    subject:% = delivery.subject, reason:% = error;
+                    "{} could not be published as a failed message either: {error:#}",
+                    delivery.subject
+                );
+                self.commit.commit(delivery, None, Outcome::GivenUp).await
+            }
+            committed => committed,
+        };
+        // Without a message to publish, it can't fail.
+        if committed.unwrap_or_default() {
+            self.monitor.add_given_up(given_up.cause, &given_up.reason);
         }
     }
 

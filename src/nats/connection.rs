@@ -27,7 +27,7 @@ use tokio::{
 use super::events::Observer;
 use crate::config::Config;
 
-/// How many of the subjects on which a message was not refused are remembered.
+/// How many permitted subjects are remembered.
 const MAX_PERMITTED: usize = 1024;
 
 /// How long to wait for an answer.
@@ -102,13 +102,17 @@ pub(super) struct Refusals {
     permitted: parking_lot::Mutex<HashSet<String>>,
     /// Notified when our own inbox is refused, which is as good an answer as any.
     pub(super) inbox: Notify,
-    /// Whether the log already says that.
+    /// Whether that has been logged.
     pub(super) is_inbox_known: AtomicBool,
 }
 
 impl Refusals {
-    pub(super) fn add(&self, refused: u64) {
-        self.count.fetch_add(refused, Relaxed);
+    pub(super) fn add(&self) {
+        self.count.fetch_add(1, Relaxed);
+        self.forget_permitted();
+    }
+
+    pub(super) fn forget_permitted(&self) {
         self.permitted.lock().clear();
     }
 }
@@ -172,15 +176,15 @@ impl Connection {
     }
 
     /// Resolves once the server has processed everything sent before, and it is known what it refused. For that it
-    /// publishes to its own inbox, so that nobody else's subscription can take the message away: that it came back is
-    /// as good as that it was refused.
+    /// publishes to its own inbox, so that nobody else's subscription can take the message away; it comes back or is
+    /// refused, and either is an answer.
     pub async fn round_trip(&self) {
         let refused = &self.refusals.inbox;
         loop {
             self.up().await;
             let mut inbox = self.inbox.lock().await;
             if refused.notified().now_or_never().is_some() {
-                // That did not answer this one, and there may be no subscription.
+                // That answered an earlier one, and the subscription may be gone.
                 inbox.subscription = None;
             }
             let (reply, subscription) = inbox.next(&self.client).await;
@@ -200,17 +204,17 @@ impl Connection {
         yield_now().await;
     }
 
-    /// Publishes a message. With `is_sure`, or if NATS has refused one before, this finds out whether it is refused,
-    /// which takes a round trip, but only once for each subject, because permissions are by subject.
+    /// Publishes a message. The first one on a connection or after a refusal, and with `must_know` the first one on
+    /// each subject, takes a round trip, which shows whether it is refused; permissions are by subject.
     ///
     /// # Errors
     /// If the client or the server refuses it.
-    pub async fn publish_for_good(
+    pub async fn publish(
         &self,
         subject: Subject,
         headers: HeaderMap,
         payload: Bytes,
-        is_sure: bool,
+        must_know: bool,
     ) -> anyhow::Result<()> {
         let refusals = self.refusals();
         let client = &self.client;
@@ -219,7 +223,7 @@ impl Connection {
         let permitted = &self.refusals.permitted;
         let is_known = {
             let permitted = permitted.lock();
-            !permitted.is_empty() && (!is_sure || permitted.contains(&subject[..]))
+            !permitted.is_empty() && (!must_know || permitted.contains(&subject[..]))
         };
         if !is_known {
             self.round_trip().await;
@@ -286,7 +290,7 @@ async fn answer_on<T>(
     crashed().await
 }
 
-/// Returns whether the client has taken a message, unless it has crashed.
+/// Passes the client's answer on, and never resolves if the client has crashed.
 async fn sent(published: Result<(), PublishError>) -> Result<(), PublishError> {
     match published {
         Err(error) if error.kind() == PublishErrorKind::Send => crashed().await,

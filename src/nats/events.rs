@@ -103,7 +103,7 @@ impl Observer {
     pub(super) fn observe(&self, event: Event) {
         match event {
             Event::Connected => {
-                self.refusals.add(0);
+                self.refusals.forget_permitted();
                 let mut progress = self.progress.lock();
                 progress.was_accepted = true;
                 progress.connected = Some(Instant::now());
@@ -118,7 +118,7 @@ impl Observer {
                     error!(
                         "lost the connection to NATS; messages that were on their way or are published \
                          before it is back are lost (NATS_STREAM would keep them); a message that no \
-                         client can read, such as one with malformed headers, has this effect as well"
+                         client can read, such as one with malformed headers, also causes this"
                     );
                 } else {
                     warn!("lost the connection to NATS; reconnecting");
@@ -154,7 +154,7 @@ impl Observer {
                         inbox.wildcard()
                     ));
                 }
-                // It subscribes to nothing else, however the server quotes that.
+                // It subscribes to nothing else, whatever the server quotes.
                 self.tell(Err(anyhow!(
                     "no permission to subscribe to {}; allow it for this NATS user",
                     self.config.prefix.wildcard()
@@ -184,7 +184,7 @@ impl Observer {
             if !self.is_lossy() && !self.refusals.is_inbox_known.swap(true, Relaxed) {
                 warn!(
                     "no permission to publish on {}, by which the relay learns whether NATS refuses a \
-                     message; each time leaves an error in the server's log; allow it for this NATS user",
+                     message; each attempt leaves an error in the server's log; allow it for this NATS user",
                     inbox.wildcard()
                 );
             }
@@ -205,7 +205,7 @@ impl Observer {
         let stream = request.and_then(|request| request.strip_prefix("STREAM.INFO."));
         if let Some(stream) = stream.filter(|stream| self.is_only_input(stream)) {
             return warn!(
-                "cannot look at the stream {stream}, so its limits may drop a message that is being relayed; \
+                "cannot tell whether the limits of the stream {stream} can drop a message that is being relayed; \
                  allow {refused} for this NATS user"
             );
         }
@@ -225,12 +225,12 @@ impl Observer {
     }
 
     fn refused(&self, line: &str) {
-        self.refusals.add(1);
+        self.refusals.add();
         self.monitor.metrics.publish_refused.inc();
         error!("{line}");
     }
 
-    /// Core mode can do without an inbox unless streams have to confirm what it publishes.
+    /// Reports a refused inbox, which core mode can do without unless streams have to confirm what it publishes.
     fn inbox_refused(&self, reason: anyhow::Error) {
         self.refusals.inbox.notify_one();
         let config = &self.config;
@@ -245,8 +245,8 @@ impl Observer {
     }
 }
 
-/// Returns what the server does not permit, and the subject, up to its first quotation mark:
-/// `Permissions Violation for <what> "<subject>"`.
+/// Returns the operation that the server does not permit, and the subject up to its first quotation mark: `Permissions
+/// Violation for <what> "<subject>"`.
 fn refused_subject(text: &str) -> Option<(&str, &str)> {
     let (what, rest) = text
         .strip_prefix("Permissions Violation for ")?

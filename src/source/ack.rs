@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep};
 
 use super::Consumer;
 
-/// How long the server is asked again and again to confirm an ack.
+/// How long to keep asking the server to confirm an ack.
 const CONFIRM_WITHIN: Duration = Duration::from_secs(6);
 
 /// How long to wait before asking it again.
@@ -31,13 +31,13 @@ const UNDER_WAY: Duration = Duration::from_millis(250);
 pub struct Ack {
     /// The position of the message in the stream.
     pub(super) position: Position,
-    /// The number of the delivery among all of the consumer.
+    /// The number of the delivery in the consumer.
     number: u64,
     subject: Subject,
     consumer: Arc<Consumer>,
     /// When the consumer that handed it out was created.
     created: i128,
-    /// How many deliveries we had received by then, including this one.
+    /// How many deliveries we had received, including this one.
     received: u64,
     is_acknowledged: AtomicBool,
 }
@@ -64,7 +64,7 @@ impl Ack {
     /// Returns the ack of a message that the consumer handed out, and how many follow it.
     ///
     /// # Errors
-    /// If `subject` is no ack subject.
+    /// If `subject` is not an ack subject.
     pub(super) fn of(subject: Subject, consumer: &Arc<Consumer>) -> anyhow::Result<(Self, u64)> {
         let [sequence, number, time, pending] = numbers(&subject)
             .with_context(|| format!("an ack subject has an unknown format: {subject}"))?;
@@ -109,9 +109,10 @@ impl Ack {
 
     /// Sends the ack until the server has confirmed it; returns whether it has.
     ///
-    /// Returns early if the connection was lost, because the ack may have been lost with it. A server that was killed
-    /// may have forgotten that it had handed the message out, and then never confirms; it hands the message out
-    /// again. The same happens if the ack never reached the server.
+    /// Returns early if the connection was lost, because what was published before the ack may have been lost with it,
+    /// and the ack must not overtake that. A server that was killed may have forgotten that it had handed the message
+    /// out, and then never confirms; it hands the message out again. The same happens if the ack never reached the
+    /// server.
     ///
     /// This is not async-nats's `double_ack`, because that one takes any answer for a confirmation, even the 503 of a
     /// server without the consumer.
@@ -137,6 +138,9 @@ impl Ack {
                 self.is_acknowledged.store(true, Relaxed);
                 return true;
             }
+            // Nobody confirms: the consumer has no leader at the moment.
+            sleep(CONFIRM_AGAIN).await;
+            connection.up().await;
             if connection.epoch() != now.1 {
                 return false;
             }
@@ -148,8 +152,6 @@ impl Ack {
                 );
                 return false;
             }
-            // Nobody confirms: the consumer has no leader at the moment.
-            sleep(CONFIRM_AGAIN).await;
         }
     }
 
@@ -191,8 +193,8 @@ impl Ack {
         let received_since = || deliveries.lock().received - self.received;
         let (complete_at, epoch) = deliveries.lock().complete_at;
         let is_recent = complete_at.elapsed().is_ok_and(|age| age < MOMENT);
-        // The server hands out another one only if this one is no longer outstanding. On an earlier connection an
-        // ack may have got through without its confirmation.
+        // The server hands out nothing else while this one is outstanding. An ack on an earlier connection may have got
+        // through unconfirmed.
         if received_since() == 0 && is_recent && epoch == now.1 {
             return Ok(true);
         }
@@ -219,7 +221,7 @@ impl Ack {
 
 /// Returns the last four numbers of an ack subject,
 /// `$JS.ACK.[<domain>.<account>.]<stream>.<consumer>.<times>.<sequence>.<number>.<time>.<pending>`. With a domain, more
-/// tokens may follow. (To have async-nats read them takes a copy of the client for each message.)
+/// tokens may follow. (async-nats's own parser takes a copy of the client for each message.)
 fn numbers(subject: &str) -> Option<[u64; 4]> {
     let has_domain = subject.split('.').count() >= 11;
     let mut tokens = subject.split('.').skip(if has_domain { 7 } else { 5 });

@@ -1130,7 +1130,9 @@ async fn what_nobody_may_know_about_the_stream_is_said() {
     let webhook = Webhook::ok().await;
     let variables = [("NATS_USER", "relay"), ("NATS_PASS", "good")];
     let relay = Relay::durable(&nats, &webhook, &variables).await;
-    let line = relay.logged("cannot look at the stream CMS").await;
+    let line = relay
+        .logged("cannot tell whether the limits of the stream CMS")
+        .await;
     assert!(
         line.ends_with("allow $JS.API.STREAM.INFO.CMS for this NATS user"),
         "{line}"

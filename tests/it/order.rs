@@ -294,6 +294,25 @@ async fn a_resumed_replica_does_not_go_on_publishing_what_another_one_has_relaye
 }
 
 #[tokio::test]
+async fn what_was_published_on_a_connection_that_broke_before_it_arrived_is_published_again() {
+    let (webhook, release) = holding(1).await;
+    let mut replicas = Replicas::start(webhook).await;
+    replicas.publish(0..2).await;
+    // From now on it is known that this subject may be published on.
+    replicas.expect([0]).await;
+    replicas.webhook.received(2).await;
+    replicas.link.set(Network::Cut);
+    release.notify_one();
+    replicas.link.holds("relayed.cache.x").await;
+    replicas.link.reset();
+    replicas.a.logged("lost the connection").await;
+    replicas.link.set(Network::Good);
+    replicas.drained().await;
+    replicas.publish(2..3).await;
+    replicas.expect([1, 2]).await;
+}
+
+#[tokio::test]
 async fn what_was_acknowledged_on_a_connection_that_broke_is_not_republished_late() {
     let mut replicas = Replicas::start(Webhook::ok().await).await;
     until("it has asked for a message", async || {

@@ -265,7 +265,7 @@ async fn what_a_stream_refuses_for_good_is_given_up_with_the_reason() {
         scene.publish("x").await;
         scene
             .relay
-            .logged("not confirmed within 2s, but by the stream OTHER; next attempt")
+            .logged("not confirmed within 2s; only OTHER answered; next attempt")
             .await;
         kept(&scene.nats, "OTHER", 1).await;
         jetstream.delete_stream("OTHER").await.unwrap();

@@ -10,8 +10,10 @@ use tokio::{
     },
     sync::{mpsc, watch},
     task::JoinHandle,
-    time::{Instant, sleep_until},
+    time::{Instant, sleep_until, timeout},
 };
+
+use super::PATIENCE;
 
 /// What the network is like.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -31,6 +33,8 @@ pub struct Proxy {
     network: watch::Sender<Network>,
     /// How often all connections have been reset.
     resets: watch::Sender<u64>,
+    /// What has been sent while the network was cut, in either direction.
+    held: watch::Sender<Vec<u8>>,
     accepting: JoinHandle<()>,
 }
 
@@ -40,17 +44,19 @@ impl Proxy {
         let address = listener.local_addr().unwrap();
         let (network, changes) = watch::channel(Network::Good);
         let resets = watch::Sender::new(0);
-        let resetting = resets.clone();
+        let held = watch::Sender::default();
+        let (resetting, holding) = (resets.clone(), held.clone());
         let accepting = tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
                 let (changes, resets) = (changes.clone(), resetting.subscribe());
-                tokio::spawn(forward(stream, target, changes, resets));
+                tokio::spawn(forward(stream, target, changes, resets, holding.clone()));
             }
         });
         Self {
             address,
             network,
             resets,
+            held,
             accepting,
         }
     }
@@ -71,6 +77,14 @@ impl Proxy {
     pub fn reset(&self) {
         self.resets.send_modify(|resets| *resets += 1);
     }
+
+    /// Waits until this has been sent into the cut network.
+    pub async fn holds(&self, text: &str) {
+        let contains = |held: &Vec<u8>| String::from_utf8_lossy(held).contains(text);
+        let mut held = self.held.subscribe();
+        let held = timeout(PATIENCE, held.wait_for(contains)).await;
+        assert!(held.is_ok(), "{text} was not sent");
+    }
 }
 
 impl Drop for Proxy {
@@ -86,6 +100,7 @@ async fn forward(
     target: SocketAddr,
     mut network: watch::Receiver<Network>,
     mut resets: watch::Receiver<u64>,
+    held: watch::Sender<Vec<u8>>,
 ) {
     // Whatever ends it: unless both sides have closed it properly, they learn that it was reset.
     let _ = near.set_zero_linger();
@@ -102,8 +117,8 @@ async fn forward(
         let (near_read, near_write) = near.into_split();
         let (far_read, far_write) = far.into_split();
         tokio::join!(
-            pass_on(near_read, far_write, network.clone()),
-            pass_on(far_read, near_write, network),
+            pass_on(near_read, far_write, network.clone(), &held),
+            pass_on(far_read, near_write, network, &held),
         );
     };
     tokio::select! {
@@ -120,16 +135,21 @@ async fn pass_on(
     mut from: OwnedReadHalf,
     mut to: OwnedWriteHalf,
     mut network: watch::Receiver<Network>,
+    held: &watch::Sender<Vec<u8>>,
 ) {
     let (sender, mut on_its_way) = mpsc::channel(CAPACITY);
     let conditions = network.clone();
     let reading = async move {
         let mut buffer = vec![0; 16 * 1024];
         while let Ok(length @ 1..) = from.read(&mut buffer).await {
-            let delay = match *conditions.borrow() {
+            let network = *conditions.borrow();
+            let delay = match network {
                 Network::Slow(delay) => delay,
                 Network::Good | Network::Cut | Network::Down => Duration::ZERO,
             };
+            if network == Network::Cut {
+                held.send_modify(|held| held.extend_from_slice(&buffer[..length]));
+            }
             let arrives = Instant::now() + delay;
             let sent = sender.send((arrives, buffer[..length].to_vec()));
             if sent.await.is_err() {
