@@ -52,9 +52,10 @@ pub fn configuration(settings: &[(u8, String)]) {
             .unwrap_or_default();
         // A shorter one may stand there by chance.
         let is_telling = value.len() > 20 && value.bytes().all(|b| b.is_ascii_alphanumeric());
-        let is_elsewhere = variables
-            .iter()
-            .any(|(name, other)| *name != variable && other.contains(&value));
+        // The names of headers are shown in lower case.
+        let is_elsewhere = variables.iter().any(|(name, other)| {
+            *name != variable && other.to_lowercase().contains(&value.to_lowercase())
+        });
         assert!(
             !is_telling || is_elsewhere || !shown.contains(&value),
             "{variable}: {shown}"
