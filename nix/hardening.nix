@@ -1,5 +1,5 @@
-# What the service may not do. It opens connections to anywhere, the host itself included, and needs
-# nothing else. A test keeps examples/systemd/nats-webhook-relay.service equal to this list.
+# The sandbox of the service. It opens connections to anywhere, the host itself included, and needs nothing else. A test
+# keeps examples/systemd/nats-webhook-relay.service equal to this list.
 {
   AmbientCapabilities = "";
   CapabilityBoundingSet = "";

@@ -51,7 +51,7 @@ let
         webhookDestination = text "http://localhost:3000" "URLs to POST to, separated by spaces.";
         natsAddress = text "nats://localhost:4222" "URLs of the NATS servers, separated by commas.";
         natsUser = text "relay" "NATS user, if the server asks for one.";
-        natsPassword = text "secret" "Its password, for everyone to read in the Nix store.";
+        natsPassword = text "secret" "Its password, world-readable in the Nix store.";
         natsPasswordFile = optionOf types.externalPath "/run/secrets/nats" "Its password's file.";
         natsSubjectPrefix = text "cms.cache" "Messages on every subject below it are relayed.";
         natsRelayedSubjectPrefix = text "relayed.cache" "Messages are republished under it.";

@@ -97,7 +97,7 @@ pub async fn check(config: Config, out: &mut dyn Write) -> anyhow::Result<bool> 
         let found = match TcpListener::bind(address).await {
             Ok(_) => Ok("available"),
             Err(error) if error.kind() == ErrorKind::AddrInUse => {
-                Ok("is in use (expected if the relay is already running)")
+                Ok("in use (expected if the relay is already running)")
             }
             Err(error) => Err(error.into()),
         };
@@ -302,9 +302,9 @@ async fn connect(
         .await
         .context("cannot connect")?;
     let Some(tls) = tls.filter(|_| url.scheme() == "https") else {
-        return Ok("can be connected to");
+        return Ok("reachable");
     };
-    // Only in a URL are IPv6 addresses in brackets.
+    // IPv6 addresses have brackets only in URLs.
     let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
     let name = ServerName::try_from(host.to_owned())?;
     let connecting = TlsConnector::from(Arc::new(tls.clone())).connect(name, stream);
@@ -313,5 +313,5 @@ async fn connect(
         let reason = tls::explain(&error, "WEBHOOK").unwrap_or(error);
         anyhow!(reason).context("TLS failed")
     })?;
-    Ok("can be connected to, its certificate is trusted")
+    Ok("reachable, its certificate is trusted")
 }

@@ -79,8 +79,7 @@ pub enum Mode {
     },
 }
 
-/// Returns the filter of the log, in env_logger's syntax, and whether its lines are JSON objects, whether or not the other
-/// settings are valid.
+/// Returns the log filter, in env_logger's syntax, and whether to log JSON, even if other settings are invalid.
 #[must_use]
 pub fn log(environment: &Environment) -> (String, bool) {
     read_log(&mut Reader::new(environment))
@@ -120,10 +119,10 @@ impl Config {
         };
         refuse_overlaps(reader, &config);
         if reader.is_set(FAILED_STREAM) && !reader.is_set(FAILED_PREFIX) {
-            let problem = format!("is not set, but {FAILED_STREAM} is; set both, or unset that");
+            let problem = format!("is not set, but {FAILED_STREAM} is; set both or neither");
             reader.note(FAILED_PREFIX, &problem);
         }
-        // The logger has been started already; these are only its problems.
+        // Only for its problems; the logger reads its settings itself.
         read_log(reader);
         match reader.problems.is_empty() {
             true => Ok(config),
@@ -139,7 +138,7 @@ impl Mode {
         let queue_group = reader.optional(QUEUE_GROUP, |text| parse_word(text, ""));
         if durable.is_some() && queue_group.is_some() {
             let problem = format!(
-                "is for core mode, but {STREAM} is set; unset it: replicas share {CONSUMER}"
+                "is for core mode, but {STREAM} is set; unset one of them: replicas share {CONSUMER}"
             );
             reader.note(QUEUE_GROUP, &problem);
         }
@@ -158,14 +157,14 @@ fn refuse_overlaps(reader: &mut Reader<'_>, config: &Config) {
         (INBOX_PREFIX, &config.inbox_prefix),
     ];
     prefixes.extend(config.failed_prefix.iter().map(|it| (FAILED_PREFIX, it)));
-    // What stands in for a bad one means nothing.
+    // The placeholder of a bad one means nothing.
     prefixes.retain(|(name, _)| !reader.has_problem(name));
     for (index, (name, prefix)) in prefixes.iter().enumerate() {
         for (earlier_name, earlier) in &prefixes[..index] {
             if prefix.overlaps(earlier) {
                 let problem = format!(
                     "{prefix} overlaps with {earlier_name} {earlier}, so that one message would be \
-                     taken for another; choose prefixes of which none begins another"
+                     taken for another; choose prefixes none of which begins with another"
                 );
                 reader.note(name, &problem);
             }
@@ -183,7 +182,7 @@ fn parse_name(text: &str) -> Result<String, String> {
     parse_word(text, ".*>/\\")
 }
 
-/// Parses a name without white space and `bad` characters.
+/// Parses a name without white space or `bad` characters.
 fn parse_word(text: &str, bad: &str) -> Result<String, String> {
     let is_bad = |c: char| c.is_whitespace() || c.is_control() || bad.contains(c);
     match text.contains(is_bad) {

@@ -20,7 +20,7 @@ pub use self::metrics::{Attempt, Cause, DestinationMetrics};
 use self::{metrics::Metrics, pictures::Minutes};
 use crate::text;
 
-/// The main loop beats at least this often; a multiple of its heartbeat.
+/// After this long without a heartbeat, the main loop counts as stuck.
 const LONGEST_TURN: Duration = Duration::from_secs(10);
 
 /// How many messages the page shows.
@@ -33,7 +33,7 @@ const GIVEN_UP: &str = "given up on";
 pub struct Monitor {
     /// A line for the page that says where messages come from and where they go; without it there is no page.
     about: Option<String>,
-    /// What needs nothing but counting is counted here directly.
+    /// Events that are only counted are counted here directly.
     pub metrics: Metrics,
     state: Mutex<State>,
 }
@@ -43,7 +43,7 @@ struct State {
     server: Result<String, String>,
     /// Since when that has been so.
     since: SystemTime,
-    /// What keeps messages from being taken over the connection.
+    /// The reason why no messages are taken.
     obstacle: Option<String>,
     /// Whether systemd knows that the start is complete.
     is_started: bool,
@@ -190,7 +190,7 @@ impl Monitor {
         }
     }
 
-    /// Notes a failure that is tried again after `wait`.
+    /// Notes that `what` failed, and is tried again after `wait`.
     pub fn set_failing(&self, what: String, reason: String, wait: Duration) {
         self.change_current(|Current { failing, .. }| {
             let known = failing.iter().position(|known| known.what == what);
@@ -235,7 +235,7 @@ impl Monitor {
         );
     }
 
-    /// Keeps what has become of the current message.
+    /// Records what became of the current message.
     fn end(&self, outcome: &'static str, reason: String) {
         let mut state = self.state.lock();
         let Some(current) = &mut state.current else {
@@ -257,7 +257,7 @@ impl Monitor {
         state.messages.push_front(ended);
     }
 
-    /// Notes what waits.
+    /// Notes the backlog.
     pub fn set_waiting(&self, messages: u64, bytes: usize) {
         self.metrics.waiting_messages.set(messages as f64);
         self.metrics.waiting_bytes.set(bytes as f64);

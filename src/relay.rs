@@ -17,7 +17,7 @@ struct Stopping<'a, S> {
     requests: &'a mut S,
     /// How long the current message may take after the first one.
     timeout: Duration,
-    /// Until when that is; `None` until the first one.
+    /// The end of that time; `None` before the first one.
     deadline: Option<Instant>,
 }
 

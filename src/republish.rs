@@ -154,7 +154,7 @@ fn carried_over(delivery: &Delivery) -> HeaderMap {
     headers
 }
 
-/// With these a relay says why it gave up on a message; it may have been published again since.
+/// Headers that say why a relay gave up on a message, which may have been published again since.
 const RELAY_ERROR: &str = "Relay-Error";
 const RELAY_STATUS: &str = "Relay-Status";
 const RELAY_ATTEMPTS: &str = "Relay-Attempts";
@@ -169,8 +169,8 @@ fn is_shed(name: &str) -> bool {
             .any(|shed| name.eq_ignore_ascii_case(shed))
 }
 
-/// What the server counts as the size of a message with these headers. They are written as `NATS/1.0`, a line for each,
-/// and an empty line (ADR-4), or not at all if there are none.
+/// Returns the size of a message with these headers, as the server counts it. They are written as `NATS/1.0`, a line
+/// for each, and an empty line (ADR-4), or not at all if there are none.
 fn length(headers: &HeaderMap, delivery: &Delivery) -> usize {
     let mut length = delivery.payload.len();
     if !headers.is_empty() {

@@ -67,7 +67,7 @@ impl From<Message> for Delivery {
 const ASK_AGAIN: Duration = Duration::from_millis(500);
 
 impl Delivery {
-    /// Returns whether the message may be POSTed: not if it is certainly not ours any more. Logs that it is not.
+    /// Returns whether the message may be POSTed: unless it is certainly no longer ours, which is logged.
     pub async fn may_be_posted(&self) -> bool {
         match &self.ack {
             None => true,
@@ -76,8 +76,8 @@ impl Delivery {
         }
     }
 
-    /// Returns whether the message may be published: only if it is certainly still ours, so this waits until
-    /// NATS can tell. Logs that it is not.
+    /// Returns whether the message may be published: only if it is certainly still ours, so this waits until NATS can
+    /// tell. Logs if it is not.
     pub async fn may_be_published(&self) -> bool {
         let Some(ack) = &self.ack else {
             return true;
@@ -87,7 +87,7 @@ impl Delivery {
                 Ok(is_ours) => return is_ours || self.abandon(),
                 Err(reason) => warn!(
                     subject:% = self.subject, reason;
-                    "{} cannot be published yet, because NATS does not tell whether it is still ours: {reason}",
+                    "{} cannot be published yet, because NATS does not say whether it is still ours: {reason}",
                     self.subject
                 ),
             }
@@ -98,7 +98,7 @@ impl Delivery {
     fn abandon(&self) -> bool {
         warn!(
             subject:% = self.subject;
-            "{} is abandoned: meanwhile NATS has handed it, or a later message, to another relay",
+            "{} is abandoned: NATS has since handed it, or a later message, to another relay",
             self.subject
         );
         false

@@ -74,7 +74,7 @@ impl fmt::Display for Prefix {
 pub(crate) const LONGEST_SUBJECT: usize = 4096 - "HPUB  67108864 67108864".len();
 
 impl FromStr for Prefix {
-    /// What is wrong with the text, and how to fix it.
+    /// The problem with the text, and how to fix it.
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {

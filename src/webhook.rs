@@ -138,7 +138,7 @@ impl Webhook {
             }
             match timeout_at(deadline, endpoint.client.execute(request)).await {
                 Ok(Ok(response)) => break (response, opened, is_last),
-                // The destination closed the connection as the request went out, and never saw the request.
+                // The destination closed the connection as the request went out, and presumably never saw the request.
                 Ok(Err(error)) if waiting.is_some() && met_dead_connection(&error) => {}
                 Ok(Err(error)) => return Err(destination.failure(error)),
                 Err(_) => {

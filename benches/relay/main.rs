@@ -266,9 +266,9 @@ fn measure(
             let after = relay.cpu()?;
             let user = (after.0 - before.0) / count as f64;
             let system = (after.1 - before.1) / count as f64;
-            figures.push(("its CPU per message, user, µs", user));
-            figures.push(("its CPU per message, system, µs", system));
-            figures.push(("its CPU per message, µs", user + system));
+            figures.push(("CPU per message, user, µs", user));
+            figures.push(("CPU per message, system, µs", system));
+            figures.push(("CPU per message, µs", user + system));
 
             // JetStream takes longer for these, and the rate is the same.
             let part = if stage.is_durable() { 2 * part } else { part };

@@ -13,7 +13,7 @@ const LATENCY: Duration = Duration::from_millis(20);
 /// How much faster four lanes have to be.
 const FACTOR: f64 = 3.0;
 
-/// Whether the order of each page held, and four lanes were fast enough.
+/// Returns whether each page kept its order and four lanes were fast enough.
 pub async fn compare() -> bool {
     println!("{EDITS} edits of {PAGES} pages, and a webhook that takes {LATENCY:?}\n");
 
@@ -35,8 +35,8 @@ pub async fn compare() -> bool {
     one_in_order && four_in_order && factor >= FACTOR
 }
 
-/// Publishes the edits as a CMS would; how long it takes until all are relayed, and whether each page's
-/// edits came in order, to the webhook and to the browsers.
+/// Publishes the edits as a CMS would. Returns how long it took to relay them all, and whether each page's edits came
+/// in order, to the webhook and to the browsers.
 async fn edit(client: &Client, webhook: &Webhook) -> (Duration, bool) {
     let mut browser = client.subscribe("relayed.cache.>").await.unwrap();
     let start = Instant::now();

@@ -1,8 +1,7 @@
-//! The main job before one's eyes: a real nats-server, a small webhook endpoint, the relay as its
-//! users run it, and a few messages as a CMS would publish them. With `--durable`, messages are
-//! published while the relay is down, and it is killed in the middle. With `--lanes`, four relays share
-//! a bulk edit. `scripts/demo` runs it. It exits with 0 only if everything arrived, in order, and the
-//! four were at least three times as fast as one.
+//! The main job, live: a real nats-server, a small webhook endpoint, the relay as its users run it, and a few messages
+//! as a CMS would publish them. With `--durable`, messages are published while the relay is down, and it is killed in
+//! the middle. With `--lanes`, four relays share a bulk edit. `scripts/demo` runs it. It exits with 0 only if
+//! everything arrived, in order, and the four were at least three times as fast as one.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -61,7 +60,7 @@ async fn main() -> ExitCode {
 
 const GOOD: &str =
     "Everything arrived, in order, and was relayed only after its webhook succeeded.";
-const BAD: &str = "FAILED: something did not arrive, not in order, or not fast enough.";
+const BAD: &str = "FAILED: something was lost, out of order or too slow.";
 
 /// What happened, and when.
 type Timeline = Vec<(Instant, String)>;
@@ -180,9 +179,7 @@ async fn durable() -> bool {
     print([acted, heard].concat(), &webhook, start);
     relay.signal("TERM");
     let (code, _) = relay.ended().await;
-    println!(
-        "\nA message that was being relayed at a kill comes again after the ack wait of 5 s.\n"
-    );
+    println!("\nA message interrupted by a kill is redelivered after the ack wait of 5 s.\n");
     first.into_iter().eq((1..=8).map(|n| n.to_string())) && code == Some(0)
 }
 

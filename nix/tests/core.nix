@@ -1,4 +1,4 @@
-# A relay between a real nats-server and a webhook: order, and where the password is not.
+# A relay between a real nats-server and a webhook: order, and no leaked password.
 { lib, ... }:
 let
   password = "hunter2";
@@ -63,7 +63,7 @@ in
     machine.succeed("install -m 0400 /dev/null /run/nats-password")
     machine.succeed("printf %s ${password} > /run/nats-password")
 
-    # Ready means subscribed: nothing is lost that is published right after the start.
+    # Ready means subscribed: nothing published right after the start is lost.
     machine.succeed(
         "systemd-run --unit subscriber --setenv PATH --setenv HOME "
         f"sh -c '{nats} subscribe --count 20 --raw \"relayed.cache.>\" > /run/relayed'"

@@ -17,7 +17,8 @@ const ALIASES: [(&str, &str); 4] = [
 /// Every variable that is set. An empty value counts as unset.
 #[derive(Clone, Default)]
 pub struct Environment {
-    /// The values, or the problems with them. Of what means nothing to the relay in a dotenv file, only the name counts.
+    /// The values, or the problems with them. Of a dotenv variable that means nothing to the relay, only the name is
+    /// kept.
     variables: BTreeMap<String, Result<String, String>>,
     /// A sentence for each dotenv file that says which variables it sets.
     pub files: Vec<String>,
@@ -65,7 +66,7 @@ impl Environment {
         environment
     }
 
-    /// Adds the variables of a dotenv file that are not yet set, neither directly nor by `X_FILE`.
+    /// Adds the variables of a dotenv file that are not yet set, directly or by `X_FILE`.
     fn fill(&mut self, file: &Path, text: &str) {
         let file = file.display();
         let mut new = BTreeMap::new();
@@ -118,9 +119,8 @@ impl Environment {
         self.variables.keys().map(String::as_str)
     }
 
-    /// Names the set variables that mean nothing to the relay but are an alias of one that does, or one letter away
-    /// from it, each in a sentence. Other unknown variables are none of our business: Kubernetes, for one, sets
-    /// `NATS_PORT` by itself.
+    /// Returns a sentence for each unknown variable that is another name for a known one, or one letter away from it.
+    /// Other unknown variables are none of our business: Kubernetes, for one, sets `NATS_PORT` by itself.
     pub(crate) fn misnamed(&self) -> Vec<String> {
         let is_set = |name| self.text(name) != Ok(None);
         let meant = |name: &&str| {
@@ -201,7 +201,7 @@ fn name_set_by(line: &str) -> Option<&str> {
 
 /// Reads the value in a line of ours. The error quotes nothing, because the line may contain a secret.
 pub(crate) fn read_value(line: &str) -> Result<String, &'static str> {
-    const BAD: &str = "is not a valid NAME=value in one line; put a value with spaces, quotes, # or $ in \
+    const BAD: &str = "is not a valid NAME=value on one line; put a value with spaces, quotes, # or $ in \
                        single quotes";
     const DOLLAR: &str =
         "has a $ that would be replaced by the value of a variable; put the value in single quotes";

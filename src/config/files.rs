@@ -48,7 +48,7 @@ impl Tls {
                     _ => (
                         key_name,
                         &key_path,
-                        "private key does not fit the certificate",
+                        "private key does not match the certificate",
                     ),
                 };
                 let problem = format!("names {}, whose {what}: {error}", shown(path));
@@ -111,7 +111,7 @@ fn read_key(path: &str) -> Result<(PathBuf, PrivateKeyDer<'static>), String> {
     })
 }
 
-/// Reads a file, and what `parse` finds in it.
+/// Reads a file, and parses its content.
 fn read<T>(path: &str, what: &str, parse: impl FnOnce(&[u8]) -> Option<T>) -> Result<T, String> {
     let path = Path::new(path);
     let content = read_file(path)

@@ -52,8 +52,8 @@ impl Nats {
         let requires_tls =
             reader.is_set(CA) || reader.is_set(CERT) || tls_first || has("tls") || has("wss");
         if requires_tls && has("ws") {
-            let problem = "has an entry that starts with ws://, which is without TLS, but NATS_CA, \
-                           NATS_CERT, NATS_TLS_FIRST or another entry demands it; write wss://";
+            let problem = "has an entry that starts with ws://, which has no TLS, but NATS_CA, \
+                           NATS_CERT, NATS_TLS_FIRST or another entry requires it; write wss://";
             reader.note(name, problem);
         }
         // A cluster advertises its web sockets without a scheme, and the client treats them as nats://.
@@ -133,7 +133,7 @@ impl Login {
         auth.nkey = nkey.as_ref().map(KeyPair::public_key);
         let (jwt, pair) = reader.optional(CREDS, read_credentials).unzip();
         auth.jwt = jwt;
-        // A key pair from a seed can sign.
+        // With a seed, signing never fails.
         auth.signature = nkey.or(pair).and_then(|pair| pair.sign(nonce).ok());
         auth
     }
@@ -281,8 +281,8 @@ mod tests {
             assert_eq!(problems(&[(HOST, host)]), [""; 0]);
             let problems = problems(&names(host));
             assert_eq!(problems.len(), 1, "{problems:?}");
-            let expected = "NATS_HOST has an entry that starts with ws://, which is without TLS, but \
-                            NATS_CA, NATS_CERT, NATS_TLS_FIRST or another entry demands it; write wss://";
+            let expected = "NATS_HOST has an entry that starts with ws://, which has no TLS, but \
+                            NATS_CA, NATS_CERT, NATS_TLS_FIRST or another entry requires it; write wss://";
             assert!(problems[0].starts_with(expected), "{problems:?}");
         }
         assert_eq!(problems(&[(HOST, "ws://a, wss://b")]).len(), 1);

@@ -100,7 +100,7 @@ pub(super) fn any_text(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
-/// Parses one of a few words, each with what it stands for.
+/// Parses one of a few words into its value.
 pub(super) fn parse_choice<T: Copy>(text: &str, choices: &[(&str, T)]) -> Result<T, String> {
     let chosen = choices.iter().find(|(word, _)| *word == text);
     chosen.map(|(_, choice)| *choice).ok_or_else(|| {

@@ -34,7 +34,7 @@ pub enum Kind {
     Plain,
     /// A value that must not be shown.
     Secret,
-    /// The path of a file, so that there is no `X_FILE`.
+    /// The path of a file, so there is no `X_FILE`.
     File,
 }
 
@@ -70,7 +70,7 @@ variables! {
     TLS_FIRST = "NATS_TLS_FIRST", Plain, Value("false"), "true: the TLS handshake comes first, as with handshake_first of nats-server";
     IGNORE_DISCOVERED = "NATS_IGNORE_DISCOVERED_SERVERS", Plain, Value("false"), "true: only the servers of NATS_HOST, not those that a cluster advertises";
     INBOX_PREFIX = "NATS_INBOX_PREFIX", Plain, Value("_INBOX"), "prefix of reply inboxes, for a user that may not use _INBOX.>";
-    QUEUE_GROUP = "NATS_QUEUE_GROUP", Plain, Off, "core mode: replicas in a group share the messages, without order across them";
+    QUEUE_GROUP = "NATS_QUEUE_GROUP", Plain, Off, "core mode: replicas in a group share the messages, whose order is then not kept";
     STREAM = "NATS_STREAM", Plain, Off, "durable mode: the JetStream stream, together with NATS_CONSUMER";
     CONSUMER = "NATS_CONSUMER", Plain, Off, "durable mode: its durable consumer, created if missing";
     DELIVER_POLICY = "NATS_DELIVER_POLICY", Plain, Value("all"), "where a consumer that the relay creates begins: all, new, last_per_subject";
@@ -78,8 +78,8 @@ variables! {
     FAILED_PREFIX = "NATS_FAILED_SUBJECT_PREFIX", Plain, Off, "publishes failed messages under this prefix, with the reason";
     RELAYED_STREAM = "NATS_RELAYED_STREAM", Plain, Off, "the stream that must confirm each republished message";
     FAILED_STREAM = "NATS_FAILED_STREAM", Plain, Off, "the stream that must confirm each failed message";
-    TIMEOUT = "WEBHOOK_TIMEOUT", Plain, Value("15s"), "longest time for one attempt, connecting included";
-    MAX_ATTEMPTS = "WEBHOOK_MAX_ATTEMPTS", Plain, Value("5"), "attempts per message; 0 is no limit, and the default in durable mode";
+    TIMEOUT = "WEBHOOK_TIMEOUT", Plain, Value("15s"), "longest time for one attempt, including the connection";
+    MAX_ATTEMPTS = "WEBHOOK_MAX_ATTEMPTS", Plain, Value("5"), "attempts per message; 0 means no limit, and is the default in durable mode";
     GIVE_UP_ON = "WEBHOOK_GIVE_UP_ON", Plain, Off, "statuses on which the relay gives up at once, such as 400 404 422, 4xx, or none";
     PASS_HEADERS = "WEBHOOK_PASS_HEADERS", Plain, Off, "message headers to copy to the request, such as ce-* content-encoding";
     EVERY_ADDRESS = "WEBHOOK_EVERY_ADDRESS", Plain, Value("false"), "true: every address of a destination's name has to succeed";
@@ -91,12 +91,12 @@ variables! {
     TRUST = "SSL_CERT_FILE", File, Off, "PEM file with the CAs to trust for https and TLS, instead of the system's";
     HTTP_PROXY = "HTTP_PROXY", Plain, Off, "proxy for http destinations; never used for localhost and loopback addresses";
     HTTPS_PROXY = "HTTPS_PROXY", Plain, Off, "the same for https destinations";
-    NO_PROXY = "NO_PROXY", Plain, Off, "hosts, domains and networks to reach without a proxy, separated by commas; * is all";
+    NO_PROXY = "NO_PROXY", Plain, Off, "hosts, domains and networks to reach without a proxy, separated by commas; * means all";
     REPUBLISH_DELAY = "REPUBLISH_DELAY", Plain, Value("0s"), "wait between the webhook's success and the republishing";
-    SHUTDOWN_TIMEOUT = "SHUTDOWN_TIMEOUT", Plain, Value("20s"), "how long a stop may take to finish messages";
+    SHUTDOWN_TIMEOUT = "SHUTDOWN_TIMEOUT", Plain, Value("20s"), "how long a stopping relay may take to finish messages";
     STATUS_LISTEN = "STATUS_LISTEN", Plain, Off, "address:port of the status page, /livez, /readyz and /metrics, such as 127.0.0.1:9642";
     LOG = "RUST_LOG", Plain, Value("info"), "error, warn, info, debug, trace, off, or an env_logger filter";
-    LOG_FORMAT = "LOG_FORMAT", Plain, Value("text"), "text, or json for one object a line";
+    LOG_FORMAT = "LOG_FORMAT", Plain, Value("text"), "text, or json for one object per line";
 }
 
 /// The prefix of all variables of the family [`HEADER`].

@@ -26,7 +26,7 @@ pub struct Webhook {
     pub headers: HeaderMap,
     /// Every request is signed with each of these keys.
     pub signing_keys: Vec<SecretSlice<u8>>,
-    /// Longest time for one attempt, connecting included.
+    /// Longest time for one attempt, including the connection.
     pub timeout: Duration,
     /// Attempts per message; `None` means no limit.
     pub max_attempts: Option<u32>,
@@ -148,7 +148,7 @@ pub(crate) fn authority(url: &Url) -> String {
 #[must_use]
 pub fn without_secrets(url: &Url) -> String {
     let mut shown = url.clone();
-    // It fails if there is none.
+    // Fails if there can be none.
     let _ = (shown.set_username(""), shown.set_password(None));
     shown.set_query(None);
     shown.set_fragment(None);
@@ -278,7 +278,7 @@ fn is_reserved(name: &str) -> bool {
 /// Headers that no publisher may set.
 const LOGINS: [&str; 3] = ["authorization", "proxy-authorization", "cookie"];
 
-/// `X_KEY` is the header `x-key`.
+/// Parses a header: `X_KEY` is the header `x-key`.
 fn parse_header(name: &str, value: &str) -> Result<(HeaderName, HeaderValue), String> {
     let name = name.to_lowercase().replace('_', "-");
     if is_reserved(&name) {
@@ -295,17 +295,11 @@ fn parse_header(name: &str, value: &str) -> Result<(HeaderName, HeaderValue), St
     Ok((name, value))
 }
 
-/// Names of message headers, some of them the beginnings of names.
+/// Names of message headers, or their beginnings, such as `ce-*`.
 #[derive(Clone, Debug, Default)]
 pub struct PassHeaders(Vec<String>);
 
 impl PassHeaders {
-    /// Returns whether there is none.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
     /// Returns whether a header of this name, in lower case, is one of them.
     #[must_use]
     pub fn contains(&self, name: &str) -> bool {

@@ -36,7 +36,7 @@ struct Job<'a> {
     id: &'a HeaderValue,
 }
 
-/// A destination has succeeded.
+/// The success of a destination.
 pub(super) struct Posted {
     /// The status of its response.
     pub(super) status: u16,
@@ -154,7 +154,7 @@ impl Forward {
                 let subject = &job.delivery.subject;
                 info!(
                     subject:% = subject;
-                    "{subject} has succeeded at an address of the other IP version than {}: {}",
+                    "{subject} has succeeded over the other IP version, so it is not sent to {} again: {}",
                     job.name(*address),
                     failure.reason
                 );
@@ -191,7 +191,7 @@ impl Forward {
     /// Logs a failed attempt, and returns how long to wait before the next one.
     ///
     /// # Errors
-    /// If there is to be none.
+    /// If there is none.
     fn next_wait(
         &self,
         job: Job<'_>,

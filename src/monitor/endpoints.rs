@@ -48,7 +48,7 @@ const TEXT: &str = "text/plain; charset=utf-8";
 pub async fn start(address: SocketAddr, monitor: Arc<Monitor>) -> anyhow::Result<()> {
     let listener = TcpListener::bind(address)
         .await
-        .with_context(|| format!("STATUS_LISTEN {address} cannot be listened on"))?;
+        .with_context(|| format!("cannot listen on STATUS_LISTEN {address}"))?;
     let address = listener.local_addr().unwrap_or(address);
     info!("status on http://{address}/ and /livez, /readyz and /metrics");
     tokio::spawn(serve(listener, monitor));
@@ -117,7 +117,7 @@ fn answer(request: &Request<Incoming>, monitor: &Monitor) -> Response<Full<Bytes
             "there are /, /livez, /readyz and /metrics",
         ),
     };
-    // It never fails: all of this is visible ASCII.
+    // It never fails: all headers are visible ASCII.
     Response::builder()
         .status(status)
         .header(header::CONTENT_TYPE, kind)

@@ -76,7 +76,7 @@ pub fn start(filter: &str, is_json: bool) {
     builder.target(Target::Pipe(Box::new(Enqueue))).init();
     if is_silent {
         warn!(
-            "RUST_LOG={filter:?} shows nothing of the relay, which logs at info besides; write off to silence it"
+            "RUST_LOG={filter:?} shows nothing of the relay, so it also logs at info; write off to silence it"
         );
     }
 }

@@ -52,14 +52,14 @@ pub struct Metrics {
     pub(super) received: IntCounter,
     pub(super) relayed: IntCounter,
     pub(super) message_duration: Histogram,
-    /// One of each cause.
+    /// One per cause.
     pub(super) given_up: [IntCounter; CAUSES.len()],
-    /// In the buffer of core mode.
+    /// Messages that did not fit into core mode's buffer, or were left in it.
     pub dropped: IntCounter,
-    /// By the server.
+    /// Messages that the server refused.
     pub publish_refused: IntCounter,
     pub(super) unfinished: IntCounter,
-    /// By a stream.
+    /// Attempts to publish that the stream did not confirm.
     pub unconfirmed: IntCounter,
     attempts: IntCounterVec,
     attempt_duration: HistogramVec,
@@ -107,15 +107,15 @@ impl Metrics {
             relayed: counter("messages_relayed_total", "Messages republished.")?,
             message_duration: histograms(
                 "message_duration_seconds",
-                "How long it took from taking a message to republishing it.",
+                "Time from taking a message to republishing it.",
                 &[],
             )?
             .with_label_values::<&str>(&[]),
-            // An alert misses the first event of a counter that does not exist before it.
+            // An alert misses an event that creates its counter.
             given_up: CAUSES.map(|cause| given_up.with_label_values(&[cause])),
             dropped: counter(
                 "messages_dropped_total",
-                "Messages that did not fit into core mode's buffer, or were in it at a stop.",
+                "Messages that did not fit into core mode's buffer, or were left in it when the relay stopped.",
             )?,
             publish_refused: counter(
                 "publish_refused_total",
@@ -123,7 +123,7 @@ impl Metrics {
             )?,
             unfinished: counter(
                 "messages_unfinished_total",
-                "Messages that stayed in the stream: abandoned, left at a stop, or with an unconfirmed ack.",
+                "Messages that stayed in the stream: abandoned, unfinished when the relay stopped, or with an unconfirmed ack.",
             )?,
             unconfirmed: counter(
                 "confirmations_missed_total",
@@ -150,8 +150,8 @@ impl Metrics {
             )?,
             current_message_age: gauge(
                 "current_message_age_seconds",
-                "How long ago the current message was taken, or in durable mode: how long ago the \
-                 stream got it; 0 while there is none.",
+                "How long ago the current message was taken (in durable mode: stored in the stream); 0 \
+                 while there is none.",
             )?,
             connected: gauge("connected", "Whether there is a connection to NATS.")?,
             reconnects: counter(

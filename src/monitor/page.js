@@ -1,4 +1,4 @@
-// Replaces only what has changed, so that neither the reader's place nor a selection of other text is lost.
+// Replaces only what has changed, so that the reader keeps their place; pauses while text is selected.
 setInterval(async () => {
   if (document.hidden || !getSelection().isCollapsed) return;
   let next;

@@ -1,5 +1,5 @@
 //! The page at `/`: what is happening now, and the last messages. Never a payload. Subjects, reasons and names come
-//! from elsewhere, so that every text is escaped here.
+//! from elsewhere, so every text is escaped here.
 
 use std::{
     fmt::Write,
@@ -40,7 +40,7 @@ impl Monitor {
 }
 
 impl State {
-    /// Returns how good it is what is happening, and a sentence about it.
+    /// Returns the mood of the state, and a sentence about it.
     pub(super) fn now(&self, metrics: &Metrics) -> (&'static str, String) {
         let current = self.current.as_ref();
         let [.., waiting] = metrics.counts();
@@ -58,7 +58,7 @@ impl State {
             return ("bad", text);
         }
         if let Some(obstacle) = &self.obstacle {
-            return ("bad", format!("Takes no messages: {obstacle}"));
+            return ("bad", format!("Not taking messages: {obstacle}"));
         }
         if let Some(Current { failing, asked, .. }) = current {
             if !failing.is_empty() {
@@ -83,11 +83,9 @@ impl State {
                         subject, reason, ..
                     },
                 ) = (span(last.at), last);
-                ("bad", format!("Gave up, {ago} ago, on {subject}: {reason}"))
+                ("bad", format!("Gave up on {subject} {ago} ago: {reason}"))
             }
-            _ if metrics.received.get() == 0 => {
-                ("good", "Listening; there was no message yet".to_owned())
-            }
+            _ if metrics.received.get() == 0 => ("good", "Listening; no messages yet".to_owned()),
             _ => ("good", format!("Relaying{waiting}")),
         }
     }
@@ -107,7 +105,7 @@ impl Failing {
 
 fn current(current: Option<&Current>) -> String {
     let Some(current) = current else {
-        return "No message is being worked on.".to_owned();
+        return "No current message.".to_owned();
     };
     let attempts = count(current.attempts.into(), "attempt");
     let (subject, age) = (escape(&current.subject), span(current.since));
@@ -134,7 +132,7 @@ fn row(message: &Ended) -> String {
     row
 }
 
-/// Returns for how long something has lasted, in whole seconds.
+/// Returns how long something has lasted, in whole seconds.
 fn span(since: SystemTime) -> FormattedDuration {
     format_duration(Duration::from_secs(age(since).as_secs()))
 }

@@ -99,7 +99,7 @@ impl Minutes {
         let lines =
             format!("<polyline points=\"{p50}\"/><polyline class=\"p95\" points=\"{p95}\"/>");
         let durations = format!(
-            "The webhook's answers: p50 {:.1?}, p95 (dashed) {:.1?}, up to {slowest:.1?}",
+            "The webhook's answers: p50 {:.1?}, p95 (dashed) {:.1?}, highest p95 {slowest:.1?}",
             last[0], last[1]
         );
         figure(format!("Relayed a minute: up to {most}"), bars) + &figure(durations, lines)

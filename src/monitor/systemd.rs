@@ -61,7 +61,7 @@ impl Monitor {
         let (_, now) = self.state.lock().now(&self.metrics);
         let [relayed, given_up, dropped, waiting] = self.metrics.counts();
         let line = format!(
-            "{now}; {relayed} relayed, {given_up} given up, {dropped} dropped, {waiting} waiting"
+            "{now}; {relayed} relayed, {given_up} failed, {dropped} dropped, {waiting} waiting"
         );
         text::one_line(&line, text::LONGEST_NOTE).into_owned()
     }

@@ -61,7 +61,7 @@ impl Connection {
     /// Returns the configuration of a stream.
     ///
     /// # Errors
-    /// If there is none to be had.
+    /// If it cannot be read.
     pub async fn stream_config(&self, stream: &str) -> Result<stream::Config, ApiError> {
         let request = format!("STREAM.INFO.{stream}");
         let answer = self.request(&request, &json!({})).await?;
@@ -104,7 +104,7 @@ impl Connection {
             };
             failures += 1;
             let wait = JETSTREAM_BACKOFF.wait(failures);
-            // Without a connection, the log says that already.
+            // A lost connection is already in the log.
             if self.is_up() {
                 let obstacle = format!("JetStream is not ready: {reason}");
                 warn!("{obstacle}; next attempt in {wait:.1?}");

@@ -29,7 +29,7 @@ pub fn show(server: &ServerAddr) -> String {
 /// Explains why there is no connection to a server.
 pub(super) fn explain(error: &str, server: &ServerAddr, nats: &Nats) -> String {
     if is_refusal(error) {
-        // In the server's words if there are any, which often are the client's.
+        // In the server's words, if any, which are often the client's.
         let reason = error.rsplit(": nats: ").next().unwrap_or(error);
         return format!("refused the login ({reason}); {}", nats.login.hint());
     }

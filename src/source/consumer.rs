@@ -39,7 +39,7 @@ pub(crate) struct Consumer {
     /// Its name.
     pub(crate) name: String,
     pub(super) config: Arc<Config>,
-    /// What is known about its deliveries to us.
+    /// The bookkeeping of its deliveries to us.
     pub(super) deliveries: Mutex<Deliveries>,
 }
 
@@ -50,7 +50,7 @@ pub(super) struct Deliveries {
     /// When the consumer was created, in nanoseconds since 1970.
     pub(super) created: i128,
     /// The last moment at which certainly everything that was handed out had come to us, and the connection at that
-    /// time. By the wall clock, because no other clock advances while a laptop sleeps.
+    /// time. By the wall clock, because `Instant` may stop while a laptop sleeps.
     pub(super) complete_at: (SystemTime, u64),
 }
 
@@ -134,15 +134,15 @@ impl Consumer {
         }
     }
 
-    /// Verifies that the stream stores subjects below the prefix, as far as this NATS user may read its configuration;
-    /// returns a warning if its settings can disturb the order.
+    /// Verifies that the stream stores subjects below the prefix, if this NATS user may read its configuration; returns
+    /// a warning if its settings can disturb the order.
     pub(crate) async fn verify_stream(&self) -> Result<Option<String>, Failure> {
         let stream = &self.stream;
         // If it is missing, the request for the consumer reports it.
         let Ok(config) = self.connection.stream_config(stream).await else {
             return Ok(None);
         };
-        // Messages from other streams have the subjects of those, and a transformed one has a new one.
+        // Messages from other streams keep their subjects, and transformed ones get new ones.
         let is_original = config.mirror.is_none()
             && config.sources.is_none()
             && config.subject_transform.is_none();
@@ -254,7 +254,7 @@ impl Consumer {
 /// A shorter `max_age` can expire a message in progress.
 const SHORT_AGE: Duration = Duration::from_secs(60 * 60);
 
-/// Returns the settings because of which a stream can drop a message that is being relayed.
+/// Returns the settings that let a stream drop a message that is being relayed.
 fn dropping_limits(config: &stream::Config) -> Vec<String> {
     let drops_old = config.discard == DiscardPolicy::Old;
     let age = config.max_age;
@@ -291,7 +291,7 @@ fn difference(found: &consumer::Config, filter: &str) -> Option<(&'static str, S
         // The server would drop a message after that many deliveries.
         ("max_deliver", json!(-1)),
         ("headers_only", Value::Null),
-        // The server would answer no pull request that does not name its group.
+        // The server would answer only pull requests that name a group.
         ("priority_groups", Value::Null),
         // It would make the server hand out a message that is still in progress.
         ("backoff", Value::Null),

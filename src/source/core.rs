@@ -201,7 +201,7 @@ impl Buffer {
         if bytes > BUFFER_BYTES && !self.queue.is_empty() {
             return false;
         }
-        // It came in a larger piece of memory, together with others that may be dropped.
+        // Its payload shares a larger piece of memory with messages that may be dropped.
         delivery.payload = Bytes::copy_from_slice(&delivery.payload);
         self.queue.push_back(delivery);
         self.bytes = bytes;
@@ -220,7 +220,7 @@ impl Buffer {
     }
 }
 
-/// Returns about how much memory a waiting message takes.
+/// Estimates the memory that a waiting message takes.
 fn cost(delivery: &Delivery) -> usize {
     let mut bytes = MESSAGE_OVERHEAD + delivery.subject.len() + delivery.payload.len();
     for (name, values) in delivery.headers.iter() {

@@ -42,7 +42,7 @@ const TICK: Duration = Duration::from_secs(1);
 /// How often the consumer is verified, because somebody may edit it at any time.
 const VERIFY_EVERY: Duration = Duration::from_secs(5);
 
-/// How long a stop waits until the messages that it hands back have been sent.
+/// How long a stop waits for its naks to be sent.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A durable consumer.
@@ -65,7 +65,7 @@ pub struct Durable {
     arrived: VecDeque<Delivery>,
     /// The ack of the message being processed.
     current: Option<Arc<Ack>>,
-    /// The last acknowledged ack.
+    /// The last confirmed ack.
     acknowledged: Option<Arc<Ack>>,
 }
 
@@ -167,7 +167,7 @@ impl Durable {
     /// Takes the message that is handed out but not acked, if no client can read it.
     async fn find_unreadable(&mut self) {
         if let Some(delivery) = unreadable::find(&self.consumer).await {
-            self.wait(delivery);
+            self.enqueue(delivery);
         }
     }
 
@@ -179,11 +179,11 @@ impl Durable {
         }
     }
 
-    /// Unsubscribes, so that the server hands out nothing more to us. No message waits; they stay in the stream.
+    /// Unsubscribes, so that the server hands out nothing more to us. Returns 0, because messages wait in the stream.
     pub(super) async fn stop(&mut self) -> u64 {
         self.is_stopped = true;
         if let Some(subscriber) = &mut self.subscriber {
-            // It fails only if the client has crashed, and the subscription is gone as well.
+            // It fails only if the client has crashed, and then the subscription is gone as well.
             let _ = subscriber.unsubscribe().await;
             while let Some(Some(message)) = next_of(&mut self.subscriber).now_or_never() {
                 let _ = self.take(message);
@@ -209,7 +209,7 @@ impl Durable {
         }
     }
 
-    /// Returns the acks of the messages that we have and have not acknowledged.
+    /// Returns the acks of the messages that we hold unacknowledged.
     fn unfinished(&self) -> impl Iterator<Item = &Arc<Ack>> {
         let arrived = self.arrived.iter().flat_map(|delivery| &delivery.ack);
         let all = self.current.iter().chain(arrived);
@@ -253,7 +253,7 @@ impl Durable {
                 let subject = message.reply.clone().context("there is no ack subject")?;
                 let (ack, pending) = Ack::of(subject, &self.consumer)?;
                 self.monitor.set_waiting(pending, 0);
-                self.wait(Delivery {
+                self.enqueue(Delivery {
                     ack: Some(Arc::new(ack)),
                     ..message.into()
                 });
@@ -264,9 +264,9 @@ impl Durable {
         Ok(())
     }
 
-    /// Queues a delivery. It replaces an earlier delivery of the same message, which there may be after a request
-    /// that was considered lost.
-    fn wait(&mut self, delivery: Delivery) {
+    /// Queues a delivery. It replaces an earlier delivery of the same message, left by a request that was considered
+    /// lost.
+    fn enqueue(&mut self, delivery: Delivery) {
         let position = |delivery: &Delivery| delivery.ack.as_ref().map(|ack| ack.position);
         self.arrived
             .retain(|waiting| position(waiting) != position(&delivery));

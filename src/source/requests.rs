@@ -21,8 +21,7 @@ const EXPIRES: Duration = Duration::from_secs(4);
 /// How often the server confirms that it still has a pull request.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 
-/// If the server has said nothing about a pull request for this long, the request is considered lost, and so is the
-/// server that had it.
+/// If the server has said nothing about a pull request for this long, the request is considered lost.
 const SILENCE: Duration = Duration::from_millis(3500);
 
 /// All pull requests of a relay.
@@ -60,8 +59,8 @@ pub(crate) enum Meaning {
     Heartbeat,
     /// The current request has expired, as it regularly does; the next one may follow at once.
     Ended,
-    /// The current request was refused, or has ended early, for this reason. The same may happen to the
-    /// next one at once, so that one has to wait until the consumer has been verified.
+    /// The current request was refused, or has ended early, for this reason. The next one may fail in the same way, so
+    /// it waits until the consumer has been verified.
     Failed(String),
     /// It is the end of an earlier request, or does not come from JetStream.
     Other,
@@ -243,7 +242,7 @@ mod tests {
             "409 Exceeded MaxRequestBatch of 1",
             "409 Exceeded MaxRequestExpires of 10s",
             "409 Exceeded MaxRequestMaxBytes of 1",
-            // Only with a heartbeat does 2.15 say nothing instead.
+            // With a heartbeat, 2.15 says nothing instead.
             "409 Exceeded MaxWaiting",
             "409 Leadership Change",
             "409 Server Shutdown",
@@ -316,7 +315,7 @@ mod tests {
                 );
             }
         }
-        // What has no status, in the inbox.
+        // No status, in the inbox.
         assert_eq!(meaning(""), Meaning::Other);
         let forged = message("_INBOX.x.7", ack, "");
         assert_eq!(Meaning::of(&forged, INBOX, Some(7)), Meaning::Other);

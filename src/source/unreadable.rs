@@ -56,16 +56,16 @@ pub(super) async fn find(consumer: &Arc<Consumer>) -> Option<Delivery> {
     let (subject, time) = (message.subject.clone(), message.time);
     let payload = STANDARD.decode(&message.payload).ok()?;
     let unrelayable = match StreamMessage::try_from(message) {
-        // JSON replaces what is not UTF-8.
+        // JSON replaces invalid UTF-8.
         _ if subject.contains(char::REPLACEMENT_CHARACTER) => "its subject is not UTF-8",
         Err(_) => "its headers cannot be read",
-        // In front of headers the client treats more characters as white space than the server does.
+        // With headers, the client splits at more kinds of white space than the server.
         Ok(_) if has_headers && subject.contains(char::is_whitespace) => {
             "its subject has white space"
         }
         Ok(_) => return None,
     };
-    // Such as the server would have sent along with it.
+    // The ack that the server would have sent.
     let (number, Consumer { stream, name, .. }) = (info.delivered.consumer_sequence, &**consumer);
     let time = time.unix_timestamp_nanos();
     let ack = format!("$JS.ACK.{stream}.{name}.1.{sequence}.{number}.{time}.0");

@@ -89,7 +89,7 @@ impl Webhook {
     /// Describes the target of a redirect, which is never followed, with a hint.
     fn redirect(&self, own: &Url, location: &str) -> Option<(String, &'static str)> {
         let target = own.join(location).ok()?;
-        // For example mailto: or data:, no part of which is known to be safe to show.
+        // URLs without a host, such as mailto: or data:, may be unsafe to show.
         let target = Some(target).filter(Url::has_host)?;
         let path = |url: &Url| url.path().trim_end_matches('/').to_lowercase();
         let is_login = |word: &str| path(&target).contains(word);
@@ -151,7 +151,7 @@ pub(crate) fn parse_retry_after(value: &str, now: SystemTime) -> Option<Duration
     Some(wait.min(LONGEST_RETRY_AFTER))
 }
 
-/// The shortest secret. To redact shorter text would make other text unreadable.
+/// The shortest secret. Redacting shorter text would make other text unreadable.
 const SHORTEST: usize = 4;
 
 /// The secrets that the relay sends, in every form in which they are sent; the longest comes first.
@@ -309,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_sent_is_blotted_out_in_each_form() {
+    fn secrets_that_were_sent_are_redacted_in_each_form() {
         let url = "http://user:p%C3%A4ssword@host/?key=s%20ecret&plain=hunter2&x=1";
         let secrets = sent(url, "Bearer token-1234");
         for (text, expected) in [

@@ -153,7 +153,7 @@ impl Destination {
 pub struct Endpoint {
     /// The HTTP client, which keeps the one connection.
     pub(super) client: Client,
-    /// When the connection was opened that waits for the next request; `None` if none does, as far as we know.
+    /// When the idle connection was opened; `None` if there is none, as far as we know.
     pub(super) waiting: Mutex<Option<Instant>>,
 }
 

@@ -182,9 +182,9 @@ async fn a_family_that_refuses_connections_holds_nothing_up_once_the_other_has_s
     let relay = name.relay(&nats, &replicas[0]).await;
     nats.publish("cms.cache.a", "1").await;
     next(&mut relayed).await;
-    let line = relay.logged(" other IP version than ").await;
+    let line = relay.logged(" over the other IP version, ").await;
     assert!(
-        line.contains("INFO") && line.contains(" at ::1: cannot connect"),
+        line.contains("INFO") && line.contains(" at ::1 again: cannot connect"),
         "{line}"
     );
     // Of the family that has succeeded each is waited for.
@@ -283,7 +283,7 @@ async fn check_reaches_every_address() {
     let report = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(1), "{report}");
     for (result, address, what) in [
-        ("ok      ", "127.0.0.1, 1 of 2", "can be connected to"),
+        ("ok      ", "127.0.0.1, 1 of 2", "reachable"),
         ("FAILED  ", "127.0.0.2, 2 of 2", "cannot connect: "),
     ] {
         let place = format!("at {address}: {what}");

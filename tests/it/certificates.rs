@@ -192,7 +192,7 @@ async fn files_that_cannot_be_used_are_refused_by_name() {
         (
             "KEY",
             &broken_key,
-            "private key does not fit the certificate",
+            "private key does not match the certificate",
         ),
         (
             "KEY",
@@ -202,7 +202,7 @@ async fn files_that_cannot_be_used_are_refused_by_name() {
         (
             "KEY",
             &other_key,
-            "private key does not fit the certificate",
+            "private key does not match the certificate",
         ),
     ];
     for kind in ["WEBHOOK", "NATS"] {

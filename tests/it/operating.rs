@@ -347,7 +347,7 @@ async fn an_address_that_cannot_be_listened_on_may_get_better() {
         let relay = Relay::between(&nats, &webhook.url(), &[("STATUS_LISTEN", &address)]);
         let (code, log) = relay.ended().await;
         assert_eq!(code, Some(1), "{log:#?}");
-        let expected = format!("exiting: STATUS_LISTEN {address} cannot be listened on: ");
+        let expected = format!("exiting: cannot listen on STATUS_LISTEN {address}: ");
         assert!(log.last().unwrap().contains(&expected), "{log:#?}");
 
         let (url, destination) = (nats.url(), webhook.url());
@@ -398,7 +398,7 @@ async fn check_says_what_holds_and_what_does_not() {
             "ok      configuration: valid".to_owned(),
             format!("ok      NATS {url}: connected, the login is accepted"),
             "ok      subscription to cms.cache.>: permitted".to_owned(),
-            format!("ok      destination {destination}: can be connected to"),
+            format!("ok      destination {destination}: reachable"),
         ]
     );
     assert_eq!(webhook.count(), 0, "no request is sent");

@@ -330,7 +330,7 @@ async fn proxies_are_used_said_and_never_asked_for_loopback_addresses() {
     let (code, lines) = check(&[&usual[..], &variables].concat()).await;
     assert_eq!(code, Some(0), "{lines:#?}");
     let through = format!(
-        "ok      proxy {} of the destination https://app.invalid/hook: can be connected to",
+        "ok      proxy {} of the destination https://app.invalid/hook: reachable",
         shown(&https_proxy)
     );
     assert!(lines.last().unwrap().contains(&through), "{lines:#?}");

@@ -81,15 +81,15 @@ async fn readiness_status_watchdog_and_stopping_are_told() {
     assert!(ready.contains("STATUS=Listening"), "{ready:?}");
 
     nats.publish("cms.cache.x", "good").await;
-    manager.heard("; 1 relayed, 0 given up").await;
+    manager.heard("; 1 relayed, 0 failed").await;
     nats.publish("cms.cache.x", "bad").await;
     manager
-        .heard("STATUS=Gave up, 0s ago, on cms.cache.x: ")
+        .heard("STATUS=Gave up on cms.cache.x 0s ago: ")
         .await;
     nats.publish("cms.cache.x", "good").await;
     // What is over is forgotten.
     manager
-        .heard("STATUS=Relaying; 2 relayed, 1 given up, 0 dropped, 0 waiting\n")
+        .heard("STATUS=Relaying; 2 relayed, 1 failed, 0 dropped, 0 waiting\n")
         .await;
 
     // A hung webhook is no reason for systemd to think that the relay hangs.
@@ -124,7 +124,7 @@ async fn a_start_without_nats_holds_up_nothing_for_longer_than_ten_seconds() {
     nats.restart();
     relay.logged("listening on").await;
     nats.publish("cms.cache.x", "x").await;
-    let later = manager.heard("; 1 relayed, 0 given up").await.concat();
+    let later = manager.heard("; 1 relayed, 0 failed").await.concat();
     assert!(later.contains("STATUS=Relaying; 1 relayed"), "{later}");
     assert!(!later.contains("READY=1"), "it is told once: {later}");
 }

@@ -106,12 +106,12 @@ function useRefresh() {
 
 /**
  * Waits until the server answers for this page, since a refresh that fails puts an error in its place.
- * False if the answer is that there is nothing to show, such as 404, where Next.js would reload.
+ * Returns false if there is nothing to show, such as on a 404, where Next.js would reload.
  */
 export async function canBeServed() {
   for (let wait = 500; ; wait = Math.min(2 * wait, 10_000)) {
     try {
-      // Requests the whole page, because to a request of router.refresh() Next.js responds with 200 even if it fails.
+      // Requests the whole page, because Next.js answers router.refresh() with 200 even if it fails.
       const { ok, status } = await fetch(location.href, { method: "HEAD", cache: "no-store" });
       if (ok) return true;
       if (status < 500 && status !== 429) return false;

@@ -32,12 +32,12 @@ const nats = await connect({
   name: "cms",
   maxReconnectAttempts: -1,
 });
-// The stream keeps every edit until the relay has seen it, also while the relay is down.
+// The stream keeps every edit until the relay has seen it, even while the relay is down.
 const { streams } = await jetstreamManager(nats, { checkAPI: false });
 await streams.add({ name: "CMS", subjects: ["cms.cache.>"], max_age: 24 * 3600 * 1e9 });
 
 /**
- * Saves first and publishes then: whoever hears of an edit must be able to fetch it.
+ * Saves before it publishes: an edit must be there to fetch once it is announced.
  * @param {string} slug
  * @param {URLSearchParams} form
  */

@@ -20,7 +20,7 @@ const stack = new Stack(chosen);
 for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"]) {
   process.on(signal, () => stack.stop().then(() => process.exit(130)));
 }
-/** The CMS of whoever copies: one document, and what it is now. */
+/** The user's own CMS: one document and its version. */
 let version = 1;
 const cms = createServer((_, response) => response.end(JSON.stringify({ version })));
 /** @type {import("playwright-core").Browser | undefined} */
@@ -51,13 +51,13 @@ async function copyAndCount() {
   const readme = readFileSync(join(HERE, "README.md"), "utf8");
   const section = readme.split("\n## Copy it\n")[1].split("\n## ")[0];
   const [copy, startNats, createStream, ...more] = [...section.matchAll(/^```sh\n(.*?)^```$/gms)].map(([, block]) => block);
-  if (!createStream || more.length > 0) throw new Error("README.md has other commands than this test knows");
+  if (!createStream || more.length > 0) throw new Error("README.md has commands that this test does not know");
   await stack.run("bash", ["-euc", copy.replace("~/nats-webhook-relay", resolve(HERE, "../.."))], directory);
   for (const name of [".env", "nats.conf"]) change(name, (text) => stack.withPorts(text));
   const [headers] = readFileSync(join(HERE, "next.config.ts"), "utf8").match(/^  async headers.*?^  },$/ms) ?? [];
   change("next.config.ts", (text) => text.replace("/* config options here */", headers ?? ""));
   change("app/layout.tsx", (text) => `import { Live } from "./live";\n${text.replace("<body>", "<body><Live />")}`);
-  // Theirs: a page with a tag.
+  // Their own page, with a tag.
   change("app/page.tsx", () => `import { cacheLife, cacheTag } from "next/cache";
 
 export default async function Page() {

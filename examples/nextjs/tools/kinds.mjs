@@ -15,12 +15,12 @@ import { LIVE, step } from "./browser.mjs";
 
 const HERE = resolve(import.meta.dirname, "..");
 /**
- * A page that doesn't show an edit after this time is stale, in milliseconds. It would stay so; the time is for a busy
- * machine that loads and renders a dozen pages at once.
+ * A page that doesn't show an edit after this time is stale, in milliseconds. It would stay stale; the time is for a
+ * busy machine that loads and renders a dozen pages at once.
  */
 const STALE_AFTER = 10_000;
 const STALE_AFTER_IN_DEV = 30_000;
-/** So many kinds are looked at side by side. In dev every page is rendered anew, for every request. */
+/** How many kinds are checked at a time. In dev every page is rendered anew, for every request. */
 const AT_A_TIME = 8;
 const AT_A_TIME_IN_DEV = 2;
 const ALL = "all";
@@ -62,14 +62,14 @@ export const PROJECTS = [
  * @param {string} directory
  * @param {Project} project
  */
-export function assemble(directory, { variant, options }, mended = true) {
+export function assemble(directory, { variant, options }, fixed = true) {
   for (const part of ["shared", variant]) cpSync(join(HERE, "kinds", part), join(directory, "app"), { recursive: true });
   for (const file of ["api/cache/webhook/route.ts", "live.tsx", "error.tsx"]) {
     cpSync(join(HERE, "app", file), join(directory, "app", file));
   }
   cpSync(join(HERE, "next.config.ts"), join(directory, "next.config.ts"));
   replace(join(directory, "next.config.ts"), "= {", `= { ${options}`);
-  if (!mended) replace(join(directory, "next.config.ts"), "return [", "return []; return [");
+  if (!fixed) replace(join(directory, "next.config.ts"), "return [", "return []; return [");
 }
 
 /**
@@ -159,7 +159,7 @@ async function countSome({ browser, origin, project, edit, rounds, dev = false }
     const looks = kinds.map(async ({ name, open }) => note(name, "open page", await shows(open, name, version)));
     return { version, looked: Promise.all(looks) };
   }
-  /** So that the caches are full again, also if no browser asked. */
+  /** Fills the caches again, even if no browser asked. */
   async function otherVisitors() {
     await Promise.all(["", ...names].map((name) => visit(`${site}/${name}`)));
     await Promise.all(kinds.flatMap(({ open, visitor }) => [quiet(open), quiet(visitor)]));
@@ -212,7 +212,7 @@ async function countSome({ browser, origin, project, edit, rounds, dev = false }
     );
     await (await third).looked;
 
-    // Where a shared cache has the old document, the page opens with that.
+    // If a shared cache has the old document, the page opens with it.
     await Promise.all(
       kinds.map(async ({ name, open }) => {
         await open.reload();
@@ -229,7 +229,7 @@ async function countSome({ browser, origin, project, edit, rounds, dev = false }
 const requests = new WeakMap();
 
 /**
- * A page of a visitor of its own, once it is live.
+ * Opens a page as a new visitor, and waits until it is live.
  * @param {import("playwright-core").Browser} browser
  * @param {string} address
  */

@@ -35,7 +35,7 @@ export function ports(defaults) {
   };
 }
 
-/** The program of the Next.js that a project has. @param {string} directory */
+/** Returns the program of a project's own Next.js. @param {string} directory */
 function nextOf(directory) {
   return createRequire(join(directory, "package.json")).resolve("next/dist/bin/next");
 }
@@ -94,7 +94,7 @@ export class Stack {
     await part.says("CMS at");
   }
 
-  /** `next build`, unless the last one was made of the same files and settings. */
+  /** Runs `next build`, unless the last one used the same files and settings. */
   async build() {
     const stamp = join(HERE, ".next/made-of");
     const hash = this.#buildHash();
@@ -105,7 +105,7 @@ export class Stack {
   }
 
   /**
-   * `next build` of any project.
+   * Runs `next build` in any project.
    * @param {string} directory
    */
   async nextBuild(directory) {
@@ -113,7 +113,7 @@ export class Stack {
   }
 
   /**
-   * A program that ends by itself, with success.
+   * Runs a program that must succeed.
    * @param {string} program
    * @param {string[]} args
    * @param {string} directory
@@ -127,7 +127,7 @@ export class Stack {
   }
 
   /**
-   * Next.js, on a copy of the build.
+   * Starts Next.js on a copy of the build.
    * @param {number} port
    * @param {string} name
    * @param {Variables} changes
@@ -142,7 +142,7 @@ export class Stack {
   }
 
   /**
-   * Next.js, in any project.
+   * Starts Next.js in any project.
    * @param {"start" | "dev"} command
    * @param {string} directory
    * @param {number} port
@@ -157,7 +157,7 @@ export class Stack {
   }
 
   /**
-   * An empty directory below the example, from which Next.js finds the example's packages.
+   * Creates an empty directory below the example, from which Next.js finds the example's packages.
    * @param {string} name
    */
   project(name) {
@@ -178,7 +178,7 @@ export class Stack {
   }
 
   /**
-   * A shared cache in front of a site, which does what the site's Cache-Control and Vary say, as a CDN does.
+   * Starts a shared cache in front of a site, which does what the site's Cache-Control and Vary say, as a CDN does.
    * @param {number} port
    */
   async sharedCache(port) {
@@ -211,7 +211,7 @@ export class Stack {
   }
 
   /**
-   * Any other program.
+   * Starts any other program.
    * @param {string} name
    * @param {string} program
    * @param {string[]} args
@@ -223,7 +223,7 @@ export class Stack {
   }
 
   /**
-   * The receiver without a framework.
+   * Starts the receiver without a framework.
    * @param {number} port
    * @param {Variables} changes
    */
@@ -242,12 +242,12 @@ export class Stack {
     await part?.end();
   }
 
-  /** What the part has printed so far. @param {string} name */
+  /** Returns what the part has printed so far. @param {string} name */
   output(name) {
     return this.parts.get(name)?.output ?? "";
   }
 
-  /** Ends everything, those who use a part before the part. */
+  /** Ends everything, each part after those that use it. */
   stop() {
     this.stopping ??= (async () => {
       for (const name of [...this.parts.keys()].reverse()) await this.end(name);
@@ -285,14 +285,14 @@ export class Stack {
     return part;
   }
 
-  /** Called when a part ends that should not. @param {Error} error */
+  /** Called when a part ends unexpectedly. @param {Error} error */
   onBroken(error) {
     console.error(error.message);
     process.exitCode = 1;
     this.stop().then(() => process.exit());
   }
 
-  /** One of the example's files, with the ports put in. @param {string} name */
+  /** Returns one of the example's files, with the ports put in. @param {string} name */
   #example(name) {
     return this.withPorts(readFileSync(join(HERE, name), "utf8"));
   }
@@ -368,7 +368,7 @@ class Part {
     const late = setTimeout(() => this.kill(), 25_000);
     await this.ended;
     clearTimeout(late);
-    // What it may have started itself.
+    // Its children, too.
     this.kill();
   }
 

@@ -1,6 +1,6 @@
-// Drives the example with a real browser and counts stale pages: through the relay, and for
-// comparison with browsers that listen to the CMS directly. Prints the table, writes screenshot.png.
-// What else it checks throws at once: the receivers' answers, a 404, pages opened while the CMS is down.
+// Drives the example with a real browser and counts stale pages: through the relay, and for comparison with browsers
+// that listen to the CMS directly. Prints the table, writes screenshot.png. Its other checks throw at once: the
+// receivers' answers, a 404, pages opened while the CMS is down.
 
 import { execFileSync } from "node:child_process";
 import { createHmac } from "node:crypto";
@@ -23,20 +23,20 @@ const EDITS = Number(process.env.EDITS ?? 30);
 const OUTAGES = Math.min(3, EDITS);
 /** Of three edits each, for every kind of page. */
 const ROUNDS = Math.min(7, EDITS);
-/** Without the mend each look takes until a page counts as stale. */
+/** Without the fix each look takes until a page counts as stale. */
 const ROUNDS_WITHOUT_MEND = Math.min(2, EDITS);
 /** A page that doesn't show an edit after this time is stale, in milliseconds. */
 const STALE_AFTER = 2_000;
 /** The same after an outage, counted from its end: the relay's backoff grows up to 30 s. */
 const STALE_AFTER_OUTAGE = 40_000;
 const SLOWED_BY = 50;
-/** More often than this no page asks for itself during one outage. */
+/** How often a page may request itself during one outage. */
 const MANY_REQUESTS = 20;
 const CORE = { NATS_STREAM: "", NATS_CONSUMER: "" };
 
-// Other ports than `start` has, so that both run side by side.
+// Not the ports of `start`, so that both can run side by side.
 const chosen = ports({ site: 13000, cms: 13001, nats: 14222, websocket: 14223 });
-// Not any free ones: until they are used, a connection of somebody else may get such a port.
+// Fixed, because somebody else may get a free port before it is used.
 const [natsWebsocket, cmsBehindCable, secondSite] = [4, 5, 6].map((more) => chosen.site + more);
 const SITE = `http://localhost:${chosen.site}`;
 // Not localhost: nats-server 2.9 keeps only one allowed port per host name.
@@ -130,7 +130,7 @@ async function throughTheRelay() {
   cable.close();
 }
 
-/** Every kind of page: in production, behind a shared cache, in dev, in Next.js 15, and without the mend of next.config.ts. */
+/** Every kind of page: in production, behind a shared cache, in dev, in Next.js 15, and without the fix in next.config.ts. */
 async function everyKind() {
   for (const project of PROJECTS) {
     const directory = stack.project(project.variant);
@@ -152,7 +152,7 @@ async function everyKind() {
       await stack.nextBuild(previous);
       next15 = await countKinds("start", previous, project, ROUNDS);
     }
-    step(`every kind of page, ${project.variant}, without the mend`);
+    step(`every kind of page, ${project.variant}, without the fix`);
     const plain = stack.project(`${project.variant}-without`);
     assemble(plain, project, false);
     await stack.nextBuild(plain);
@@ -160,7 +160,7 @@ async function everyKind() {
 
     for (const [name, what] of Object.entries(project.kinds)) {
       const all = (/** @type {typeof built} */ counts) => sum(Object.values(counts.get(name) ?? {}));
-      kinds.push({ what, ...built.get(name), "behind a shared cache": all(shared), "in dev": all(dev), "in Next.js 15": all(next15), "without the mend": all(without) });
+      kinds.push({ what, ...built.get(name), "behind a shared cache": all(shared), "in dev": all(dev), "in Next.js 15": all(next15), "without the fix": all(without) });
     }
   }
 }
@@ -189,14 +189,14 @@ async function countKinds(command, directory, project, rounds, origin = SITE) {
     dev: command === "dev",
     edit: (title) => edit(DOCUMENTS[0], title),
   });
-  // Were the documents not kept, the shared cache would be none.
+  // A shared cache that keeps no documents would prove nothing.
   if (origin !== SITE && (await visitKind(`${origin}${project.basePath}/in/de`)) !== "HIT") throw new Error("the shared cache keeps no documents");
   await stack.end("relay");
   await stack.end("site");
   return counts;
 }
 
-/** A project of the previous major version, with packages of its own. */
+/** Creates a project of the previous major version, with packages of its own. */
 async function installNext15() {
   const directory = join(stack.directory, "next15");
   mkdirSync(directory);
@@ -209,7 +209,7 @@ async function installNext15() {
   return directory;
 }
 
-/** The same with browsers that hear of an edit when the relay does. */
+/** Does the same with browsers that hear of an edit when the relay does. */
 async function directly() {
   step("browsers listening to the CMS directly");
   stack.settings.NEXT_PUBLIC_NATS_SUBJECT = "cms.cache.>";
@@ -240,13 +240,13 @@ async function manyEdits(what, document, relayed = true) {
   for (let count = 0; count < EDITS; count++) {
     const version = await edit(document, `Edit ${count + 1} of ${EDITS}`);
     await look(row, page, version, STALE_AFTER);
-    // Without another visitor the invalidation that comes too late would help the next edit.
+    // Otherwise an invalidation that comes too late would help the next edit.
     await visit(document.at);
   }
   await page.context().close();
 }
 
-/** The relay's user may look at a message in the stream, as it must for one that no client can read. */
+/** Checks that the relay's user may look at a message in the stream, as it must for one that no client can read. */
 async function mayReadStream() {
   const { NATS_HOST, NATS_USER, NATS_PASS, NATS_STREAM } = stack.settings;
   const nats = await connectToNats({ servers: NATS_HOST, user: NATS_USER, pass: NATS_PASS });
@@ -256,7 +256,7 @@ async function mayReadStream() {
   if (error) throw new Error(`the relay’s user can’t read the stream: ${error.description}`);
 }
 
-/** A laptop with the prefix and the consumer that .env.example names hears every edit, and production does too. */
+/** Checks that a laptop with the prefix and the consumer that .env.example names hears every edit, and production does too. */
 async function twoEnvironments() {
   const { NATS_HOST, NEXT_PUBLIC_NATS_USER, NEXT_PUBLIC_NATS_PASS } = stack.settings;
   const [prefix, consumer] = ["relayed-ana.cache", "relay-ana"];
@@ -279,7 +279,7 @@ async function twoEnvironments() {
   await stack.end("relay-ana");
 }
 
-/** The route handler and the receiver without a framework answer the same. */
+/** Checks that the route handler and the receiver without a framework answer the same. */
 async function receivers() {
   const secret = stack.settings.WEBHOOK_SECRET;
   const port = await freePort();
@@ -348,7 +348,7 @@ async function expectAnswers(url, cases) {
   }
 }
 
-/** Where there is nothing to refresh, neither getting live nor a message makes the page reload. */
+/** Checks that where there is nothing to refresh, neither going live nor a message makes the page reload. */
 async function notFound() {
   const path = "/no-such-page";
   const page = await newPage();
@@ -368,7 +368,7 @@ async function notFound() {
 }
 
 /**
- * Who opens a page while it can't be rendered gets an error, and then the page, without doing anything.
+ * Checks that a page opened while it can't be rendered shows an error, and then recovers by itself.
  * @param {{ cut: () => void, mend: () => void }} cmsCable
  */
 async function openedWithoutCms(cmsCable) {
@@ -389,7 +389,7 @@ async function openedWithoutCms(cmsCable) {
 }
 
 /**
- * An edit while something is down.
+ * Edits while something is down.
  * @param {string} what
  * @param {() => Promise<void>} begin
  * @param {() => Promise<void>} end
@@ -411,7 +411,7 @@ async function outages(what, begin, end, lasting = 500) {
     if (requests.length > OUTAGES * MANY_REQUESTS) throw new Error(`${document.at} was requested ${requests.length} times`);
     await page.context().close();
   }
-  // They tell how long the outage was, not how fast the way is.
+  // They measure the outage, not the path.
   row.took = [];
 }
 
@@ -429,7 +429,7 @@ async function twoInstances() {
   }
 }
 
-/** A page of a visitor of its own. */
+/** Opens a page as a new visitor. */
 async function newPage() {
   if (!browser) throw new Error("no browser");
   const context = await browser.newContext();
@@ -437,7 +437,7 @@ async function newPage() {
 }
 
 /**
- * What the page requests of its own path from now on: the list grows.
+ * Returns a growing list of the page's requests for its own path.
  * @param {BrowserPage} page
  * @param {string} path
  */
@@ -455,7 +455,7 @@ async function open(address) {
   const page = await newPage();
   await page.goto(address);
   await page.waitForSelector(LIVE);
-  // The refresh that follows upon getting live is no part of what is measured.
+  // The refresh on going live is not measured.
   await page.waitForLoadState("networkidle");
   return page;
 }
@@ -464,7 +464,7 @@ async function open(address) {
 async function visit(address) {
   const response = await fetch(address);
   await response.text();
-  // Were the static page not cached, there would be nothing to show.
+  // An uncached page would prove nothing.
   if (new URL(address).pathname === "/" && !response.headers.has("x-nextjs-cache")) {
     throw new Error("the static page is not static");
   }
@@ -499,7 +499,7 @@ async function look(row, page, version, timeout) {
   }
 }
 
-/** On a telephone no page is wider than the screen, and the CMS's headings are in order. */
+/** Checks that on a phone no page is wider than the screen, and that the CMS's headings are in order. */
 async function looks() {
   const longWord = "Rindfleischetikettierungsüberwachungsaufgabenübertragungsgesetz";
   const version = await edit(DOCUMENTS[1], longWord);
@@ -559,7 +559,7 @@ function testConfig(config) {
 }
 
 /**
- * A front end whose handler is slower: each request waits before it goes on.
+ * Starts a front end whose handler is slower: each request waits before it goes on.
  * @param {number} to
  * @returns {Promise<string>} the webhook's URL
  */
@@ -648,10 +648,10 @@ function report() {
       console.log(`| ${what} | ${cells.join(" | ")} |`);
     }
   }
-  const without = sum(kinds.map((kind) => /** @type {import("./kinds.mjs").Count} */ (kind["without the mend"])));
-  if (kinds.length > 0 && without.stale === 0) console.log("\nNo page is stale without the mend: it mends nothing, or this test sees nothing.");
-  const mended = kinds.flatMap(({ what, "without the mend": _, ...counts }) => /** @type {import("./kinds.mjs").Count[]} */ (Object.values(counts)));
-  const stale = rows.filter((row) => row.relayed).reduce((all, row) => all + row.stale, sum(mended).stale);
+  const without = sum(kinds.map((kind) => /** @type {import("./kinds.mjs").Count} */ (kind["without the fix"])));
+  if (kinds.length > 0 && without.stale === 0) console.log("\nNo page is stale without the fix: it fixes nothing, or this test sees nothing.");
+  const fixed = kinds.flatMap(({ what, "without the fix": _, ...counts }) => /** @type {import("./kinds.mjs").Count[]} */ (Object.values(counts)));
+  const stale = rows.filter((row) => row.relayed).reduce((all, row) => all + row.stale, sum(fixed).stale);
   const next = createRequire(import.meta.url)("next/package.json").version;
   const nats = execFileSync("nats-server", ["--version"], { encoding: "utf8" }).trim().replace(": v", " ");
   console.log(`\nNext.js ${next}, Node.js ${process.versions.node}, Chromium ${browser?.version()}, ${nats}.`);
