@@ -99,7 +99,7 @@ impl Metrics {
         register_gauge_with_registry!(build, registry)?.set(1.0);
         let given_up = counters(
             "messages_given_up_total",
-            "Messages taken and not relayed, by reason.",
+            "Messages that the relay gave up on, by reason.",
             &["reason"],
         )?;
         Ok(Self {
