@@ -54,8 +54,8 @@ macro_rules! variables {
 }
 
 variables! {
-    DESTINATION = "WEBHOOK_DESTINATION", Plain, Required("http://localhost:3000/api/cache/webhook"), "http(s) URL to POST to; several, separated by white space: all must succeed";
-    HOST = "NATS_HOST", Plain, Required("nats://localhost:4222"), "nats://, tls://, ws:// or wss:// URL of a NATS server; several, separated by commas";
+    DESTINATION = "WEBHOOK_DESTINATION", Plain, Required("http://localhost:3000/api/cache/webhook"), "http(s) URL to POST to, or several separated by white space: all must succeed";
+    HOST = "NATS_HOST", Plain, Required("nats://localhost:4222"), "nats://, tls://, ws:// or wss:// URL of a NATS server, or several separated by commas";
     ADDRESS = "NATS_ADDRESS", Plain, Off, "another name for NATS_HOST";
     PREFIX = "NATS_SUBJECT_PREFIX", Plain, Required("cms.cache"), "listens on <prefix>.>";
     RELAYED_PREFIX = "NATS_RELAYED_SUBJECT_PREFIX", Plain, Required("relayed.cache"), "republishes under this prefix; each environment needs its own";
