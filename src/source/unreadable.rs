@@ -52,15 +52,19 @@ pub(super) async fn find(consumer: &Arc<Consumer>) -> Option<Delivery> {
     let sequence = info.delivered.stream_sequence;
     // It may not exist any more.
     let message = stored(consumer, json!({ "seq": sequence })).await.ok()?;
-    let has_headers = message.headers.is_some();
+    let headers = message.headers.as_ref();
+    let headers = headers.and_then(|headers| STANDARD.decode(headers).ok());
     let (subject, time) = (message.subject.clone(), message.time);
     let payload = STANDARD.decode(&message.payload).ok()?;
     let unrelayable = match StreamMessage::try_from(message) {
         // JSON replaces invalid UTF-8.
         _ if subject.contains(char::REPLACEMENT_CHARACTER) => "its subject is not UTF-8",
         Err(_) => "its headers cannot be read",
+        Ok(_) if headers.as_deref().is_some_and(has_carriage_return) => {
+            "its headers cannot be read"
+        }
         // With headers, the client splits at more kinds of white space than the server.
-        Ok(_) if has_headers && subject.contains(char::is_whitespace) => {
+        Ok(_) if headers.is_some() && subject.contains(char::is_whitespace) => {
             "its subject has white space"
         }
         Ok(_) => return None,
@@ -76,6 +80,19 @@ pub(super) async fn find(consumer: &Arc<Consumer>) -> Option<Delivery> {
         payload: payload.into(),
         ack: Some(Arc::new(ack)),
         unrelayable: Some(unrelayable),
+    })
+}
+
+/// Returns whether a value has a carriage return in the middle once its lines are joined. The client joins them as they
+/// are; `StreamMessage` trims each.
+fn has_carriage_return(headers: &[u8]) -> bool {
+    let mut value = String::new();
+    String::from_utf8_lossy(headers).lines().any(|line| {
+        match line.split_once(':') {
+            Some((_, start)) if !line.starts_with(char::is_whitespace) => value = start.to_owned(),
+            _ => value += line,
+        }
+        value.trim().contains('\r')
     })
 }
 
@@ -104,6 +121,10 @@ mod tests {
             (b"NATS/1.0\r\na name: x\r\n\r\n", false),
             (b"NATS/1.0\r\nA: \xff\r\n\r\n", false),
             (b"NATS/1.0\r\nA: b\rc\r\n\r\n", false),
+            (b"NATS/1.0\r\nA: b\r\r\nB: \rc\r\n\r\n", true),
+            (b"NATS/1.0\r\nA: b\r\r\n c\r\n\r\n", false),
+            (b"NATS/1.0\r\nA: b\r\n \rc\r\n\r\n", false),
+            (b"NATS/1.0\r\nA: b\r\n c\r\r\n d:\r\n\r\n", false),
         ] {
             let stored = json!({
                 "subject": "x", "seq": 1, "time": "2026-01-01T00:00:00Z", "data": "",
@@ -111,7 +132,7 @@ mod tests {
             });
             let message: RawMessage = serde_json::from_value(stored).unwrap();
             assert_eq!(
-                StreamMessage::try_from(message).is_ok(),
+                StreamMessage::try_from(message).is_ok() && !has_carriage_return(headers),
                 readable,
                 "{}",
                 String::from_utf8_lossy(headers)
