@@ -16,7 +16,7 @@ use async_nats::header::NATS_MESSAGE_ID;
 use base64::{Engine, engine::general_purpose::STANDARD};
 use reqwest::{
     Method, Request, StatusCode,
-    header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue},
+    header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue, MaxSizeReached},
 };
 use ring::hmac;
 use secrecy::ExposeSecret;
@@ -131,7 +131,11 @@ impl Webhook {
             let waiting = endpoint.waiting.lock().take();
             let opened = waiting.unwrap_or(start);
             let is_last = start - opened >= LONGEST_USE;
-            let mut request = self.request(&destination.template, delivery, id);
+            let request = self.request(&destination.template, delivery, id);
+            let mut request = request.map_err(|_| Failure {
+                is_permanent: true,
+                ..Failure::temporary("it has more headers than a request can carry".to_owned())
+            })?;
             if is_last {
                 let headers = request.headers_mut();
                 headers.insert(CONNECTION, HeaderValue::from_static("close"));
@@ -154,27 +158,19 @@ impl Webhook {
         Ok(status)
     }
 
-    fn request(&self, template: &Request, delivery: &Delivery, id: &HeaderValue) -> Request {
+    /// Returns the request for a message.
+    ///
+    /// # Errors
+    /// If the message has more headers that are passed on than fit into one.
+    fn request(
+        &self,
+        template: &Request,
+        delivery: &Delivery,
+        id: &HeaderValue,
+    ) -> Result<Request, MaxSizeReached> {
         let mut request = Request::new(Method::POST, template.url().clone());
         let headers = request.headers_mut();
         headers.clone_from(template.headers());
-        for (name, values) in delivery.headers.iter() {
-            let Ok(name) = HeaderName::from_bytes(name.as_ref()) else {
-                continue;
-            };
-            let is_listed = || self.pass_headers.contains(name.as_str());
-            if PASSED_ON.contains(&name) || (is_listed() && !template.headers().contains_key(&name))
-            {
-                for value in values {
-                    if let Ok(value) = HeaderValue::from_str(value.as_str()) {
-                        headers.append(&name, value);
-                    }
-                }
-            }
-        }
-        headers
-            .entry(CONTENT_TYPE)
-            .or_insert(HeaderValue::from_static("application/json"));
         // A subject with a control character can't be in any HTTP header.
         if let Ok(subject) = HeaderValue::from_bytes(delivery.subject.as_bytes()) {
             headers.insert(NATS_SUBJECT, subject);
@@ -194,8 +190,26 @@ impl Webhook {
         // The HTTP client leaves it out if there is no body, and some servers insist on it
         // (RFC 9110, 8.6).
         headers.insert(CONTENT_LENGTH, delivery.payload.len().into());
+        for (name, values) in delivery.headers.iter() {
+            let Ok(name) = HeaderName::from_bytes(name.as_ref()) else {
+                continue;
+            };
+            let is_listed = || self.pass_headers.contains(name.as_str());
+            if PASSED_ON.contains(&name) || (is_listed() && !template.headers().contains_key(&name))
+            {
+                for value in values {
+                    if let Ok(value) = HeaderValue::from_str(value.as_str()) {
+                        headers.try_append(&name, value)?;
+                    }
+                }
+            }
+        }
+        if !headers.contains_key(CONTENT_TYPE) {
+            let json = HeaderValue::from_static("application/json");
+            headers.try_insert(CONTENT_TYPE, json)?;
+        }
         *request.body_mut() = Some(delivery.payload.clone().into());
-        request
+        Ok(request)
     }
 }
 

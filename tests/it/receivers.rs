@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use async_nats::HeaderMap;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, copy_bidirectional},
     net::{TcpListener, TcpStream},
@@ -152,6 +153,27 @@ async fn headers_and_signatures_are_sent_and_another_implementation_verifies_the
                 .unwrap();
         }
     }
+}
+
+#[tokio::test]
+async fn more_headers_than_a_request_can_carry_cost_one_message() {
+    let changes = [("WEBHOOK_PASS_HEADERS", "ce-*")];
+    let mut scene = Scene::core(Webhook::ok().await, &changes).await;
+    let mut headers = HeaderMap::new();
+    for n in 0..26_000 {
+        headers.insert(format!("ce-{n}"), "1");
+    }
+    let many = scene
+        .client
+        .publish_with_headers("cms.cache.many", headers, "".into());
+    many.await.unwrap();
+    scene.publish("next").await;
+    assert_eq!(scene.next().await.payload, "next");
+    let line = scene.relay.logged("cms.cache.many is not relayed").await;
+    assert!(
+        line.contains("more headers than a request can carry"),
+        "{line}"
+    );
 }
 
 #[tokio::test]
