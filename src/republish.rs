@@ -82,8 +82,11 @@ pub fn relayed_subject(
     Ok(subject)
 }
 
+/// How many bytes of headers a stream stores with a message.
+const LONGEST_HEADERS: usize = u16::MAX as usize;
+
 /// Returns the headers of the relayed message: its own and, if it fits, `id`, by which a stream recognizes a
-/// duplicate. The added header must never make a message too large to relay.
+/// duplicate. The added header must never make a message too large to relay, or to store.
 ///
 /// # Errors
 /// With the reason, if not even its own headers fit because their publisher has written them more compactly than
@@ -93,7 +96,7 @@ pub fn relayed_headers(
     id: String,
     max_payload: usize,
 ) -> Result<HeaderMap, String> {
-    let mut headers = carried_over(delivery);
+    let headers = carried_over(delivery);
     let own_length = length(&headers, delivery);
     if own_length > max_payload {
         let what = match delivery.payload.len() > max_payload {
@@ -104,12 +107,12 @@ pub fn relayed_headers(
             "{what} more than the {max_payload} bytes that NATS accepts"
         ));
     }
-    // If there are no others, `NATS/1.0` and an empty line are added as well.
-    let added = "NATS/1.0\r\n\r\nNats-Msg-Id: \r\n".len() + id.len();
-    if own_length + added <= max_payload {
-        headers.insert(NATS_MESSAGE_ID, id);
+    let mut all = headers.clone();
+    all.insert(NATS_MESSAGE_ID, id);
+    match fits(&all, &headers, delivery, max_payload) {
+        true => Ok(all),
+        false => Ok(headers),
     }
-    Ok(headers)
 }
 
 /// Returns the headers of a failed message: its own, its id, and the reason. If the message would become
@@ -136,8 +139,16 @@ pub fn failed_headers(
     // The publisher may have written its own more compactly than the client does.
     [all, with_reason(20), own.clone()]
         .into_iter()
-        .find(|headers| length(headers, delivery) <= max_payload)
+        .find(|headers| fits(headers, &own, delivery, max_payload))
         .unwrap_or_default()
+}
+
+/// Returns whether a message with these headers, some of them added to its own, can be published, and stored if it can
+/// be stored without the added ones.
+fn fits(headers: &HeaderMap, own: &HeaderMap, delivery: &Delivery, max_payload: usize) -> bool {
+    let is_storable =
+        |headers| length(headers, delivery) - delivery.payload.len() <= LONGEST_HEADERS;
+    length(headers, delivery) <= max_payload && (is_storable(headers) || !is_storable(own))
 }
 
 /// Returns the headers of a message without those that instruct a stream or describe one: the stream behind another

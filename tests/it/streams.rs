@@ -702,6 +702,28 @@ async fn what_fails_again_after_a_replay_is_kept_again() {
 }
 
 #[tokio::test]
+async fn the_relay_s_own_headers_make_no_message_too_large_for_a_stream() {
+    for (answer, stream) in [(Answer::OK, "RELAYED"), (Answer::status(422), "FAILED")] {
+        let nats = NatsServer::with_stream().await;
+        nats.create_stream("RELAYED", "relayed.>", 1).await;
+        nats.create_stream("FAILED", "failed.>", 1).await;
+        let webhook = Webhook::script([answer]).await;
+        let changes = [
+            ("NATS_RELAYED_STREAM", "RELAYED"),
+            ("NATS_FAILED_SUBJECT_PREFIX", "failed.cache"),
+            ("NATS_FAILED_STREAM", "FAILED"),
+        ];
+        let _relay = Relay::durable(&nats, &webhook, &changes).await;
+        let mut headers = HeaderMap::new();
+        headers.insert("a", "x".repeat(65_500));
+        let client = nats.client().await;
+        let sent = client.publish_with_headers("cms.cache.x", headers, "x".into());
+        sent.await.unwrap();
+        kept(&nats, stream, 1).await;
+    }
+}
+
+#[tokio::test]
 async fn an_id_in_lower_case_is_one_as_well() {
     for mode in [Mode::Core, Mode::Durable] {
         let nats = NatsServer::with_stream().await;
