@@ -58,6 +58,8 @@ pub struct Durable {
     is_stopped: bool,
     /// Whether the consumer hands out messages no faster than they were published.
     is_slow: bool,
+    /// Whether the consumer is paused.
+    is_paused: bool,
     /// When the consumer was last verified.
     verified: Instant,
     tick: Interval,
@@ -89,6 +91,7 @@ impl Durable {
             subscriber: None,
             is_stopped: false,
             is_slow: false,
+            is_paused: false,
             verified: Instant::now(),
             tick,
             arrived: VecDeque::new(),
@@ -338,6 +341,14 @@ impl Durable {
         self.monitor.set_waiting(info.num_pending, 0);
         self.requests.limit_batch(info.config.max_batch);
         self.is_slow = info.config.replay_policy == ReplayPolicy::Original;
+        if self.is_paused != info.paused {
+            self.is_paused = info.paused;
+            let name = &self.consumer.name;
+            match info.paused {
+                true => info!("the consumer {name} is paused, so no messages come"),
+                false => info!("the consumer {name} is no longer paused"),
+            }
+        }
         self.consumer.deliveries.lock().created = info.created.unix_timestamp_nanos();
     }
 }

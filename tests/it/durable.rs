@@ -855,6 +855,7 @@ async fn headers_that_cannot_be_read_hold_nothing_up() {
         b"NATS/1.0\r\nA: \xff\r\n\r\n",
         // The client does not survive this one; the relay does.
         b"NATS/1.0\r\nA: b\rc\r\n\r\n",
+        b"NATS/1.0\r\nA: b\r\r\n c\r\n\r\n",
         // This one is readable, and must not be taken for a word of the server.
         b"NATS/1.0 408 Request Timeout\r\n\r\n",
     ] {
@@ -1013,6 +1014,25 @@ async fn messages_at_the_pace_at_which_they_came_are_told_from_requests_that_nob
     relay.logged("replay_policy").await;
     expect(&mut relayed, 0..2).await;
     assert_eq!(relay.lines("max_waiting"), [""; 0], "{:#?}", relay.log());
+}
+
+#[tokio::test]
+async fn a_paused_consumer_is_said() {
+    if !NatsServer::is_at_least((2, 11)) {
+        eprintln!("a pause is not tested: it takes nats-server 2.11");
+        return;
+    }
+    let nats = NatsServer::with_stream().await;
+    let webhook = Webhook::ok().await;
+    let relay = Relay::durable(&nats, &webhook, &[]).await;
+    let jetstream = nats.jetstream().await;
+    let stream = jetstream.get_stream("CMS").await.unwrap();
+    let end = stream.cached_info().created + Duration::from_secs(3600);
+    let paused = stream.pause_consumer("relay", end);
+    assert!(paused.await.unwrap().paused);
+    relay.logged("the consumer relay is paused").await;
+    stream.resume_consumer("relay").await.unwrap();
+    relay.logged("the consumer relay is no longer paused").await;
 }
 
 #[tokio::test]
