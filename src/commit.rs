@@ -141,14 +141,19 @@ impl Commit {
         mut publication: Option<Publication<'_>>,
         outcome: Outcome,
     ) -> anyhow::Result<bool> {
+        // Whether the server refuses the message must be known before the ack is sent.
+        let must_know = delivery.ack.is_some();
         let mut attempts = 0;
         loop {
             self.connection.up().await;
             if !delivery.may_be_published().await {
-                self.monitor.add_unfinished("another relay has it");
-                return Ok(false);
+                let is_acknowledged = delivery.is_acknowledged();
+                if !is_acknowledged {
+                    self.monitor.add_unfinished("another relay has it");
+                }
+                return Ok(is_acknowledged);
             }
-            let epoch = self.connection.epoch();
+            let (epoch, refusals) = (self.connection.epoch(), self.connection.refusals());
             if let Some(unpublished) = &publication {
                 if let Some(stream) = &unpublished.publisher.stream {
                     attempts += 1;
@@ -163,8 +168,6 @@ impl Commit {
                     continue;
                 }
                 let (subject, headers) = (unpublished.subject.into(), unpublished.headers.clone());
-                // Whether the server refuses the message must be known before the ack is sent.
-                let must_know = delivery.ack.is_some();
                 self.connection
                     .publish(subject, headers, delivery.payload.clone(), must_know)
                     .await?;
@@ -173,15 +176,19 @@ impl Commit {
                 }
             }
             let is_acknowledged = match &delivery.ack {
-                Some(ack) => ack.confirm(outcome).await,
+                Some(ack) => ack.confirm(outcome, epoch).await,
                 None => {
                     self.connection.flush().await;
-                    true
+                    (self.connection.epoch() == epoch).then_some(true)
                 }
             };
             // Data in flight on a broken connection may be lost, so publish again.
-            if self.connection.epoch() != epoch {
+            let Some(is_acknowledged) = is_acknowledged else {
                 continue;
+            };
+            // The permission may have been withdrawn since the last round trip.
+            if publication.is_some() && must_know && self.connection.refusals() > refusals {
+                bail!("NATS refuses it");
             }
             if !is_acknowledged {
                 self.monitor

@@ -15,7 +15,7 @@ use std::{future::pending, sync::Arc, time::Duration};
 use async_nats::{HeaderMap, Message, Subject, Subscriber};
 use bytes::Bytes;
 use futures::StreamExt;
-use log::warn;
+use log::{info, warn};
 use tokio::{task::coop::unconstrained, time::sleep};
 
 use crate::{
@@ -82,7 +82,12 @@ impl Delivery {
         let Some(ack) = &self.ack else {
             return true;
         };
+        // If the ack has overtaken the message, nobody else will publish it.
+        if ack.is_acknowledged() {
+            return true;
+        }
         loop {
+            ack.up().await;
             match ack.is_ours().await {
                 Ok(is_ours) => return is_ours || self.abandon(),
                 Err(reason) => warn!(
@@ -95,12 +100,22 @@ impl Delivery {
         }
     }
 
+    /// Returns whether NATS is known to have taken the ack.
+    pub fn is_acknowledged(&self) -> bool {
+        self.ack.as_ref().is_some_and(|ack| ack.is_acknowledged())
+    }
+
     fn abandon(&self) -> bool {
-        warn!(
-            subject:% = self.subject;
-            "{} is abandoned: NATS has since handed it, or a later message, to another relay",
-            self.subject
-        );
+        if self.is_acknowledged() {
+            let subject = &self.subject;
+            info!(subject:% = subject; "{subject} was acknowledged in the meantime");
+        } else {
+            warn!(
+                subject:% = self.subject;
+                "{} is abandoned: NATS has since handed it, or a later message, to another relay",
+                self.subject
+            );
+        }
         false
     }
 }

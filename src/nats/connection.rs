@@ -168,6 +168,12 @@ impl Connection {
         }
     }
 
+    /// Returns whether a request has to wait for another one.
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
+        self.inbox.try_lock().is_err()
+    }
+
     /// Resolves once everything published before has been sent.
     pub async fn flush(&self) {
         if self.client.flush().await.is_err() {
@@ -216,7 +222,7 @@ impl Connection {
         payload: Bytes,
         must_know: bool,
     ) -> anyhow::Result<()> {
-        let refusals = self.refusals();
+        let (refusals, epoch) = (self.refusals(), self.epoch());
         let client = &self.client;
         let published = client.publish_with_headers(subject.clone(), headers, payload);
         sent(published.await).await?;
@@ -234,7 +240,10 @@ impl Connection {
             if permitted.len() >= MAX_PERMITTED {
                 permitted.clear();
             }
-            permitted.insert(subject.to_string());
+            // On another connection it has not been tried.
+            if self.epoch() == epoch {
+                permitted.insert(subject.to_string());
+            }
         }
         Ok(())
     }
@@ -260,15 +269,18 @@ impl Connection {
         let mut inbox = self.inbox.lock().await;
         let (reply, subscription) = inbox.next(&self.client).await;
         let client = &self.client;
-        let asked = client.publish_with_reply_and_headers(subject, reply.clone(), headers, payload);
-        sent(asked.await)
-            .await
-            .map_err(|error| NoAnswer::Refused(error.to_string()))?;
         let read = |answer: &Message| match answer.status {
             Some(StatusCode::NO_RESPONDERS) => Some(Err(NoAnswer::Nobody)),
             _ => read(answer).map(Ok),
         };
-        timeout(ANSWER_TIMEOUT, answer_on(&reply, subscription, read))
+        let asked = client.publish_with_reply_and_headers(subject, reply.clone(), headers, payload);
+        let answered = async {
+            sent(asked.await)
+                .await
+                .map_err(|error| NoAnswer::Refused(error.to_string()))?;
+            answer_on(&reply, subscription, read).await
+        };
+        timeout(ANSWER_TIMEOUT, answered)
             .await
             .unwrap_or(Err(NoAnswer::TimedOut))
     }

@@ -39,6 +39,8 @@ pub struct Ack {
     created: i128,
     /// How many deliveries we had received, including this one.
     received: u64,
+    /// Whether it has been sent.
+    is_sent: AtomicBool,
     is_acknowledged: AtomicBool,
 }
 
@@ -76,6 +78,7 @@ impl Ack {
             created: deliveries.created,
             received: deliveries.received,
             consumer: Arc::clone(consumer),
+            is_sent: AtomicBool::new(false),
             is_acknowledged: AtomicBool::new(false),
             subject,
         };
@@ -107,16 +110,18 @@ impl Ack {
             && self.number == earlier.number + 1
     }
 
-    /// Sends the ack until the server has confirmed it; returns whether it has.
+    /// Sends the ack until the server has confirmed it; returns whether it has. A server that was killed may have
+    /// forgotten that it had handed the message out, and then never confirms; it hands the message out again. The same
+    /// happens if the ack never reached the server.
     ///
-    /// Returns early if the connection was lost, because what was published before the ack may have been lost with it,
-    /// and the ack must not overtake that. A server that was killed may have forgotten that it had handed the message
-    /// out, and then never confirms; it hands the message out again. The same happens if the ack never reached the
-    /// server.
+    /// Returns `None` if the connection was lost, the one of `epoch`, because what was published on it before the ack
+    /// may have been lost as well. The ack must not overtake that: the client may send it on a later connection, unless
+    /// it gets both at the same time. So an ack that has to wait, or is repeated, follows a round trip, which shows that
+    /// everything before it has arrived.
     ///
     /// This is not async-nats's `double_ack`, because that one takes any answer for a confirmation, even the 503 of a
     /// server without the consumer.
-    pub async fn confirm(&self, outcome: Outcome) -> bool {
+    pub async fn confirm(&self, outcome: Outcome, epoch: u64) -> Option<bool> {
         let connection = &self.consumer.connection;
         let text = match outcome {
             Outcome::Relayed => "+ACK",
@@ -124,9 +129,20 @@ impl Ack {
             // one that we are connected to.
             Outcome::GivenUp => "+TERM",
         };
-        let now = (SystemTime::now(), connection.epoch());
+        let now = (SystemTime::now(), epoch);
         let start = Instant::now();
+        let mut is_apart = connection.is_busy() || self.is_acknowledged();
         loop {
+            if is_apart {
+                connection.round_trip().await;
+                if connection.epoch() != epoch {
+                    return None;
+                }
+                if self.is_acknowledged() {
+                    return Some(true);
+                }
+            }
+            self.is_sent.store(true, Relaxed);
             let (subject, headers) = (self.subject.clone(), HeaderMap::new());
             let answer = connection.ask(subject, headers, text.into(), |_| Some(()));
             if answer.await.is_ok() {
@@ -136,23 +152,25 @@ impl Ack {
                     deliveries.complete_at = now;
                 }
                 self.is_acknowledged.store(true, Relaxed);
-                return true;
+                return (is_apart || connection.epoch() == epoch).then_some(true);
             }
             // Nobody confirms: the consumer has no leader at the moment.
             sleep(CONFIRM_AGAIN).await;
-            connection.up().await;
-            if connection.epoch() != now.1 {
-                return false;
-            }
+            is_apart = true;
             if start.elapsed() >= CONFIRM_WITHIN {
                 warn!(
                     "{} may be redelivered: NATS does not confirm its ack; if it never does, JetStream may be \
                      imported from another account: export and import the service $JS.ACK.> as well",
                     self.id()
                 );
-                return false;
+                return Some(false);
             }
         }
+    }
+
+    /// Resolves once there is a connection to a server.
+    pub(super) async fn up(&self) {
+        self.consumer.connection.up().await;
     }
 
     /// Acknowledges a message that was handed out again although it had already been acknowledged.
@@ -198,6 +216,9 @@ impl Ack {
         if received_since() == 0 && is_recent && epoch == now.1 {
             return Ok(true);
         }
+        if !self.consumer.connection.is_up() {
+            return Err("there is no connection to it".to_owned());
+        }
         let info = self
             .consumer
             .info()
@@ -211,6 +232,10 @@ impl Ack {
             // The answer may have overtaken a delivery.
             sleep(UNDER_WAY).await;
             if handed_out != Some(received_since()) {
+                // It may have got through on a connection that is lost.
+                let is_below_floor = info.ack_floor.stream_sequence >= self.position.sequence;
+                let is_acknowledged = self.is_sent.load(Relaxed) && is_below_floor;
+                self.is_acknowledged.store(is_acknowledged, Relaxed);
                 return Ok(false);
             }
         }

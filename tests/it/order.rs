@@ -313,6 +313,81 @@ async fn what_was_published_on_a_connection_that_broke_before_it_arrived_is_publ
 }
 
 #[tokio::test]
+async fn without_a_connection_nobody_is_asked_whether_a_message_may_be_published() {
+    let nats = NatsServer::with_stream().await;
+    let (webhook, release) = holding(0).await;
+    // Longer than a message can be assumed to be still its own.
+    let changes = [("REPUBLISH_DELAY", "1500ms")];
+    let mut replicas = Replicas::with(nats, webhook, &changes).await;
+    replicas.publish(0..1).await;
+    replicas.webhook.received(1).await;
+    replicas.link.set(Network::Cut);
+    release.notify_one();
+    replicas.a.logged("cannot be published yet").await;
+    replicas.link.set(Network::Down);
+    replicas.a.logged_times("cannot connect to NATS", 7).await;
+    let asked = replicas.a.lines("cannot be published yet").len();
+    assert!(asked <= 2, "{:#?}", replicas.a.log());
+    replicas.link.set(Network::Good);
+    replicas.expect([0]).await;
+}
+
+#[tokio::test]
+async fn an_ack_that_is_repeated_does_not_overtake_its_message() {
+    const LARGE: usize = 16 << 20;
+    let config = "max_payload: 33554432, jetstream { store_dir: \"$DIR/jetstream\" }";
+    let nats = NatsServer::with_config(config).await;
+    nats.create_stream("CMS", "cms.cache.>", 1).await;
+    let release = Arc::new(Notify::new());
+    let held = Arc::clone(&release);
+    let webhook = Webhook::start(move |_, request| match request.body.len() == LARGE {
+        true => Answer::OkAfter(Arc::clone(&held)),
+        false => Answer::OK,
+    });
+    let mut replicas = Replicas::with(nats, webhook.await, &[]).await;
+    replicas.publish(0..1).await;
+    replicas.expect([0]).await;
+    let large = replicas
+        .jetstream
+        .publish("cms.cache.x", vec![b'x'; LARGE].into());
+    large.await.unwrap().await.unwrap();
+    replicas.webhook.received(2).await;
+    replicas.link.set(Network::Cut);
+    release.notify_one();
+    replicas.link.holds("relayed.cache.x").await;
+    // Another relay gets the next message as soon as this one is acknowledged.
+    let _b = replicas.b().await;
+    replicas.publish(1..2).await;
+    // The message fills the connection, and the ack is repeated after 2.25 s.
+    sleep(Duration::from_secs(3)).await;
+    replicas.link.reset();
+    replicas.a.logged("lost the connection").await;
+    replicas.link.set(Network::Good);
+    let message = next(&mut replicas.relayed).await;
+    assert_eq!(message.payload.len(), LARGE, "{:#?}", replicas.a.log());
+    replicas.expect([1]).await;
+}
+
+#[tokio::test]
+async fn a_message_whose_confirmation_was_lost_is_not_called_another_relay_s() {
+    let (webhook, release) = holding(1).await;
+    let mut replicas = Replicas::start(webhook).await;
+    replicas.publish(0..3).await;
+    replicas.expect([0]).await;
+    replicas.webhook.received(2).await;
+    replicas.link.set(Network::Slow(Duration::from_millis(400)));
+    release.notify_one();
+    // The next message is handed out, and neither it nor the confirmation arrives.
+    replicas.delivered(3).await;
+    replicas.link.reset();
+    replicas.a.logged("lost the connection").await;
+    replicas.link.set(Network::Good);
+    replicas.expect([1, 2]).await;
+    replicas.a.logged_times(" -> ", 3).await;
+    assert_eq!(replicas.a.lines("another relay"), [""; 0]);
+}
+
+#[tokio::test]
 async fn what_was_acknowledged_on_a_connection_that_broke_is_not_republished_late() {
     let mut replicas = Replicas::start(Webhook::ok().await).await;
     until("it has asked for a message", async || {

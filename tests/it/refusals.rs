@@ -13,16 +13,19 @@ use crate::{
 
 /// A server on which the user `relay` may not publish on this subject.
 async fn mute(denied: &str) -> NatsServer {
-    let nats = NatsServer::with_config(&format!(
+    let nats = NatsServer::with_config(&muted(denied)).await;
+    nats.create_stream("CMS", "cms.cache.>", 1).await;
+    nats
+}
+
+fn muted(denied: &str) -> String {
+    format!(
         "jetstream {{ store_dir: \"$DIR/jetstream\" }}
          authorization {{ users = [
             {{ user: admin, password: p }}
             {{ user: relay, password: p, permissions: {{ publish: {{ deny: {denied} }} }} }} ] }}
          no_auth_user: admin"
-    ))
-    .await;
-    nats.create_stream("CMS", "cms.cache.>", 1).await;
-    nats
+    )
 }
 
 const LOGIN: [(&str, &str); 2] = [("NATS_USER", "relay"), ("NATS_PASS", "p")];
@@ -64,6 +67,34 @@ async fn a_refused_publish_is_known_before_its_message_is_acked() {
     for relay in &relays {
         assert_eq!(relay.lines("cms.cache.bad -> "), [""; 0]);
     }
+}
+
+#[tokio::test]
+async fn a_permission_that_is_withdrawn_later_is_noticed_with_the_next_message() {
+    let nats = mute("\"nothing\"").await;
+    let client = nats.client().await;
+    let mut relayed = client.subscribe("relayed.>").await.unwrap();
+    let mut failed = client.subscribe("failed.>").await.unwrap();
+    let webhook = Webhook::ok().await;
+    let changes = [&LOGIN[..], &[("NATS_FAILED_SUBJECT_PREFIX", "failed")]].concat();
+    let relay = Relay::durable(&nats, &webhook, &changes).await;
+    nats.publish("cms.cache.x", "before").await;
+    assert_eq!(next(&mut relayed).await.payload, "before");
+    nats.reload(&muted("\"relayed.>\""));
+    until("the server has reloaded", async || {
+        nats.log().contains("Reloaded")
+    })
+    .await;
+    for message in ["after", "later"] {
+        nats.publish("cms.cache.x", message).await;
+        assert_eq!(
+            next(&mut failed).await.payload,
+            message,
+            "{:#?}",
+            relay.log()
+        );
+    }
+    assert_eq!(relay.lines(" -> ").len(), 1);
 }
 
 #[tokio::test]
