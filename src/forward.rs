@@ -111,13 +111,12 @@ impl Forward {
         if !delay.is_zero() {
             sleep(delay).await;
         }
-        let is_acknowledged = self
+        let committed = self
             .commit
-            .commit(delivery, Some(publication), Outcome::Relayed)
-            .await
-            .map_err(|error| {
-                GivenUp::unpublishable(format!("it cannot be published on {subject}: {error:#}"))
-            })?;
+            .commit(delivery, Some(publication), Outcome::Relayed);
+        let is_acknowledged = committed.await.map_err(|error| {
+            GivenUp::unpublishable(format!("it cannot be published on {subject}: {error:#}"))
+        })?;
         if is_acknowledged {
             let elapsed = start.elapsed();
             let status = posted.first().map(|posted| posted.status);

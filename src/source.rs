@@ -106,15 +106,13 @@ impl Delivery {
     }
 
     fn abandon(&self) -> bool {
-        if self.is_acknowledged() {
-            let subject = &self.subject;
-            info!(subject:% = subject; "{subject} was acknowledged in the meantime");
-        } else {
-            warn!(
-                subject:% = self.subject;
-                "{} is abandoned: NATS has since handed it, or a later message, to another relay",
-                self.subject
-            );
+        let subject = &self.subject;
+        match self.is_acknowledged() {
+            true => info!(subject:% = subject; "{subject} was acknowledged in the meantime"),
+            false => warn!(
+                subject:% = subject;
+                "{subject} is abandoned: NATS has since handed it, or a later message, to another relay"
+            ),
         }
         false
     }

@@ -219,11 +219,8 @@ impl Ack {
         if !self.consumer.connection.is_up() {
             return Err("there is no connection to it".to_owned());
         }
-        let info = self
-            .consumer
-            .info()
-            .await
-            .map_err(|error| error.to_string())?;
+        let info = self.consumer.info().await;
+        let info = info.map_err(|error| error.to_string())?;
         if info.created.unix_timestamp_nanos() != self.created {
             return Ok(false);
         }

@@ -73,13 +73,8 @@ pub struct Durable {
 
 impl Durable {
     pub(super) fn new(events: ConnectionEvents, monitor: Arc<Monitor>, consumer: Consumer) -> Self {
-        let Consumer {
-            connection,
-            stream,
-            name,
-            ..
-        } = &consumer;
-        let request = format!("CONSUMER.MSG.NEXT.{stream}.{name}");
+        let connection = &consumer.connection;
+        let request = format!("CONSUMER.MSG.NEXT.{}.{}", consumer.stream, consumer.name);
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Self {
@@ -103,14 +98,9 @@ impl Durable {
     /// Subscribes to the inbox, and finds or creates the consumer.
     pub(super) async fn open(&mut self) -> anyhow::Result<()> {
         let inbox = format!("{}.*", self.requests.inbox);
+        let client = self.consumer.connection.client();
         // It fails only if the client has crashed, which the events report.
-        self.subscriber = self
-            .consumer
-            .connection
-            .client()
-            .subscribe(inbox)
-            .await
-            .ok();
+        self.subscriber = client.subscribe(inbox).await.ok();
         let ensure = || self.consumer.ensure();
         let info = tokio::select! {
             biased;
