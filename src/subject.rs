@@ -34,7 +34,8 @@ impl Prefix {
     #[must_use]
     pub fn is_covered_by(&self, subject: &str) -> bool {
         let tokens = |text: &str| text.split('.').count();
-        subject.ends_with('>') && tokens(subject) <= tokens(&self.0) + 1 && self.meets(subject)
+        let is_open = subject.rsplit('.').next() == Some(">");
+        is_open && tokens(subject) <= tokens(&self.0) + 1 && self.meets(subject)
     }
 
     /// Returns whether any subject below the prefix matches `subject`, which may have wildcards.
@@ -177,6 +178,8 @@ mod tests {
             ("relayed.cache", false, false),
             ("relayed.*", false, false),
             ("relayed.cached.>", false, false),
+            // Only a token of its own is a wildcard.
+            ("relayed.cache.pages>", false, true),
             ("cms.cache.>", false, false),
             ("", false, false),
         ] {
