@@ -717,7 +717,8 @@ async fn the_relay_s_own_headers_make_no_message_too_large_for_a_stream() {
         let mut headers = HeaderMap::new();
         headers.insert("a", "x".repeat(65_500));
         let client = nats.client().await;
-        let sent = client.publish_with_headers("cms.cache.x", headers, "x".into());
+        let payload = vec![b'x'; 1000].into();
+        let sent = client.publish_with_headers("cms.cache.x", headers, payload);
         sent.await.unwrap();
         kept(&nats, stream, 1).await;
     }
