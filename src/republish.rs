@@ -96,7 +96,7 @@ pub fn relayed_headers(
     id: String,
     max_payload: usize,
 ) -> Result<HeaderMap, String> {
-    let headers = carried_over(delivery);
+    let mut headers = carried_over(delivery);
     let own_length = length(&headers, delivery);
     if own_length > max_payload {
         let what = match delivery.payload.len() > max_payload {
@@ -107,11 +107,10 @@ pub fn relayed_headers(
             "{what} more than the {max_payload} bytes that NATS accepts"
         ));
     }
-    let mut all = headers.clone();
-    all.insert(NATS_MESSAGE_ID, id);
-    match fits(&all, &headers, delivery, max_payload) {
-        true => Ok(all),
-        false => Ok(headers),
+    headers.insert(NATS_MESSAGE_ID, id);
+    match fits(&headers, own_length, delivery, max_payload) {
+        true => Ok(headers),
+        false => Ok(carried_over(delivery)),
     }
 }
 
@@ -139,16 +138,16 @@ pub fn failed_headers(
     // The publisher may have written its own more compactly than the client does.
     [all, with_reason(20), own.clone()]
         .into_iter()
-        .find(|headers| fits(headers, &own, delivery, max_payload))
+        .find(|headers| fits(headers, length(&own, delivery), delivery, max_payload))
         .unwrap_or_default()
 }
 
 /// Returns whether a message with these headers, some of them added to its own, can be published, and stored if it can
-/// be stored without the added ones.
-fn fits(headers: &HeaderMap, own: &HeaderMap, delivery: &Delivery, max_payload: usize) -> bool {
-    let is_storable =
-        |headers| length(headers, delivery) - delivery.payload.len() <= LONGEST_HEADERS;
-    length(headers, delivery) <= max_payload && (is_storable(headers) || !is_storable(own))
+/// be stored without the added ones. Without them it has `own_length` bytes.
+fn fits(headers: &HeaderMap, own_length: usize, delivery: &Delivery, max_payload: usize) -> bool {
+    let length = length(headers, delivery);
+    let is_storable = |length| length - delivery.payload.len() <= LONGEST_HEADERS;
+    length <= max_payload && (is_storable(length) || !is_storable(own_length))
 }
 
 /// Returns the headers of a message without those that instruct a stream or describe one: the stream behind another
