@@ -141,7 +141,7 @@ impl Commit {
         mut publication: Option<Publication<'_>>,
         outcome: Outcome,
     ) -> anyhow::Result<bool> {
-        // Whether the server refuses the message must be known before the ack is sent.
+        // In durable mode, a refused message must not be acked as relayed.
         let must_know = delivery.ack.is_some();
         let mut attempts = 0;
         loop {
